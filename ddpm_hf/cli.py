@@ -1,0 +1,55 @@
+"""The command `ddpm-hf`. Thin: each subcommand parses its words and calls what does the work."""
+
+import argparse
+import os
+import sys
+
+import ddpm_hf
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a mistake in what was asked for, told in one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="ddpm-hf", description=ddpm_hf.__doc__)
+    parser.add_argument("--version", action="version", version=f"ddpm-hf {ddpm_hf.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="train a model; `ddpm-hf train --help` lists the settings", add_help=False)
+    command, rest = parser.parse_known_args(argv[:1])[0].command, argv[1:]
+    try:
+        return {"train": train}[command](rest)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"ddpm-hf {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def train(args: list[str]) -> int:
+    from ddpm_hf import hub, pictures, training
+    from ddpm_hf.config import EMBEDDED_DIGITS, parse_train_config
+
+    config = parse_train_config(args)
+    on_start, on_save = [announce], [pictures.draw_pictures]
+    if config.push_to_hub:
+        on_start.append(hub.check_login)
+        on_save.append(hub.push_when_finished)
+    if config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS:
+        on_save.append(tell_legibility)
+    training.train(config, on_start=on_start, on_save=on_save)
+    return 0
+
+
+def announce(run) -> None:
+    parameters = sum(p.numel() for p in run.pipeline.unet.parameters())
+    shape = "x".join(map(str, run.images.pixels.shape[1:]))
+    print(
+        f"{type(run.pipeline.unet).__name__} of {parameters / 1e6:.2f} M parameters, {len(run.images)} images of {shape}, "
+        f"{run.total_steps - run.step} updates to go -> {run.output_dir}",
+        flush=True,
+    )
+
+
+def tell_legibility(run) -> None:
+    if run.finished:
+        from ddpm_hf.evaluation import digits_legibility
+
+        print(digits_legibility(run.pipeline, run.config.ddpm_num_inference_steps, run.config.seed), flush=True)

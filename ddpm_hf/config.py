@@ -1,0 +1,208 @@
+"""`TrainConfig`: every setting of a run; from flags, from recipes, and back to a file that can be run again."""
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+EMBEDDED_DIGITS = "digits"
+
+
+def _setting(help, default=None, **kwargs):
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class TrainConfig:
+    """The one schema: a field is a flag of the same name, a key of a recipe and a key of `train_config.json`.
+
+    What diffusers' `train_unconditional.py` has too bears the name that it has there. Steps are optimiser updates.
+    A wrong value is a ValueError that says what would be right.
+    """
+
+    config: str = _setting("recipe: a packaged one by its name, or the path of a YAML or JSON file", "digits")
+    output_dir: str | None = _setting("where everything is written; runs/<recipe> by default")
+    overwrite_output_dir: bool = _setting("start afresh in a folder that holds an unfinished run", False)
+    # data
+    dataset_name: str = _setting(
+        "`digits`, the 1,797 real 8x8 digits that come with scikit-learn, or a data set of the Hub", EMBEDDED_DIGITS
+    )
+    dataset_config_name: str | None = _setting("configuration of the data set of the Hub")
+    train_data_dir: str | None = _setting(
+        "in place of dataset_name: a folder of images, or one that holds train*.parquet (test*.parquet is held out)"
+    )
+    resolution: int | None = _setting("scale the shorter side to this and crop the middle; default: as they are")
+    channels: int | None = _setting("1 gray, 3 RGB, 4 RGBA; default: as in the first image")
+    value_range: list[float] | None = _setting("pixel values of black and white; 0 255 for 8-bit images")
+    random_flip: bool = _setting("mirror each image left to right with probability 1/2", False)
+    # model
+    pretrained_model_name_or_path: str | None = _setting(
+        "start from this pipeline's network and scheduler (a folder or a Hub id) in place of the recipe's"
+    )
+    unet: dict | str = _setting("arguments of DDPMUNet as JSON; they are added to the recipe's", {})
+    scheduler: dict | str = _setting("arguments of LinearNoiseScheduler as JSON; they are added to the recipe's", {})
+    # optimisation
+    train_batch_size: int = _setting("images a process and a micro-batch", 64)
+    gradient_accumulation_steps: int = _setting("micro-batches an update", 1)
+    max_train_steps: int | None = _setting("updates; takes the place of num_epochs")
+    num_epochs: int = _setting("passes over the data", 100)
+    learning_rate: float = _setting("peak learning rate of AdamW", 1e-4)
+    lr_scheduler: str = _setting("after the warm-up: constant, or cosine or linear to 0", "constant")
+    lr_warmup_steps: int = _setting("updates of linear warm-up", 500)
+    adam_beta1: float = _setting("AdamW: decay of the mean", 0.9)
+    adam_beta2: float = _setting("AdamW: decay of the mean square", 0.999)
+    adam_weight_decay: float = _setting("AdamW: weight decay", 0.0)
+    adam_epsilon: float = _setting("AdamW: epsilon", 1e-8)
+    max_grad_norm: float = _setting("clip the norm of the gradient to this", 1.0)
+    ema_max_decay: float = _setting("decay of the moving average of the weights, which warms up to it", 0.9999)
+    mixed_precision: str = _setting("no, bf16, or fp16 (CUDA only)", "no")
+    seed: int = _setting("of weights, order of the data, noise, timesteps and samples", 0)
+    # saving and looking
+    checkpointing_steps: int = _setting("save, measure the held-out loss and draw samples every so many updates", 1000)
+    checkpoints_total_limit: int = _setting("checkpoints to keep", 2)
+    resume_from_checkpoint: str | None = _setting("`latest`, or the folder of a checkpoint")
+    eval_batch_size: int = _setting("images in the grid of samples", 64)
+    ddpm_num_inference_steps: int = _setting("steps in which they are sampled", 100)
+    push_to_hub: bool = _setting("upload the pipeline when the training is done", False)
+    hub_model_id: str | None = _setting("<user>/<name> of the repository; default: the name of output_dir")
+    hub_private_repo: bool = _setting("make the repository private", False)
+
+    def __post_init__(self):
+        for name in ("unet", "scheduler"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, _parse_json(name, value))
+        if self.output_dir is None:
+            self.output_dir = str(Path("runs") / Path(self.config).stem)
+        self._check_types()
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_epochs", "checkpointing_steps"):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("checkpoints_total_limit", "eval_batch_size", "ddpm_num_inference_steps"):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("max_train_steps", "resolution", "channels"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
+        for name in ("lr_warmup_steps", "seed", "adam_weight_decay"):
+            self._check(name, getattr(self, name) >= 0, "must be at least 0")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            self._check(name, getattr(self, name) > 0, "must be greater than 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            self._check(name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
+        self._check_choice("lr_scheduler", ("constant", "cosine", "linear"))
+        self._check_choice("mixed_precision", ("no", "bf16", "fp16"))
+        black_white = self.value_range
+        self._check(
+            "value_range",
+            black_white is None or (len(black_white) == 2 and black_white[0] < black_white[1]),
+            "must be two numbers, the value of black and the greater value of white",
+        )
+
+    def _check_types(self):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            options = tuple(typing.get_origin(option) or option for option in options)
+            if float in options and type(value) is int:
+                setattr(self, name, float(value))
+            elif type(value) not in options:
+                wanted = " or ".join("null" if o is types.NoneType else o.__name__ for o in options)
+                self._check(name, False, f"must be {wanted}")
+
+    def _check(self, name, holds, rule):
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
+
+    def _check_choice(self, name, choices):
+        self._check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
+
+    def save(self, path) -> None:
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.name[: -len(".yaml")] for path in resources.files("ddpm_hf").joinpath("recipes").iterdir())
+
+
+def load_recipe(name_or_path: str) -> dict:
+    """Settings of a packaged recipe or of a YAML or JSON file, as a dict of some of `TrainConfig`'s fields."""
+    names = recipe_names()
+    if name_or_path in names:
+        text = resources.files("ddpm_hf").joinpath("recipes", f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text()
+    else:
+        raise ValueError(f"config={name_or_path!r} is neither a file nor one of the recipes {', '.join(names)}")
+    try:
+        recipe = _YamlLoader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={name_or_path!r} is not YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"config={name_or_path!r} must hold settings, one `name: value` a line")
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    for key in recipe:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"config={name_or_path!r}: there is no setting {key!r}{hint}")
+    return {"config": name_or_path, **recipe}
+
+
+def parse_train_config(args: list[str]) -> TrainConfig:
+    """Flags over recipe over defaults. `unet` and `scheduler` are merged key by key."""
+    parser = _Parser([TrainConfig], prog="train", allow_abbrev=False)
+    for action in parser._actions:
+        if action.default is dataclasses.MISSING or action.dest != "help":
+            action.default = None  # so that only what was given is in `flags`
+    given, unknown = parser.parse_known_args(args)
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    if unknown:
+        parser.error(f"there is no flag {unknown[0]!r}")
+    return resolve(flags)
+
+
+def resolve(flags: dict) -> TrainConfig:
+    """The configuration that these settings make on top of the recipe that `flags["config"]` names."""
+    recipe = load_recipe(flags.get("config", "digits"))
+    if "pretrained_model_name_or_path" in flags:
+        recipe.update(unet={}, scheduler={})  # they come with the weights
+    merged = {**recipe, **flags, "config": recipe["config"]}
+    for name in ("unet", "scheduler"):
+        value = flags.get(name, {})
+        value = _parse_json(name, value) if isinstance(value, str) else value
+        merged[name] = {**(recipe.get(name) or {}), **value}
+    return TrainConfig(**merged)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as it is in JSON and everywhere else."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def _parse_json(name, text) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={text!r} must be a JSON object, such as '{{\"dropout\": 0.1}}'")
+    return value

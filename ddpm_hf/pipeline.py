@@ -1,0 +1,117 @@
+"""From noise to images: `DDPMCustomPipeline`."""
+
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from PIL import Image
+
+from ddpm_hf.scheduler import LinearNoiseScheduler, draw_noise
+from ddpm_hf.unet import DDPMUNet
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class DDPMCustomPipeline(DiffusionPipeline):
+    """Unconditional sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2).
+
+    Args:
+        unet: the network that predicts the noise (or x_0, or v, as the scheduler's `prediction_type` says).
+        scheduler: `LinearNoiseScheduler`, or any of diffusers' that is built from its config.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self, unet: UNet2DModel | DDPMUNet, scheduler: LinearNoiseScheduler | KarrasDiffusionSchedulers
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DDPMCustomPipeline", int, torch.Tensor, dict], dict | None] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample images of the network's `sample_size`.
+
+        Args:
+            batch_size: images to make.
+            generator: one generator, from which noise for the whole batch is drawn, or a list of one an image: an
+                image then does not depend on the batch it is in.
+            num_inference_steps: steps of the walk, 1 ... T; `None`: all T.
+            output_type: `"pil"`: a list of `PIL.Image` (1, 3 or 4 channels); `"np"`: (B, H, W, C) float32 in [0, 1];
+                `"pt"`: (B, C, H, W) float in [0, 1]; `"latent"`: (B, C, H, W) as the network sees images, nominally
+                in [-1, 1] and not clamped.
+            callback_on_step_end: called after step i with (pipeline, i, timestep, {"sample": x, "pred_original_sample":
+                the x_0 that the step assumed, or None where the scheduler does not tell}); a `"sample"` in the dict
+                that it returns takes the place of x.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or the tuple of it.
+        """
+        self._check_inputs(batch_size, output_type)
+        unet, scheduler, device = self.unet, self.scheduler, self._execution_device
+        if num_inference_steps is None:
+            num_inference_steps = scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        # Some solvers of diffusers draw noise, others would not take a generator.
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
+
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        # The state stays in float32 whatever the network computes in: a thousand small steps would be rounded away.
+        state_dtype = torch.promote_types(unet.dtype, torch.float32)
+        sample = draw_noise((batch_size, unet.config.in_channels, height, width), generator, device, state_dtype)
+        sample = sample * scheduler.init_noise_sigma
+
+        for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            model_input = scheduler.scale_model_input(sample, timestep)
+            model_output = unet(model_input.to(unet.dtype), timestep).sample.to(state_dtype)
+            output = scheduler.step(model_output, timestep, sample, **step_kwargs)
+            sample = output.prev_sample
+            if callback_on_step_end is not None:
+                tensors = {"sample": sample, "pred_original_sample": getattr(output, "pred_original_sample", None)}
+                sample = (callback_on_step_end(self, i, timestep, tensors) or {}).get("sample", sample)
+
+        self.maybe_free_model_hooks()
+        images = to_output(sample, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_inputs(self, batch_size, output_type) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
+        channels = self.unet.config.in_channels
+        if output_type == "pil" and channels not in PIL_MODES:
+            raise ValueError(
+                f"output_type='pil' shows 1, 3 or 4 channels, not {channels}: use output_type='np' or 'pt'"
+            )
+
+
+def to_output(sample: torch.Tensor, output_type: str):
+    """(B, C, H, W) as the network sees images, [-1, 1] -> what `DDPMCustomPipeline` returns for `output_type`."""
+    if output_type == "latent":
+        return sample
+    images = (sample / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    images = images.float().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+    return images if output_type == "np" else to_pil(images)
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """(B, H, W, C) in [0, 1] with C of 1, 3 or 4 -> PIL images of 8 bits a channel."""
+    pixels = (images * 255).round().astype(np.uint8)
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

@@ -1,0 +1,309 @@
+"""All the mathematics of diffusion: the noise schedule, q(x_t | x_0) and the reverse step.
+
+Timesteps count from 0: x_0 is nearly the image, x_{T-1} nearly pure noise. With alpha_t = 1 - beta_t and
+abar_t = alpha_0 * ... * alpha_t (and abar_{-1} = 1), equations are those of Ho et al. 2020,
+"Denoising Diffusion Probabilistic Models", arXiv:2006.11239. Every table is computed in float64 and cast where
+it is used: 1 - abar_t formed from a float32 abar_t would be wrong by 2e-4 at t = 0.
+"""
+
+import math
+from numbers import Integral
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+
+BETA_SCHEDULES = ("linear", "scaled_linear")
+VARIANCE_TYPES = ("fixed_small", "fixed_large")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
+# Keys that diffusers' schedulers have and ours does not act on: any other value is refused, never ignored.
+INTERCHANGE_ONLY = {
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "rescale_betas_zero_snr": False,
+}
+
+
+def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
+    """Standard normal noise of `shape` (B, ...).
+
+    Args:
+        generator: `None` (torch's global one), one generator for the whole batch, or a list with one an image: an
+            image then does not depend on the batch it is in. The noise is drawn on the generator's device.
+        dtype: what to return. Half precisions are drawn in float32, so that every dtype sees the same noise.
+    """
+    drawn_as = torch.promote_types(dtype, torch.float32)
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise ValueError(f"generator: a list of {len(generator)} for a batch of {shape[0]}; give one an image")
+        noise = torch.cat([torch.randn(1, *shape[1:], generator=g, device=g.device, dtype=drawn_as) for g in generator])
+    else:
+        drawn_on = device if generator is None else generator.device
+        noise = torch.randn(shape, generator=generator, device=drawn_on, dtype=drawn_as)
+    return noise.to(device=device, dtype=dtype)
+
+
+class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
+    """The forward process q(x_t | x_0) and the reverse step p(x_{t-1} | x_t) of a DDPM.
+
+    It has the interface and the config keys of diffusers' schedulers, so `DDIMScheduler.from_config(ours.config)` and
+    `LinearNoiseScheduler.from_config(theirs.config)` both work.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end: the ends of the schedule beta_0 ... beta_{T-1}.
+        beta_schedule: `"linear"` in beta (the paper, section 4) or `"scaled_linear"`, linear in sqrt(beta).
+        trained_betas: the T betas themselves, each in (0, 1), in place of the three arguments above.
+        variance_type: variance of p(x_{t-1} | x_t): `"fixed_small"`, the posterior's (equation 7), or
+            `"fixed_large"`, beta_t (section 3.2).
+        clip_sample: clamp the predicted x_0 to [-clip_sample_range, clip_sample_range] before the posterior mean is
+            formed (the authors' code). Without it `pred_original_sample` is returned unclamped too.
+        prediction_type: what the network predicts: `"epsilon"` (the noise), `"sample"` (x_0) or `"v_prediction"`
+            (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+        timestep_spacing: which timesteps a walk of fewer steps visits: `"leading"`, `"trailing"`, `"linspace"` as in
+            diffusers, or `"quadratic"` (Song et al. 2021, arXiv:2010.02502, appendix D.2, denser near the image;
+            known to this class alone).
+        steps_offset: added to the timesteps of `"leading"`.
+        thresholding, dynamic_thresholding_ratio, sample_max_value, rescale_betas_zero_snr: there for interchange
+            only; any value but the default is a ValueError.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1  # one call of the network a step
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        # diffusers drops what was left at its default when it builds another scheduler from a config; the other may
+        # have another default, as Heun's has for the betas. Nothing counts as left at its default here.
+        self.register_to_config(_use_default_values=[])
+        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        _check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        for key, default in INTERCHANGE_ONLY.items():
+            if self.config[key] != default:
+                raise ValueError(f"{key}={self.config[key]!r} is not supported; it must be {default!r}")
+        if not clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range={clip_sample_range!r} must be greater than 0")
+
+        betas = self._make_betas()
+        self._alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        # What diffusers' own training code reads; our own computations start from the float64 table.
+        self.betas = betas.float()
+        self.alphas = (1 - betas).float()
+        self.alphas_cumprod = self._alphas_cumprod.float()
+        # sqrt(abar_t), sqrt(1 - abar_t): how much image and how much noise is in x_t
+        self._signal_and_noise = torch.stack([self._alphas_cumprod.sqrt(), (1 - self._alphas_cumprod).sqrt()], dim=1)
+
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._make_walk()
+
+    def _make_betas(self) -> torch.Tensor:
+        config = self.config
+        if not isinstance(config.num_train_timesteps, Integral) or config.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={config.num_train_timesteps!r} must be an integer of at least 1")
+        if config.trained_betas is not None:
+            betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+            if betas.shape != (config.num_train_timesteps,):
+                raise ValueError(
+                    f"trained_betas has shape {tuple(betas.shape)}; num_train_timesteps={config.num_train_timesteps} "
+                    f"asks for ({config.num_train_timesteps},)"
+                )
+        else:
+            power = 1.0 if config.beta_schedule == "linear" else 0.5
+            ends = config.beta_start, config.beta_end
+            if not 0 < ends[0] <= ends[1] < 1:
+                raise ValueError(f"beta_start={ends[0]!r}, beta_end={ends[1]!r}: must be 0 < start <= end < 1")
+            steps = config.num_train_timesteps
+            betas = torch.linspace(ends[0] ** power, ends[1] ** power, steps, dtype=torch.float64) ** (1 / power)
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError("trained_betas: each must lie between 0 and 1, ends excluded")
+        return betas
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # ------------------------------------------------------------------ forward process
+
+    def add_noise(self, original_samples, noise, timesteps) -> torch.Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (equation 4).
+
+        Args:
+            original_samples, noise: (B, ...), of one shape.
+            timesteps: int or integer tensor, () or (B,), each in 0 ... T-1.
+        """
+        signal, sigma = self._signal_and_noise_at(timesteps, original_samples)
+        return (signal * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample, noise, timesteps) -> torch.Tensor:
+        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D); arguments as `add_noise`."""
+        signal, sigma = self._signal_and_noise_at(timesteps, sample)
+        return (signal * noise - sigma * sample).to(sample.dtype)
+
+    def _signal_and_noise_at(self, timesteps, sample):
+        timesteps = torch.as_tensor(timesteps)
+        if timesteps.device.type == "cpu" and (  # elsewhere looking at the values would stop the device
+            timesteps.is_floating_point() or timesteps.min() < 0 or timesteps.max() >= len(self)
+        ):
+            raise ValueError(f"timesteps={timesteps.tolist()} must be integers in 0 ... {len(self) - 1}")
+        # Half precisions are computed in float32: in bf16, sqrt(1 - abar_t) and the sum would lose the noise.
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        rows = self._signal_and_noise.to(dtype).to(sample.device)[timesteps.reshape(-1).to(sample.device)]
+        return rows.reshape(-1, 2, *(1,) * (sample.ndim - 1)).unbind(1)
+
+    # ------------------------------------------------------------------ reverse process
+
+    def set_timesteps(self, num_inference_steps: int, device=None) -> None:
+        """Choose the walk: `timesteps`, int64 (num_inference_steps,), descending, on `device`.
+
+        A walk of fewer than T steps is the exact DDPM of the visited timesteps: its betas are recomputed from their
+        abar (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19). The network still sees the original timesteps.
+        """
+        T, n = len(self), num_inference_steps
+        if not isinstance(n, Integral) or not 1 <= n <= T:
+            raise ValueError(f"num_inference_steps={n!r} must be an integer in 1 ... {T}")
+        i = torch.arange(n, dtype=torch.float64)
+        if self.config.timestep_spacing == "leading":
+            ascending = i * (T // n) + self.config.steps_offset
+        elif self.config.timestep_spacing == "trailing":
+            ascending = (T - T / n * i).round().flip(0) - 1
+        elif self.config.timestep_spacing == "linspace":
+            ascending = torch.linspace(0, T - 1, n, dtype=torch.float64).round()
+        else:
+            # floor(c i^2), up to 0.8 T as in the authors' code; at the dense end never the same timestep twice
+            ascending = torch.maximum((i * math.sqrt(0.8 * T) / max(n - 1, 1)).square().floor(), i)
+        if ascending[-1] >= T:
+            offset = self.config.steps_offset
+            raise ValueError(f"steps_offset={offset} moves the walk of {n} steps beyond timestep {T - 1}")
+        self.num_inference_steps = n
+        self.timesteps = ascending.flip(0).long().to(device)
+        self._make_walk()
+
+    def _make_walk(self) -> None:
+        """Coefficients of each step of the walk, so that `step` is three affine maps and looks nothing up twice."""
+        timesteps = self.timesteps.cpu()
+        abar = self._alphas_cumprod[timesteps]
+        abar_prev = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])  # no noise is left after the last step
+        alpha = abar / abar_prev
+        beta = 1 - alpha
+        posterior_variance = beta * (1 - abar_prev) / (1 - abar)  # equation 7
+        variance = posterior_variance if self.config.variance_type == "fixed_small" else beta.clone()
+        variance[-1] = 0.0  # algorithm 2: z = 0 at the last step of the walk, whatever its timestep
+        signal, sigma = abar.sqrt(), (1 - abar).sqrt()
+        x0_from = {  # x_0 as a combination of x_t and the network's output
+            "epsilon": (1 / signal, -sigma / signal),  # equation 4 solved for x_0
+            "sample": (torch.zeros_like(abar), torch.ones_like(abar)),
+            "v_prediction": (signal, -sigma),
+        }[self.config.prediction_type]
+        mean_from = (abar_prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - abar_prev) / (1 - abar))  # equation 7
+        steps = torch.stack([*x0_from, *mean_from, variance.sqrt()], dim=1)  # (steps, 5)
+
+        self._walk = dict(zip(timesteps.tolist(), steps.tolist(), strict=True))
+        # The same for timesteps that live on a device. Off the walk there is no step, so not a number either.
+        self._walk_table = torch.full((len(self), 5), math.nan, dtype=torch.float64)
+        self._walk_table[timesteps] = steps
+        self._walk_table_on_device = self._walk_table
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        """`sample` itself: a variance-preserving process needs no scaling."""
+        return sample
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
+        """One draw from p(x_{t-1} | x_t) (algorithm 2, with x_0 predicted and clamped first).
+
+        Args:
+            model_output: (B, ...), the network's prediction at `timestep`.
+            timestep: int, 0-d tensor or tensor of one element: a timestep of the walk. A tensor on a device is never
+                brought to the host; off the walk it gives NaN, where an int or a CPU tensor gives a ValueError.
+            sample: x_t, of `model_output`'s shape.
+            generator: as in `draw_noise`. Nothing is drawn at the last step.
+
+        Returns:
+            `DDPMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or the tuple of both.
+        """
+        if model_output.shape != sample.shape:
+            raise ValueError(f"model_output is {tuple(model_output.shape)} and sample {tuple(sample.shape)}")
+        from_sample, from_output, mean_from_x0, mean_from_sample, std = self._coefficients(timestep, sample)
+
+        # 1. x_0 as the network sees it
+        pred_original_sample = from_sample * sample + from_output * model_output
+        if self.config.clip_sample:
+            limit = self.config.clip_sample_range
+            pred_original_sample = pred_original_sample.clamp(-limit, limit)
+        # 2. mean of q(x_{t-1} | x_t, x_0), equation 7
+        prev_sample = mean_from_x0 * pred_original_sample + mean_from_sample * sample
+        # 3. noise
+        if isinstance(std, torch.Tensor) or std > 0:
+            prev_sample = prev_sample + std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
+
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def _coefficients(self, timestep, sample):
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            dtype = torch.promote_types(sample.dtype, torch.float32)
+            table = self._walk_table_on_device
+            if (table.device, table.dtype) != (timestep.device, dtype):
+                table = self._walk_table_on_device = self._walk_table.to(dtype).to(timestep.device)
+            # 0-d tensors scale the sample without changing its dtype
+            return table.index_select(0, timestep.reshape(1)).reshape(5).unbind()
+        if isinstance(timestep, torch.Tensor):
+            timestep = timestep.reshape(()).tolist()
+        if timestep not in self._walk:
+            raise ValueError(f"timestep={timestep!r} is not in the walk that set_timesteps chose: {self.timesteps}")
+        return self._walk[timestep]
+
+    # ------------------------------------------------------------------ interchange
+
+    @property
+    def config(self) -> FrozenDict:
+        config = super().config
+        return _ConfigForOursAlone(config) if config.timestep_spacing == "quadratic" else config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        return super().extract_init_dict(dict(config_dict), **kwargs)
+
+
+class _ConfigForOursAlone(FrozenDict):
+    """A config that refuses to build any scheduler but ours.
+
+    diffusers' schedulers accept a `timestep_spacing` that they do not know and silently visit other timesteps.
+    `from_config` is the one place that asks a config for `_use_default_values`.
+    """
+
+    def get(self, key, default=None):
+        if key == "_use_default_values":
+            raise ValueError(
+                "timestep_spacing='quadratic' is known to LinearNoiseScheduler alone: build another scheduler from "
+                "{**scheduler.config, 'timestep_spacing': 'leading'}"
+            )
+        return super().get(key, default)
+
+
+def _check_choice(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}")

@@ -1,0 +1,321 @@
+"""The U-Net that predicts the noise: time embedding, attention, residual block, stages, `DDPMUNet`.
+
+Shapes: B images, C channels, H x W pixels, E width of the time embedding. The network of one level of resolution is a
+stage, numbered from the image inwards:
+
+    sample -> stem -> down[0] -> down[1] -> ... -> middle -> ... -> up[1] -> up[0] -> head -> model output
+                        \\________\\______ skip connections ______/________/
+
+After Ho et al. 2020 (arXiv:2006.11239, appendix B), of which every tutorial's network is a relative.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+SKIP_CONNECTIONS = ("stage", "layer")
+
+
+@dataclass
+class DDPMUNetOutput(BaseOutput):
+    """`sample`: (B, out_channels, H, W), the network's prediction."""
+
+    sample: torch.Tensor
+
+
+def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
+    """(B,) -> (B, channels), float32: sines, then cosines, of frequencies 10000^(-i / (channels / 2)).
+
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), as in the authors' code but for the order of frequencies.
+    """
+    half = channels // 2
+    i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * i / half)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """timesteps (B,) -> (B, E)"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, timesteps):
+        # The angles reach 1000 radians, too many for half precision: cast after the sine.
+        x = sinusoids(timesteps, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class SelfAttention(nn.Module):
+    """(B, C, H, W) -> (B, C, H, W): multi-head attention over the H*W positions, added to its input."""
+
+    def __init__(self, channels: int, num_heads: int, norm_num_groups: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(norm_num_groups, channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = self.to_qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
+        tokens = self.to_out(mixed.transpose(1, 2).reshape(B, H * W, C))
+        return x + tokens.transpose(1, 2).reshape(B, C, H, W)
+
+
+class ResidualBlock(nn.Module):
+    """(B, in, H, W), time embedding (B, E) -> (B, out, H, W)"""
+
+    def __init__(self, in_channels: int, out_channels: int, time_embedding_dim: int, norm_num_groups: int, dropout):
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(norm_num_groups, in_channels)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_projection = nn.Linear(time_embedding_dim, out_channels)
+        self.norm_2 = nn.GroupNorm(norm_num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, time):
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = h + self.time_projection(F.silu(time))[:, :, None, None]
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        return self.shortcut(x) + h
+
+
+class Layer(nn.Module):
+    """A residual block and, where there is one, attention: (B, in, H, W), (B, E) -> (B, out, H, W)"""
+
+    def __init__(self, in_channels: int, out_channels: int, attention: bool, config):
+        super().__init__()
+        groups = config.norm_num_groups
+        self.residual = ResidualBlock(in_channels, out_channels, config.time_embedding_dim, groups, config.dropout)
+        self.attention = SelfAttention(out_channels, config.num_attention_heads, groups) if attention else None
+
+    def forward(self, x, time):
+        x = self.residual(x, time)
+        return x if self.attention is None else self.attention(x)
+
+
+class DownStage(nn.Module):
+    """(B, in, H, W) -> (B, out, H/2, W/2), or H, W unchanged without `downsample`; and what the up stage will see."""
+
+    def __init__(self, widths: list[int], attention: bool, downsample: bool, config):
+        super().__init__()
+        self.skips_every_layer = config.skip_connections == "layer"
+        self.layers = nn.ModuleList(Layer(i, o, attention, config) for i, o in pairwise(widths))
+        self.downsample = nn.Conv2d(widths[-1], widths[-1], 4, stride=2, padding=1) if downsample else None
+
+    def forward(self, x, time):
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(features[-1], time))
+        x = features[-1] if self.downsample is None else self.downsample(features[-1])  # H, W -> H/2, W/2
+        return x, features if self.skips_every_layer else features[:1]
+
+
+class MiddleStage(nn.Module):
+    """(B, in, H, W) -> (B, out, H, W): a residual block, then `num_layers` times attention and a residual block."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_layers: int, config):
+        super().__init__()
+        widths = [in_channels, *[out_channels] * (num_layers + 1)]
+        self.layers = nn.ModuleList(Layer(i, o, k < num_layers, config) for k, (i, o) in enumerate(pairwise(widths)))
+
+    def forward(self, x, time):
+        for layer in self.layers:
+            x = layer(x, time)
+        return x
+
+
+class UpStage(nn.Module):
+    """(B, in, H, W) and its down stage's skips -> (B, out, 2H, 2W), or H, W unchanged without `upsample`."""
+
+    def __init__(self, widths: list[int], skip_widths: list[int], attention: bool, upsample: bool, config):
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(widths[0], widths[0], 4, stride=2, padding=1) if upsample else None
+        self.layers = nn.ModuleList(
+            Layer(i + skip, o, attention, config)
+            for (i, o), skip in zip_longest(pairwise(widths), skip_widths, fillvalue=0)
+        )
+
+    def forward(self, x, time, skips):
+        if self.upsample is not None:
+            x = self.upsample(x)  # H, W -> 2H, 2W
+        for layer, skip in zip_longest(self.layers, reversed(skips)):
+            x = layer(x if skip is None else torch.cat([x, skip], dim=1), time)
+        return x
+
+
+class DDPMUNet(ModelMixin, ConfigMixin):
+    """The network of a DDPM: noisy images and their timesteps in, a prediction of the same shape out.
+
+    The defaults are the network of the ExplainingAI tutorial for MNIST (10.2 M parameters). Any height and width will
+    do, whatever `sample_size` says: what the stages can't halve is padded inside (the last row and column repeated)
+    and cropped from the prediction.
+
+    Args:
+        sample_size: side, or (height, width), of the images it is made for; the default size of what is sampled.
+        in_channels: channels of the images, and of the prediction.
+        stem_channels: width of the first convolution.
+        block_out_channels: width of each down stage, from the image inwards.
+        downsample: for each down stage, whether it halves height and width at its end (and the up stage beside it
+            doubles them); `None`: all but the deepest.
+        attention: for each down stage, whether its layers and those of the up stage beside it have attention; one
+            bool for all. The middle always has.
+        layers_per_block: layers of each down stage.
+        mid_block_out_channels: widths of the middle stages.
+        mid_layers_per_block: layers with attention in each middle stage; one without follows them.
+        up_block_out_channels: width that each up stage gives, in the order of the data: the deepest first.
+        up_layers_per_block: layers of each up stage; with skip connections of every layer these are
+            `layers_per_block + 1`, which is what `None` means there, and `layers_per_block` otherwise.
+        skip_connections: `"stage"`: an up stage sees what entered the down stage beside it; `"layer"`: each of its
+            layers sees the output of one layer (Ho et al. 2020).
+        num_attention_heads: heads of every attention.
+        time_embedding_dim: width of the sinusoids and of the time embedding.
+        norm_num_groups: groups of every normalisation; divides all widths.
+        dropout: probability, inside the residual blocks.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Layer"]
+    _repeated_blocks = ["Layer"]
+    _skip_layerwise_casting_patterns = ["time_embedding", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        stem_channels: int = 32,
+        block_out_channels: tuple[int, ...] = (64, 128, 256),
+        downsample: tuple[bool, ...] | None = None,
+        attention: bool | tuple[bool, ...] = True,
+        layers_per_block: int = 2,
+        mid_block_out_channels: tuple[int, ...] = (256, 128),
+        mid_layers_per_block: int = 2,
+        up_block_out_channels: tuple[int, ...] = (64, 32, 16),
+        up_layers_per_block: int | None = None,
+        skip_connections: str = "stage",
+        num_attention_heads: int = 4,
+        time_embedding_dim: int = 128,
+        norm_num_groups: int = 8,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        config = self.config
+        _check(config)
+        stages = len(block_out_channels)
+        downsample = downsample or [True] * (stages - 1) + [False]
+        attention = [attention] * stages if isinstance(attention, bool) else attention
+        self.gradient_checkpointing = False
+        self.size_factor = 2 ** sum(downsample)
+
+        self.stem = nn.Conv2d(in_channels, stem_channels, 3, padding=1)
+        self.time_embedding = TimeEmbedding(time_embedding_dim)
+
+        self.down = nn.ModuleList()
+        down_widths = []
+        for i, (width_in, width) in enumerate(pairwise([stem_channels, *block_out_channels])):
+            down_widths.append([width_in, *[width] * layers_per_block])
+            self.down.append(DownStage(down_widths[i], attention[i], downsample[i], config))
+
+        self.middle = nn.ModuleList(
+            MiddleStage(i, o, mid_layers_per_block, config)
+            for i, o in pairwise([block_out_channels[-1], *mid_block_out_channels])
+        )
+
+        self.up = nn.ModuleList()
+        width = mid_block_out_channels[-1]
+        for i, width_out in zip(reversed(range(stages)), up_block_out_channels, strict=True):
+            if skip_connections == "stage":
+                skip_widths = down_widths[i][:1]
+                widths = [width, *[width_out] * (up_layers_per_block or layers_per_block)]
+            else:
+                skip_widths = down_widths[i][::-1]
+                widths = [width, *[block_out_channels[i]] * layers_per_block, width_out]
+            self.up.append(UpStage(widths, skip_widths, attention[i], downsample[i], config))
+            width = width_out
+
+        self.norm_out = nn.GroupNorm(norm_num_groups, width)
+        self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, timestep, return_dict: bool = True):
+        """
+        Args:
+            sample: (B, in_channels, H, W).
+            timestep: int or float, or a tensor of shape (), (1,) or (B,).
+
+        Returns:
+            `DDPMUNetOutput` with `sample` (B, in_channels, H, W), or the tuple of it.
+        """
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(f"sample has shape {tuple(sample.shape)}; it must be (B, {self.config.in_channels}, H, W)")
+        B, _, H, W = sample.shape
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if len(timesteps) not in (1, B):
+            raise ValueError(f"timestep has {len(timesteps)} elements for a batch of {B}; it must be 1 or {B}")
+        time = self.time_embedding(timesteps.expand(B))
+
+        pad_h, pad_w = -H % self.size_factor, -W % self.size_factor
+        if pad_h or pad_w:
+            sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
+
+        x = self.stem(sample)
+        skips = []
+        for stage in self.down:
+            x, features = self._run(stage, x, time)
+            skips.append(features)
+        for stage in self.middle:
+            x = self._run(stage, x, time)
+        for stage in self.up:
+            x = self._run(stage, x, time, skips.pop())
+        x = self.conv_out(F.silu(self.norm_out(x)))[:, :, :H, :W]
+
+        return DDPMUNetOutput(sample=x) if return_dict else (x,)
+
+    def _run(self, stage, *args):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(stage, *args)
+        return stage(*args)
+
+
+def _check(config) -> None:
+    """A ValueError, for the first setting that makes no network, that says what would."""
+    stages = len(config.block_out_channels)
+    every_layer = config.skip_connections == "layer"
+    if config.skip_connections not in SKIP_CONNECTIONS:
+        raise ValueError(f"skip_connections={config.skip_connections!r}; choose from {', '.join(SKIP_CONNECTIONS)}")
+    for name in ("downsample", "attention", "up_block_out_channels"):
+        value = config[name]
+        if value is not None and not isinstance(value, bool) and len(value) != stages:
+            raise ValueError(f"{name}={value!r} must have one entry a stage: block_out_channels has {stages}")
+    if every_layer and config.up_layers_per_block not in (None, config.layers_per_block + 1):
+        raise ValueError(
+            f"up_layers_per_block={config.up_layers_per_block!r} must be {config.layers_per_block + 1} "
+            "where every layer has a skip connection"
+        )
+    for name in ("in_channels", "layers_per_block", "mid_layers_per_block", "norm_num_groups", "num_attention_heads"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name}={config[name]!r} must be an integer of at least 1")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout={config.dropout!r} must lie in [0, 1)")
+    if config.time_embedding_dim % 2:
+        raise ValueError(f"time_embedding_dim={config.time_embedding_dim!r} must be even: half sines, half cosines")
+    divisors = {"norm_num_groups": config.norm_num_groups, "num_attention_heads": config.num_attention_heads}
+    for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
+        widths = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
+        for divisor, value in divisors.items():
+            if any(width < 1 or width % value for width in widths):
+                raise ValueError(f"{name}={config[name]!r} must be multiples of {divisor}={value}")

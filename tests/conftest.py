@@ -1,0 +1,62 @@
+"""Fixtures: where real data is, and one small model trained for the whole session."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_hf import DDPMUNet
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.training import train
+
+torch.set_num_threads(2)
+
+TINY_UNET = {
+    "stem_channels": 8,
+    "block_out_channels": [16, 16],
+    "attention": [False, True],
+    "layers_per_block": 1,
+    "mid_block_out_channels": [16],
+    "mid_layers_per_block": 1,
+    "up_block_out_channels": [16, 8],
+    "num_attention_heads": 2,
+    "time_embedding_dim": 16,
+}
+
+
+def tiny_unet(**settings) -> DDPMUNet:
+    torch.manual_seed(0)
+    return DDPMUNet(**{**TINY_UNET, "sample_size": 8, **settings}).eval()
+
+
+def tiny_config(output_dir, **settings) -> TrainConfig:
+    """A run of a few seconds on the real digits."""
+    defaults = {
+        "unet": TINY_UNET,
+        "train_batch_size": 16,
+        "max_train_steps": 4,
+        "lr_warmup_steps": 2,
+        "learning_rate": 1e-3,
+        "checkpointing_steps": 100,
+        "eval_batch_size": 4,
+        "ddpm_num_inference_steps": 3,
+    }
+    return TrainConfig(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of vectors and real images beside the checkout."""
+    path = os.environ.get("DDPM_HF_SHARED")
+    if not path:
+        pytest.skip("DDPM_HF_SHARED is unset: no conformance vectors and no real images beside the digits")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The output folder of a finished tiny run on the digits. Not to be written to."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny_config(path, max_train_steps=25, checkpointing_steps=10))
+    return path

@@ -1,0 +1,412 @@
+import math
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_hf import LinearNoiseScheduler
+from ddpm_hf.scheduler import draw_noise
+
+F64 = torch.float64
+
+
+# ---------------------------------------------------------------- closed forms
+
+
+def test_constants_of_the_linear_schedule():
+    scheduler = LinearNoiseScheduler()
+    expected = {  # t: (abar, SNR, posterior variance), computed independently
+        0: (9.9990000000e-1, 9.9990000e3, 0.0),
+        1: (9.9978009207e-1, 4.5463576575e3, 5.4531876613e-5),
+        99: (8.9701814567e-1, 8.7104485694, 2.0345962595e-3),
+        499: (7.8587242882e-2, 8.5289944463e-2, 1.0031355415e-2),
+        999: (4.0358297654e-5, 4.0359926512e-5, 1.9999983527e-2),
+    }
+    for t, (abar, snr, variance) in expected.items():
+        signal, sigma = scheduler._signal_and_noise[t]
+        assert_close(float(signal**2), abar, rtol=1e-10, atol=0)
+        assert_close(float((signal / sigma) ** 2), snr, rtol=1e-9, atol=0)
+        assert_close(scheduler._walk[t][4] ** 2, variance, rtol=1e-9, atol=1e-20)
+    assert_close(scheduler.alphas_cumprod, diffusers.DDPMScheduler().alphas_cumprod, rtol=1e-4, atol=0)
+
+
+VARIANCES = {  # of what the sampler gives for data N(0, s2) with the optimal network: (s2, steps): small, large, DDIM
+    (1.0, 1000): (0.99106738, 0.99990000, 0.99625211),
+    (1.0, 50): (0.85743391, 0.99990000, 0.92944884),
+    (0.25, 1000): (0.24612521, 0.25075208, 0.24849755),
+    (0.25, 50): (0.19724511, 0.26752601, 0.22319872),
+}
+
+
+def optimal_epsilon(x, abar, s2):
+    """The best prediction of the noise for data N(0, s2)."""
+    return math.sqrt(1 - abar) * x / (abar * s2 + 1 - abar)
+
+
+def final_variance(scheduler, s2: float, steps: int, abar) -> float:
+    """Variance of x_0 by the recursion through `step`: it is linear in x_t, so two points and the noise tell it all."""
+    scheduler.set_timesteps(steps)
+    variance = 1.0
+    x = torch.tensor([[0.0], [1.0]], dtype=F64)
+    for t in scheduler.timesteps:
+        kwargs = {"generator": torch.Generator().manual_seed(0)}
+        prev = scheduler.step(optimal_epsilon(x, float(abar[t]), s2), t, x, **kwargs).prev_sample
+        z = torch.randn(2, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
+        # prev = gain * x + std * z
+        std = (prev[0] / z[0]).item()
+        gain = (prev[1] - std * z[1]).item()
+        variance = gain**2 * variance + std**2
+    return variance
+
+
+@pytest.mark.parametrize(("s2", "steps"), VARIANCES)
+@pytest.mark.parametrize("column", [0, 1])
+def test_exact_variance_of_sampling(s2, steps, column):
+    kind = ("fixed_small", "fixed_large")[column]
+    scheduler = LinearNoiseScheduler(variance_type=kind, clip_sample=False)
+    assert abs(final_variance(scheduler, s2, steps, scheduler._alphas_cumprod) - VARIANCES[s2, steps][column]) < 1e-8
+
+
+def test_exact_variance_tells_the_two_variances_apart():
+    scheduler = LinearNoiseScheduler(variance_type="fixed_large", clip_sample=False)  # beta where beta-tilde belongs
+    wrong = final_variance(scheduler, 1.0, 50, scheduler._alphas_cumprod)
+    assert abs(wrong - VARIANCES[1.0, 50][0]) > 0.1
+    scheduler = LinearNoiseScheduler(variance_type="fixed_small", clip_sample=False)
+    wrong = final_variance(scheduler, 1.0, 50, scheduler._alphas_cumprod)
+    assert abs(wrong - VARIANCES[1.0, 50][1]) > 0.1
+
+
+@pytest.mark.parametrize(("s2", "steps"), VARIANCES)
+def test_exact_variance_of_ddim_built_from_ours(s2, steps):
+    ddim = diffusers.DDIMScheduler.from_config(LinearNoiseScheduler(clip_sample=False).config)
+    variance = final_variance(ddim, s2, steps, LinearNoiseScheduler()._alphas_cumprod)
+    assert abs(variance - VARIANCES[s2, steps][2]) < 1e-4
+
+
+def test_sampling_gaussian_data_gives_its_variance():
+    scheduler = LinearNoiseScheduler(clip_sample=False)
+    scheduler.set_timesteps(50)
+    generator = torch.Generator().manual_seed(0)
+    x = draw_noise((100_000, 1), generator, dtype=F64)
+    for t in scheduler.timesteps:
+        x = scheduler.step(optimal_epsilon(x, float(scheduler._alphas_cumprod[t]), 1.0), t, x, generator).prev_sample
+    variance = VARIANCES[1.0, 50][0]
+    standard_error = variance * math.sqrt(2 / len(x))
+    assert abs(x.var().item() - variance) < 4 * standard_error
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_every_prediction_type_makes_the_same_samples(prediction_type):
+    """The optimal networks of all three predict the same x_0."""
+    schedulers = [LinearNoiseScheduler(prediction_type=p, clip_sample=False) for p in ("epsilon", prediction_type)]
+    samples = []
+    for scheduler in schedulers:
+        scheduler.set_timesteps(50)
+        generator = torch.Generator().manual_seed(0)
+        x = draw_noise((64, 1), generator, dtype=F64)
+        for t in scheduler.timesteps:
+            abar = float(scheduler._alphas_cumprod[t])
+            epsilon = optimal_epsilon(x, abar, 0.25)
+            x0 = (x - math.sqrt(1 - abar) * epsilon) / math.sqrt(abar)
+            v = math.sqrt(abar) * epsilon - math.sqrt(1 - abar) * x0
+            output = {"epsilon": epsilon, "sample": x0, "v_prediction": v}[scheduler.config.prediction_type]
+            x = scheduler.step(output, t, x, generator).prev_sample
+        samples.append(x)
+    assert_close(*samples, rtol=0, atol=1e-10)
+
+
+def test_one_step_chain_equals_the_jump():
+    scheduler = LinearNoiseScheduler()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
+    signal, variance = 1.0, 0.0
+    for t, beta in enumerate(betas.tolist()):
+        signal, variance = signal * math.sqrt(1 - beta), variance * (1 - beta) + beta
+        expected = scheduler._signal_and_noise[t].tolist()
+        assert abs(signal - expected[0]) < 1e-14
+        assert abs(math.sqrt(variance) - expected[1]) < 1e-14
+
+
+def test_velocity_is_the_derivative_of_x_along_the_angle():
+    """v = d x_t / d phi for x_t = cos(phi) x_0 + sin(phi) noise (Salimans & Ho 2022)."""
+    scheduler = LinearNoiseScheduler()
+    x0, noise = torch.randn(2, 4, 3, dtype=F64, generator=torch.Generator().manual_seed(0)).unbind()
+    t = torch.tensor([0, 300, 700, 999])
+    phi = torch.acos(scheduler._signal_and_noise[t, :1])
+    phi.requires_grad_()
+    for k in range(3):
+        x = phi.cos() * x0 + phi.sin() * noise
+        (gradient,) = torch.autograd.grad(x[:, k].sum(), phi)
+        assert_close(scheduler.get_velocity(x0, noise, t)[:, k : k + 1], gradient, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------- the sources' vectors
+
+
+def test_vectors(shared):
+    vectors = load_file(shared / "vectors/scheduler/linear_T1000.safetensors")
+    for kind, key in (("fixed_small", "prev_sample_fixed_small"), ("fixed_large", "prev_sample_fixed_large_labml")):
+        scheduler = LinearNoiseScheduler(variance_type=kind, clip_sample=False)
+        noisy = scheduler.add_noise(vectors["original_samples"], vectors["noise"], vectors["timesteps"])
+        assert_close(noisy, vectors["noisy_samples"], rtol=0, atol=1e-5)
+        for row, t in enumerate(vectors["timesteps"]):
+            torch.manual_seed(1000 + row)
+            sample, output = vectors["noisy_samples"][row], vectors["model_output"][row]
+            step = scheduler.step(output, t, sample)
+            x0 = vectors["pred_original_sample_clamped"][row]
+            assert_close(step.pred_original_sample.clamp(-1, 1), x0, rtol=0, atol=1e-5)
+            if t == 0 and kind == "fixed_large":  # labml adds noise here, a slip: ours is the mean without it
+                torch.manual_seed(1000 + row)
+                std = math.sqrt(1e-4)
+                expected = vectors[key][row] - std * torch.randn(sample.shape)
+            else:
+                expected = vectors[key][row]
+            assert_close(step.prev_sample, expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- walks
+
+
+def spaced(spacing, steps, **config):
+    scheduler = LinearNoiseScheduler(timestep_spacing=spacing, **config)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 300, 999, 1000])
+def test_spacings_are_those_of_diffusers(spacing, steps):
+    theirs = diffusers.DDPMScheduler(timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    assert_close(spaced(spacing, steps), theirs.timesteps)
+
+
+def test_quadratic_spacing():
+    assert spaced("quadratic", 10).tolist() == [
+        800, 632, 483, 355, 246, 158, 88, 39, 9, 0,
+    ]  # fmt: skip
+    assert spaced("quadratic", 1000).tolist() == list(range(999, -1, -1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(["leading", "trailing", "linspace", "quadratic"]), st.integers(1, 200), st.data())
+def test_a_walk_goes_down_within_the_schedule(spacing, total, data):
+    steps = data.draw(st.integers(1, total))
+    walk = spaced(spacing, steps, num_train_timesteps=total)
+    assert len(walk) == steps
+    assert (walk.diff() < 0).all()
+    assert 0 <= walk.min()
+    assert walk.max() < total
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "quadratic"])
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large"])
+def test_no_noise_at_the_last_step(spacing, kind):
+    scheduler = LinearNoiseScheduler(variance_type=kind, timestep_spacing=spacing, clip_sample=False)
+    scheduler.set_timesteps(4)
+    x, output = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    last = scheduler.step(output, scheduler.timesteps[-1], x, generator)
+    assert_close(last.prev_sample, last.pred_original_sample)  # abar_prev = 1: the mean is x_0 itself
+    assert_close(generator.get_state(), before)
+    first = [scheduler.step(output, scheduler.timesteps[0], x, torch.Generator().manual_seed(s))[0] for s in (1, 2)]
+    assert not torch.equal(*first)
+
+
+def test_a_respaced_walk_is_the_ddpm_of_its_own_betas():
+    short = LinearNoiseScheduler(clip_sample=False)
+    short.set_timesteps(20)
+    abar = short._alphas_cumprod[short.timesteps.flip(0)]
+    betas = 1 - abar / torch.cat([torch.ones(1, dtype=F64), abar[:-1]])
+    whole = LinearNoiseScheduler(20, trained_betas=betas.tolist(), clip_sample=False)
+    for t_short, t_whole in zip(short.timesteps.tolist(), range(19, -1, -1)):
+        assert_close(short._walk[t_short], whole._walk[t_whole], rtol=1e-9, atol=1e-12)
+
+
+# ---------------------------------------------------------------- the step
+
+
+def count_operations(function) -> list[str]:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            names.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    names = []
+    with Recorder():
+        function()
+    return names
+
+
+@pytest.mark.parametrize("timestep", [500, torch.tensor(500)])
+def test_step_never_brings_a_value_to_the_host(timestep):
+    scheduler = LinearNoiseScheduler()
+    x = torch.zeros(1, 3, 8, 8)
+    names = count_operations(lambda: scheduler.step(x, timestep, x))
+    assert not [name for name in names if "item" in name or "local_scalar" in name]
+    assert len(names) < 15
+
+
+def test_step_on_a_device_reads_its_table_there():
+    scheduler = LinearNoiseScheduler()
+    x, output = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = scheduler.step(output, 500, x, torch.Generator().manual_seed(1)).prev_sample
+
+    class OnADevice(torch.Tensor):  # a CPU tensor that says it lives elsewhere
+        device = torch.device("meta")
+
+    table = scheduler._walk_table.float()
+    scheduler._walk_table_on_device = torch.Tensor._make_subclass(OnADevice, table)
+    timestep = torch.Tensor._make_subclass(OnADevice, torch.tensor(500))
+    names = count_operations(lambda: scheduler._coefficients(timestep, x))
+    assert not [name for name in names if "item" in name or "local_scalar" in name or "_to_copy" in name]
+    assert_close(
+        scheduler.step(output, timestep, x, torch.Generator().manual_seed(1)).prev_sample.as_subclass(torch.Tensor),
+        expected,
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_step_on_cuda_does_not_synchronise():
+    scheduler = LinearNoiseScheduler()
+    scheduler.set_timesteps(10, device="cuda")
+    x = torch.zeros(1, 3, 8, 8, device="cuda")
+    scheduler.step(x, scheduler.timesteps[0], x)  # brings the table over
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in scheduler.timesteps:
+            scheduler.step(x, t, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_clipping():
+    x, output = torch.full((1, 4), 3.0), torch.full((1, 4), -3.0)
+    clipped = LinearNoiseScheduler(clip_sample_range=0.5).step(output, 999, x)
+    free = LinearNoiseScheduler(clip_sample=False).step(output, 999, x)
+    assert_close(clipped.pred_original_sample, torch.full((1, 4), 0.5))
+    assert free.pred_original_sample.min() > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_noise(dtype):
+    scheduler = LinearNoiseScheduler()
+    x0 = torch.zeros(1000, 2, dtype=dtype)
+    noisy = scheduler.add_noise(x0, torch.ones_like(x0), torch.arange(1000))
+    assert noisy.dtype == dtype
+    assert_close(noisy[:, 0].double(), scheduler._signal_and_noise[:, 1], rtol=2**-8, atol=0)
+
+
+def test_noise_of_a_list_of_generators_does_not_depend_on_the_batch():
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = draw_noise((3, 2, 2), generators(5, 6, 7))
+    assert_close(together[1:2], draw_noise((1, 2, 2), generators(6)), rtol=0, atol=0)
+    half = draw_noise((3, 2, 2), generators(5, 6, 7), dtype=torch.bfloat16)
+    assert_close(half, together.bfloat16(), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- interchange
+
+SOLVERS = [
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "TCDScheduler", "SASolverScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"},
+        {"num_train_timesteps": 10, "trained_betas": [0.01 * (k + 1) for k in range(10)]},
+    ],
+)
+def test_solvers_built_from_ours_and_back(name, config):
+    ours = LinearNoiseScheduler(**config)
+    theirs = getattr(diffusers, name).from_config(ours.config)
+    assert_close(theirs.alphas_cumprod, ours.alphas_cumprod, rtol=1e-4, atol=0)
+    assert theirs.config.prediction_type == ours.config.prediction_type
+    assert_close(LinearNoiseScheduler.from_config(theirs.config).alphas_cumprod, ours.alphas_cumprod)
+
+
+def test_the_defaults_are_those_of_ddpm_scheduler():
+    theirs = {k: v for k, v in diffusers.DDPMScheduler().config.items() if not k.startswith("_")}
+    assert {k: v for k, v in LinearNoiseScheduler().config.items() if not k.startswith("_")} == theirs
+
+
+def test_step_agrees_with_ddpm_scheduler():
+    for config in ({}, {"prediction_type": "sample"}, {"prediction_type": "v_prediction", "clip_sample": False}):
+        ours, theirs = LinearNoiseScheduler(**config), diffusers.DDPMScheduler(**config)
+        ours.set_timesteps(25)
+        theirs.set_timesteps(25)
+        x, output = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+        for t in ours.timesteps[::6]:
+            a, b = (s.step(output, t, x, generator=torch.Generator().manual_seed(1)) for s in (ours, theirs))
+            assert_close(a.prev_sample, b.prev_sample, rtol=1e-4, atol=1e-4)
+            assert_close(a.pred_original_sample, b.pred_original_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_quadratic_spacing_builds_no_other_solver(tmp_path):
+    LinearNoiseScheduler(timestep_spacing="quadratic").save_pretrained(tmp_path)
+    ours = LinearNoiseScheduler.from_pretrained(tmp_path)
+    assert LinearNoiseScheduler.from_config(ours.config).config.timestep_spacing == "quadratic"
+    for name in SOLVERS:
+        with pytest.raises(ValueError, match="'quadratic' is known to LinearNoiseScheduler alone"):
+            getattr(diffusers, name).from_config(ours.config)
+    diffusers.DDIMScheduler.from_config({**ours.config, "timestep_spacing": "leading"})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"beta_schedule": "squaredcos_cap_v2"},
+            "beta_schedule='squaredcos_cap_v2'; choose from linear, scaled_linear",
+        ),
+        ({"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'; choose from fixed_small, fixed_large"),
+        ({"prediction_type": "x0"}, "prediction_type='x0'; choose from epsilon, sample, v_prediction"),
+        ({"timestep_spacing": "even"}, "timestep_spacing='even'; choose from leading, trailing, linspace, quadratic"),
+        ({"thresholding": True}, "thresholding=True is not supported; it must be False"),
+        ({"sample_max_value": 1.5}, "sample_max_value=1.5 is not supported"),
+        ({"dynamic_thresholding_ratio": 0.9}, "dynamic_thresholding_ratio=0.9 is not supported"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0 must be"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5, beta_end=0.1: must be 0 < start <= end < 1"),
+        ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\); num_train_timesteps=1000"),
+        ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.2]}, "trained_betas: each must lie between 0 and 1"),
+        ({"clip_sample_range": 0}, "clip_sample_range=0 must be greater than 0"),
+    ],
+)
+def test_settings_that_cannot_be(config, message):
+    with pytest.raises(ValueError, match=message):
+        LinearNoiseScheduler(**config)
+
+
+def test_calls_that_cannot_be():
+    scheduler = LinearNoiseScheduler()
+    x = torch.zeros(2, 3)
+    for steps in (0, -1, 1001, 2.5, None):
+        with pytest.raises(ValueError, match=r"num_inference_steps=.* must be an integer in 1 ... 1000"):
+            scheduler.set_timesteps(steps)
+    for timesteps in (1000, -1, torch.tensor([0, 1000]), torch.tensor([0.5, 1.0])):
+        with pytest.raises(ValueError, match=r"must be integers in 0 ... 999"):
+            scheduler.add_noise(x, x, timesteps)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="timestep=5 is not in the walk"):
+        scheduler.step(x, 5, x)
+    with pytest.raises(ValueError, match=r"model_output is \(2, 6\) and sample \(2, 3\)"):
+        scheduler.step(torch.zeros(2, 6), 0, x)
+    with pytest.raises(ValueError, match="a list of 1 for a batch of 2"):
+        scheduler.step(x, 100, x, generator=[torch.Generator()])
+    offset = LinearNoiseScheduler(steps_offset=1)
+    with pytest.raises(ValueError, match="steps_offset=1 moves the walk of 1000 steps beyond timestep 999"):
+        offset.set_timesteps(1000)

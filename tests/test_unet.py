@@ -1,0 +1,238 @@
+import json
+import re
+
+import diffusers
+import pytest
+import torch
+from conftest import tiny_unet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ddpm_hf import DDPMUNet
+from ddpm_hf.unet import sinusoids
+
+RENAMED = [  # the tutorial's key -> ours
+    (r"^conv_in", "stem"),
+    (r"^t_proj\.0", "time_embedding.linear_1"),
+    (r"^t_proj\.2", "time_embedding.linear_2"),
+    (r"^(down|mid|up)s\.(\d+)\.(down|up)_sample_conv", r"\1.\2.\3sample"),
+    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_first\.(\d+)\.0", r"\1.\2.layers.\3.residual.norm_1"),
+    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_first\.(\d+)\.2", r"\1.\2.layers.\3.residual.conv_1"),
+    (r"^(down|mid|up)s\.(\d+)\.t_emb_layers\.(\d+)\.1", r"\1.\2.layers.\3.residual.time_projection"),
+    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_second\.(\d+)\.0", r"\1.\2.layers.\3.residual.norm_2"),
+    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_second\.(\d+)\.2", r"\1.\2.layers.\3.residual.conv_2"),
+    (r"^(down|mid|up)s\.(\d+)\.residual_input_conv\.(\d+)", r"\1.\2.layers.\3.residual.shortcut"),
+    (r"^(down|mid|up)s\.(\d+)\.attention_norms\.(\d+)", r"\1.\2.layers.\3.attention.norm"),
+    (r"^(down|mid|up)s\.(\d+)\.attentions\.(\d+)\.in_proj_", r"\1.\2.layers.\3.attention.to_qkv."),
+    (r"^(down|mid|up)s\.(\d+)\.attentions\.(\d+)\.out_proj", r"\1.\2.layers.\3.attention.to_out"),
+    (r"^mid\.", "middle."),
+]
+
+
+def load_explainingai(folder):
+    """The network of a vector of the ExplainingAI tutorial, with its weights."""
+    case = json.loads((folder / "case.json").read_text())
+    source = case["config"]
+    stem, *widths = source["down_channels"]
+    unet = DDPMUNet(
+        sample_size=source["im_size"],
+        in_channels=source["im_channels"],
+        stem_channels=stem,
+        block_out_channels=widths,
+        downsample=source["down_sample"],
+        layers_per_block=source["num_down_layers"],
+        mid_block_out_channels=source["mid_channels"][1:],
+        mid_layers_per_block=source["num_mid_layers"],
+        up_block_out_channels=[*source["down_channels"][-3::-1], 16],
+        up_layers_per_block=source["num_up_layers"],
+        time_embedding_dim=source["time_emb_dim"],
+    )
+    weights = {}
+    for key, value in torch.load(folder / "checkpoint.pth", weights_only=True).items():
+        for pattern, ours in RENAMED:
+            key = re.sub(pattern, ours, key)
+        weights[key] = value
+    unet.load_state_dict(weights)
+    return unet.eval(), case
+
+
+@pytest.mark.parametrize("case", ["explainingai_gray28", "explainingai_rgb32"])
+def test_vectors(shared, case):
+    unet, _ = load_explainingai(shared / "vectors" / case)
+    io = load_file(shared / "vectors" / case / "io.safetensors")
+    with torch.no_grad():
+        assert_close(unet(io["sample"], io["timestep"]).sample, io["noise_pred"], rtol=0, atol=1e-5)
+
+
+def test_the_default_is_the_tutorials_network():
+    assert sum(p.numel() for p in DDPMUNet().parameters()) == 10_188_081  # its own, counted from its code
+
+
+def test_sinusoids_are_those_of_diffusers():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    timesteps = torch.tensor([0.0, 1.0, 17.5, 999.0])
+    assert_close(sinusoids(timesteps, 32), get_timestep_embedding(timesteps, 32, downscale_freq_shift=0))
+
+
+def noisy(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_timesteps_may_be_of_any_kind():
+    unet, x = tiny_unet(), noisy(2, 1, 8, 8)
+    expected = unet(x, torch.tensor([7, 7])).sample
+    for timestep in (7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor(7.0)):
+        assert_close(unet(x, timestep).sample, expected, rtol=0, atol=0)
+    assert_close(unet(x, 7, return_dict=False)[0], expected, rtol=0, atol=0)
+    assert not torch.allclose(unet(x, 8).sample, expected)
+    mixed = unet(x, torch.tensor([7, 3])).sample
+    assert_close(mixed[:1], expected[:1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed[1:], expected[1:])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.sampled_from(["stage", "layer"]))
+def test_any_size_and_any_channels(height, width, channels, skips):
+    unet = tiny_unet(in_channels=channels, skip_connections=skips)
+    x = noisy(1, channels, height, width)
+    prediction = unet(x, 3).sample
+    assert prediction.shape == x.shape
+    # pad inside, crop after: the same as the network of the padded image
+    padded = torch.nn.functional.pad(x, (0, -width % 2, 0, -height % 2), mode="replicate")
+    assert_close(prediction, unet(padded, 3).sample[:, :, :height, :width], rtol=1e-4, atol=1e-5)
+
+
+def test_default_network_takes_29_by_43():
+    with torch.no_grad():
+        assert DDPMUNet().eval()(noisy(1, 1, 29, 43), 5).sample.shape == (1, 1, 29, 43)
+
+
+@pytest.mark.parametrize("skips", ["stage", "layer"])
+def test_skip_connections_carry_what_the_paper_says(skips):
+    """Silence the middle: the prediction still depends on the image through the skips, and only through them."""
+    unet = tiny_unet(skip_connections=skips)
+    x, y = noisy(2, 1, 1, 8, 8)
+    for stage in unet.middle:
+        stage.forward = lambda x, time: torch.zeros_like(x[:, :1]).expand_as(x)
+    assert not torch.allclose(unet(x, 1).sample, unet(y, 1).sample)
+    for stage in unet.up:
+        forward = stage.forward
+        stage.forward = lambda x, time, skips, forward=forward: forward(x, time, [torch.zeros_like(s) for s in skips])
+    assert_close(unet(x, 1).sample, unet(y, 1).sample)
+    layers = [len(stage.layers) for stage in unet.up]
+    assert layers == ([1, 1] if skips == "stage" else [2, 2])
+
+
+def test_layer_skips_make_the_widths_of_unet2d():
+    """Inputs of the up blocks of diffusers' network of the paper's family, at equal settings."""
+    widths = (32, 64, 64)
+    theirs = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        norm_num_groups=8,
+    )
+    ours = DDPMUNet(
+        in_channels=3,
+        block_out_channels=widths,
+        skip_connections="layer",
+        attention=(False, True, False),
+        mid_block_out_channels=(64,),
+        mid_layers_per_block=1,
+        up_block_out_channels=(64, 64, 32),
+    )
+    expected = [[r.conv1.weight.shape[:2] for r in block.resnets] for block in theirs.up_blocks]
+    assert [[layer.residual.conv_1.weight.shape[:2] for layer in stage.layers] for stage in ours.up] == expected
+
+
+def test_dropout_acts_in_training_only():
+    unet, x = tiny_unet(dropout=0.5), noisy(1, 1, 8, 8)
+    assert_close(unet(x, 1).sample, unet(x, 1).sample, rtol=0, atol=0)
+    unet.train()
+    assert not torch.equal(unet(x, 1).sample, unet(x, 1).sample)
+
+
+# ---------------------------------------------------------------- what ModelMixin promises
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        unet = tiny_unet().train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            assert unet.is_gradient_checkpointing
+        calls = []
+        unet.middle[0].layers[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        unet(noisy(2, 1, 8, 8), 3).sample.square().sum().backward()
+        assert len(calls) == 1 + checkpointing  # computed again in the backward pass
+        gradients.append([p.grad for p in unet.parameters()])
+    assert all(g is not None for g in gradients[1])
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tmp_path, dtype):
+    unet, x = tiny_unet(), noisy(2, 1, 8, 8)
+    unet.save_pretrained(tmp_path, variant="fp16")
+    loaded = DDPMUNet.from_pretrained(tmp_path, variant="fp16", torch_dtype=dtype)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    prediction = loaded(x.to(dtype), 999).sample
+    assert prediction.dtype == dtype
+    assert_close(prediction.float(), unet(x, 999).sample, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "auto"}, {"low_cpu_mem_usage": False}])
+def test_sharded_weights_load_alike(tmp_path, options):
+    unet, x = tiny_unet(), noisy(2, 1, 8, 8)
+    unet.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = DDPMUNet.from_pretrained(tmp_path, **options)
+    assert_close(loaded(x, 5).sample, unet(x, 5).sample, rtol=0, atol=1e-6)
+    assert loaded.config.block_out_channels == list(unet.config.block_out_channels)
+
+
+def test_layerwise_casting_and_regional_compilation_know_their_parts():
+    unet, x = tiny_unet(), noisy(2, 1, 8, 8)
+    expected = unet(x, 5).sample
+    names = {type(module).__name__ for module in unet.modules()}
+    assert set(DDPMUNet._repeated_blocks) <= names
+    assert set(DDPMUNet._no_split_modules) <= names
+    unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert unet.up[0].layers[0].residual.conv_1.weight.dtype == torch.bfloat16
+    assert unet.norm_out.weight.dtype == torch.float32
+    assert_close(unet(x, 5).sample, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"skip_connections": "all"}, "skip_connections='all'; choose from stage, layer"),
+        ({"attention": [True]}, r"attention=\[True\] must have one entry a stage: block_out_channels has 2"),
+        ({"downsample": [True, True, False]}, "downsample=.* must have one entry a stage"),
+        ({"up_block_out_channels": [16]}, "up_block_out_channels=.* must have one entry a stage"),
+        ({"stem_channels": 12}, "stem_channels=12 must be multiples of norm_num_groups=8"),
+        ({"block_out_channels": [16, 24], "num_attention_heads": 16}, "num_attention_heads=16"),
+        ({"skip_connections": "layer", "up_layers_per_block": 1}, "up_layers_per_block=1 must be 2"),
+        ({"time_embedding_dim": 15}, "time_embedding_dim=15 must be even"),
+        ({"layers_per_block": 0}, "layers_per_block=0 must be an integer of at least 1"),
+        ({"in_channels": 0}, "in_channels=0 must be an integer of at least 1"),
+        ({"dropout": 1.5}, r"dropout=1.5 must lie in \[0, 1\)"),
+    ],
+)
+def test_settings_that_make_no_network(config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_unet(**config)
+
+
+def test_calls_that_cannot_be():
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match=r"sample has shape \(1, 3, 8, 8\); it must be \(B, 1, H, W\)"):
+        unet(noisy(1, 3, 8, 8), 0)
+    with pytest.raises(ValueError, match="timestep has 3 elements for a batch of 2; it must be 1 or 2"):
+        unet(noisy(2, 1, 8, 8), torch.arange(3))
