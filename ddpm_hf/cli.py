@@ -10,17 +10,22 @@ import ddpm_hf
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a mistake in what was asked for, told in one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="ddpm-hf", description=ddpm_hf.__doc__)
+    parser = _Parser(prog="ddpm-hf", description=ddpm_hf.__doc__)
     parser.add_argument("--version", action="version", version=f"ddpm-hf {ddpm_hf.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a model; `ddpm-hf train --help` lists the settings", add_help=False)
-    command, rest = parser.parse_known_args(argv[:1])[0].command, argv[1:]
     try:
-        return {"train": train}[command](rest)
+        command = parser.parse_args(argv[:1]).command
+        return {"train": train}[command](argv[1:])
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(f"ddpm-hf {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
 
 
 def train(args: list[str]) -> int:
@@ -42,8 +47,8 @@ def announce(run) -> None:
     parameters = sum(p.numel() for p in run.pipeline.unet.parameters())
     shape = "x".join(map(str, run.images.pixels.shape[1:]))
     print(
-        f"{type(run.pipeline.unet).__name__} of {parameters / 1e6:.2f} M parameters, {len(run.images)} images of {shape}, "
-        f"{run.total_steps - run.step} updates to go -> {run.output_dir}",
+        f"{type(run.pipeline.unet).__name__} of {parameters / 1e6:.2f} M parameters, {len(run.images)} images of "
+        f"{shape}, {run.total_steps - run.step} updates to go -> {run.output_dir}",
         flush=True,
     )
 

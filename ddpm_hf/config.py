@@ -49,8 +49,10 @@ class TrainConfig:
     pretrained_model_name_or_path: str | None = _setting(
         "start from this pipeline's network and scheduler (a folder or a Hub id) in place of the recipe's"
     )
-    unet: dict | str = _setting("arguments of DDPMUNet as JSON; they are added to the recipe's", {})
-    scheduler: dict | str = _setting("arguments of LinearNoiseScheduler as JSON; they are added to the recipe's", {})
+    unet: dict | str | None = _setting("arguments of DDPMUNet as JSON; they are added to the recipe's", {})
+    scheduler: dict | str | None = _setting(
+        "arguments of LinearNoiseScheduler as JSON; they are added to the recipe's", {}
+    )
     # optimisation
     train_batch_size: int = _setting("images a process and a micro-batch", 64)
     gradient_accumulation_steps: int = _setting("micro-batches an update", 1)
@@ -79,9 +81,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("unet", "scheduler"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, _parse_json(name, value))
+            value = getattr(self, name) or {}
+            setattr(self, name, _parse_json(name, value) if isinstance(value, str) else value)
         if self.output_dir is None:
             self.output_dir = str(Path("runs") / Path(self.config).stem)
         self._check_types()

@@ -1,14 +1,16 @@
 """Sharing a trained pipeline on the Hugging Face Hub."""
 
+from importlib import metadata, resources
 from pathlib import Path
+from string import Template
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from ddpm_hf.training import Run
+from ddpm_hf.training import Run, read_log
 
 # What belongs into a model's repository; checkpoints do not.
-UPLOADED = ("model_index.json", "unet/*", "scheduler/*", "*.png", "*.gif", "log.csv", "train_config.json")
+UPLOADED = ["README.md", "model_index.json", "unet/*", "scheduler/*", "*.png", "*.gif", "log.csv", "train_config.json"]
 
 
 def check_login(run: Run) -> None:
@@ -16,20 +18,42 @@ def check_login(run: Run) -> None:
     try:
         HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"push_to_hub needs a login (`hf auth login`): {' '.join(str(error).split())}") from error
+        raise ValueError(f"push_to_hub needs a login (`hf auth login`): {error}") from error
 
 
 def push_when_finished(run: Run) -> None:
-    """After the last save: upload the pipeline folder to `hub_model_id`."""
+    """After the last save: write the model card and upload the pipeline folder to `hub_model_id`."""
     if not run.finished:
         return
     api = HfApi()
-    repo = api.create_repo(
-        run.config.hub_model_id or Path(run.config.output_dir).name, private=run.config.hub_private_repo, exist_ok=True
-    )
-    api.upload_folder(
-        repo_id=repo.repo_id,
+    name = run.config.hub_model_id or Path(run.config.output_dir).name
+    repo_id = api.create_repo(name, private=run.config.hub_private_repo, exist_ok=True).repo_id
+    (run.output_dir / "README.md").write_text(model_card(run, repo_id))
+    commit = api.upload_folder(
+        repo_id=repo_id,
         folder_path=run.output_dir,
-        allow_patterns=list(UPLOADED),
+        allow_patterns=UPLOADED,
         commit_message=f"Train for {run.step} updates",
+    )
+    print(commit.commit_url, flush=True)
+
+
+def model_card(run: Run, repo_id: str) -> str:
+    """The card of a finished run: what was done and measured, nothing else."""
+    last, unet = read_log(run.output_dir / "log.csv")[-1], run.pipeline.unet
+    channels, height, width = run.images.pixels.shape[1:]
+    packages = ("ddpm-hf", "torch", "diffusers", "accelerate")
+    return Template(resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text()).substitute(
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        data=Path(run.config.train_data_dir).name if run.config.train_data_dir else run.config.dataset_name,
+        shape=f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}",
+        num_images=f"{len(run.images):,}",
+        network=type(unet).__name__,
+        parameters=f"{sum(p.numel() for p in unet.parameters()):,}",
+        steps=f"{run.step:,}",
+        images_seen=f"{int(last['images_seen']):,}",
+        held_out_loss=f"{last['held_out_loss']:.4f}" if run.held_out else "not measured",
+        num_held_out=len(run.held_out) if run.held_out else 0,
+        versions=", ".join(f"{name} {metadata.version(name)}" for name in packages),
     )

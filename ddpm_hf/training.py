@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -204,19 +205,33 @@ def _model(config: TrainConfig, images: ImageData):
         if source is None:
             size = height if height == width else (height, width)
             unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **config.unet})
-            return unet, LinearNoiseScheduler(**config.scheduler)
-        if config.unet:
+            scheduler = LinearNoiseScheduler(**config.scheduler)
+        elif config.unet:
             raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
-        pipeline = DDPMCustomPipeline.from_pretrained(source)
+        else:
+            pipeline = _load_pipeline(source)
+            unet = pipeline.unet
+            scheduler = LinearNoiseScheduler.from_config(pipeline.scheduler.config, **config.scheduler)
     except (OSError, TypeError, AttributeError) as error:  # a folder without a model, an unknown argument
         what = "unet or scheduler settings" if source is None else f"pretrained_model_name_or_path={source!r}"
         raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
-    if pipeline.unet.config.in_channels != channels:
-        raise ValueError(
-            f"pretrained_model_name_or_path={source!r} is made for {pipeline.unet.config.in_channels} channels "
-            f"and the images have {channels}: set channels"
-        )
-    return pipeline.unet, LinearNoiseScheduler.from_config(pipeline.scheduler.config, **config.scheduler)
+    if unet.config.in_channels != channels:
+        of = "unet" if source is None else f"pretrained_model_name_or_path={source!r}"
+        made_for = unet.config.in_channels
+        raise ValueError(f"{of} is made for {made_for} channels and the images have {channels}: set channels")
+    scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
+    return unet, scheduler
+
+
+def _load_pipeline(source: str) -> DDPMCustomPipeline:
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what goes wrong is told once, by the error
+    diffusers.logging.disable_progress_bar()
+    try:
+        return DDPMCustomPipeline.from_pretrained(source)
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
+        diffusers.logging.enable_progress_bar()
 
 
 def draw(config: TrainConfig, scheduler, shape, step: int):

@@ -199,7 +199,7 @@ def test_a_walk_goes_down_within_the_schedule(spacing, total, data):
     walk = spaced(spacing, steps, num_train_timesteps=total)
     assert len(walk) == steps
     assert (walk.diff() < 0).all()
-    assert 0 <= walk.min()
+    assert walk.min() >= 0
     assert walk.max() < total
 
 
@@ -269,20 +269,6 @@ def test_step_on_a_device_reads_its_table_there():
         scheduler.step(output, timestep, x, torch.Generator().manual_seed(1)).prev_sample.as_subclass(torch.Tensor),
         expected,
     )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_step_on_cuda_does_not_synchronise():
-    scheduler = LinearNoiseScheduler()
-    scheduler.set_timesteps(10, device="cuda")
-    x = torch.zeros(1, 3, 8, 8, device="cuda")
-    scheduler.step(x, scheduler.timesteps[0], x)  # brings the table over
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for t in scheduler.timesteps:
-            scheduler.step(x, t, x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_clipping():

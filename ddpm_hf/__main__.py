@@ -1,0 +1,8 @@
+"""`python -m ddpm_hf` is `ddpm-hf`."""
+
+import sys
+
+from ddpm_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

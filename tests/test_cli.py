@@ -1,0 +1,104 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_UNET
+from PIL import Image
+
+import ddpm_hf
+from ddpm_hf import DDPMCustomPipeline
+from ddpm_hf.cli import main
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--max_train_steps", "6", "--checkpointing_steps", "4", "--eval_batch_size", "9"]
+QUICK += ["--ddpm_num_inference_steps", "5", "--train_batch_size", "16"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"ddpm-hf {ddpm_hf.__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_help(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 0
+    assert "train" in capsys.readouterr().out
+
+
+def test_the_readmes_first_line_in_few_steps(tmp_path):
+    """`accelerate launch examples/train.py`: all that it leaves, on the embedded digits."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", ROOT / "examples/train.py", *QUICK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    out = tmp_path / "runs/digits"
+    assert "1617 images of 1x8x8, 6 updates to go -> runs/digits" in done.stdout
+    assert "A support-vector classifier reads" in done.stdout
+    assert "loss=" in done.stderr
+    assert "images/s" in done.stderr
+    for name in ("samples.png", "forward.png", "loss.png", "denoising.gif"):
+        Image.open(out / name).verify()
+    assert Image.open(out / "denoising.gif").n_frames == 6
+    with open(out / "log.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [4, 6]
+    assert DDPMCustomPipeline.from_pretrained(out)(1, num_inference_steps=2).images[0].size == (8, 8)
+    again = [*command[:4], "--config", "runs/digits/train_config.json", "--output_dir", "runs/again"]
+    subprocess.run(again, cwd=tmp_path, capture_output=True, check=True)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "runs/again" / weights).read_bytes() == (out / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--config", "nothing"], "config='nothing' is neither a file nor one of the recipes"),
+        (["train", "--train_data_dir", "nowhere"], "train_data_dir='nowhere' is not a folder"),
+        (["train", "--max_train_steps", "0"], "max_train_steps=0 must be at least 1"),
+        (["train", "--train_batch_size", "-1"], "train_batch_size=-1 must be at least 1"),
+        (["train", "--seed"], "expected one argument"),
+        (["train", "--ddpm_num_inference_steps", "2000"], "num_inference_steps=2000 must be an integer in 1 ... 1000"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_has_no_traceback_in_a_real_process(tmp_path):
+    for command in ([ROOT / "examples/train.py"], ["-m", "ddpm_hf", "train"]):
+        command = [sys.executable, *command, "--train_data_dir", "nowhere"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "train_data_dir='nowhere' is not a folder; it must be one that holds" in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_examples_run(tmp_path):
+    command = [sys.executable, ROOT / "examples/minimal_loop.py", "--steps", "3", "--output", "grid.png"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert Image.open(tmp_path / "grid.png").size > (32, 32)
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "explainingai-mnist"])
+def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkeypatch, name):
+    data = shared / "data" / name.split("-")[-1]
+    small = {"stem_channels": 8, "norm_num_groups": 8}
+    assert small.keys() <= TINY_UNET.keys() | {"norm_num_groups"}
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--config", name, "--train_data_dir", str(data), "--max_train_steps", "2"]
+    argv += ["--train_batch_size", "4", "--eval_batch_size", "1", "--ddpm_num_inference_steps", "2"]
+    assert main(argv) == 0
+    assert Image.open(f"runs/{name}/samples.png").mode == ("RGB" if name == "cifar10" else "L")

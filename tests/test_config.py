@@ -1,0 +1,107 @@
+import dataclasses
+import json
+
+import pytest
+
+from ddpm_hf.config import TrainConfig, load_recipe, parse_train_config, recipe_names, resolve
+
+
+def test_flags_over_recipe_over_defaults(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learning_rate: 1e-3\ntrain_batch_size: 8\nunet: {dropout: 0.1, stem_channels: 16}\n")
+    config = parse_train_config(["--config", str(recipe), "--train_batch_size", "4", "--unet", '{"dropout": 0.2}'])
+    assert (config.learning_rate, config.train_batch_size, config.seed) == (1e-3, 4, 0)
+    assert config.unet == {"dropout": 0.2, "stem_channels": 16}
+    assert config.output_dir == "runs/mine"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_a_configuration_that_saves_to_itself(tmp_path, name):
+    config = parse_train_config(["--config", name])
+    config.save(tmp_path / "train_config.json")
+    again = parse_train_config(["--config", str(tmp_path / "train_config.json")])
+    assert again == config
+    assert config.output_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_say_only_what_differs_from_the_defaults(name):
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    recipe = load_recipe(name)
+    recipe.pop("config")
+    same = [key for key, value in recipe.items() if defaults[key] == value]
+    assert not same
+
+
+def test_the_flags_are_frozen():
+    """What people have in their scripts. Add here; take away or rename only with a major version."""
+    assert [f.name for f in dataclasses.fields(TrainConfig)] == [
+        "config", "output_dir", "overwrite_output_dir", "dataset_name", "dataset_config_name", "train_data_dir",
+        "resolution", "channels", "value_range", "random_flip", "pretrained_model_name_or_path", "unet", "scheduler",
+        "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
+        "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+        "max_grad_norm", "ema_max_decay", "mixed_precision", "seed", "checkpointing_steps",
+        "checkpoints_total_limit", "resume_from_checkpoint", "eval_batch_size", "ddpm_num_inference_steps",
+        "push_to_hub", "hub_model_id", "hub_private_repo",
+    ]  # fmt: skip
+
+
+def test_flags_of_every_type():
+    config = parse_train_config(["--value_range", "0", "65535", "--random_flip", "--resolution", "32", "--seed", "7"])
+    assert config.value_range == [0.0, 65535.0]
+    assert config.random_flip is True
+    assert (config.resolution, config.seed) == (32, 7)
+
+
+def test_pretrained_weights_bring_their_network_and_scheduler():
+    config = resolve({"pretrained_model_name_or_path": "somewhere"})
+    assert (config.unet, config.scheduler) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config", "nothing"], "config='nothing' is neither a file nor one of the recipes .*digits"),
+        (["--learning_rat", "1"], "there is no flag '--learning_rat'"),
+        (["--learning_rate", "fast"], "learning_rate: invalid float value: 'fast'"),
+        (["--learning_rate", "0"], "learning_rate=0.0 must be greater than 0"),
+        (["--max_train_steps", "0"], "max_train_steps=0 must be at least 1"),
+        (["--train_batch_size", "-4"], "train_batch_size=-4 must be at least 1"),
+        (["--lr_scheduler", "step"], "lr_scheduler='step' must be one of constant, cosine, linear"),
+        (["--mixed_precision", "fp8"], "mixed_precision='fp8' must be one of no, bf16, fp16"),
+        (["--value_range", "5"], r"value_range=\[5.0\] must be two numbers"),
+        (["--value_range", "5", "1"], r"value_range=\[5.0, 1.0\] must be two numbers"),
+        (["--adam_beta1", "1"], r"adam_beta1=1.0 must lie in \[0, 1\)"),
+        (["--unet", "{dropout"], "unet='{dropout' is not JSON"),
+        (["--unet", "3"], "unet='3' must be a JSON object"),
+    ],
+)
+def test_flags_that_cannot_be(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_train_config(flags)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("learning_rte: 1e-3", "there is no setting 'learning_rte'; did you mean 'learning_rate'?"),
+        ("seed: many", "seed='many' must be int"),
+        ("seed: 1.5", "seed=1.5 must be int"),
+        ("random_flip: 1", "random_flip=1 must be bool"),
+        ("resolution: [1, 2]", r"resolution=\[1, 2\] must be int or null"),
+        ("- a list", "must hold settings"),
+        ("a: [", "is not YAML or JSON"),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path, recipe, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        parse_train_config(["--config", str(path)])
+
+
+def test_a_json_file_is_a_recipe_too(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"learning_rate": 1e-05, "num_epochs": 3}))
+    config = parse_train_config(["--config", str(path)])
+    assert (config.learning_rate, config.num_epochs) == (1e-05, 3)

@@ -1,0 +1,185 @@
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import ImageData, batch_indices, load_images, seeded_generator
+
+
+def pictures(n, size=(8, 8), mode="RGB", seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], len(mode))
+    return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for _ in range(n)]
+
+
+def folder_of(path, images, extension="png"):
+    path.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(images):
+        image.save(path / f"{k:03d}.{extension}")
+    return path
+
+
+def config(folder, **settings) -> TrainConfig:
+    return TrainConfig(train_data_dir=str(folder), **settings)
+
+
+def test_the_embedded_digits():
+    train, held_out = load_images(TrainConfig())
+    assert (len(train), len(held_out)) == (1617, 180)
+    assert train.pixels.dtype == torch.uint8
+    assert train.pixels.shape[1:] == (1, 8, 8)
+    batch = train.batch(torch.arange(len(train)))
+    assert (batch.min(), batch.max()) == (-1, 1)
+    rows = {tuple(image.flatten().tolist()) for image in held_out.pixels}
+    assert not rows & {tuple(image.flatten().tolist()) for image in train.pixels}
+
+
+def test_a_folder_of_images(tmp_path):
+    images = pictures(20)
+    folder_of(tmp_path, images)
+    train, held_out = load_images(config(tmp_path))
+    assert (len(train), len(held_out)) == (18, 2)
+    stored = {np.asarray(image).tobytes() for image in images}
+    seen = {p.permute(1, 2, 0).contiguous().numpy().tobytes() for p in [*train.pixels, *held_out.pixels]}
+    assert seen == stored
+    x = train.batch(torch.tensor([3]))
+    assert_close((x + 1) / 2 * 255, train.pixels[3:4].float(), rtol=0, atol=1e-4)
+
+
+def test_train_and_test_folders(tmp_path):
+    folder_of(tmp_path / "train" / "a", pictures(3))
+    folder_of(tmp_path / "train" / "b", pictures(2))
+    folder_of(tmp_path / "test", pictures(4))
+    train, held_out = load_images(config(tmp_path))
+    assert (len(train), len(held_out)) == (5, 4)
+
+
+def test_parquet_files(tmp_path):
+    features = datasets.Features({"label": datasets.Value("int64"), "picture": datasets.Image()})
+    for split, n in (("train", 5), ("test", 3)):
+        rows = {"label": [0] * n, "picture": pictures(n, mode="L")}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}-0.parquet")
+    train, held_out = load_images(config(tmp_path))
+    assert (len(train), len(held_out)) == (5, 3)
+    assert np.array_equal(train.pixels[4, 0], np.asarray(pictures(5, mode="L")[4]))
+
+
+def test_real_parquet_files(shared):
+    train, held_out = load_images(config(shared / "data/flowers17_64"))
+    assert (len(train), len(held_out)) == (1224, 136)
+    assert train.pixels.shape[1:] == (3, 64, 64)
+
+
+def test_resolution_scales_the_shorter_side_and_crops_the_middle(tmp_path):
+    wide = np.zeros((20, 60), np.uint8)
+    wide[:, 20:40] = 200  # the middle square
+    folder_of(tmp_path, [Image.fromarray(wide)])
+    train, held_out = load_images(config(tmp_path, resolution=10))
+    assert held_out is None
+    assert train.pixels.shape == (1, 1, 10, 10)
+    assert (train.pixels[:, :, :, 1:-1] == 200).all()
+
+
+def test_channels(tmp_path):
+    folder_of(tmp_path, pictures(2, mode="L"))
+    assert load_images(config(tmp_path))[0].pixels.shape[1] == 1
+    assert load_images(config(tmp_path, channels=3))[0].pixels.shape[1] == 3
+    folder_of(tmp_path / "alpha", pictures(2, mode="RGBA"))
+    assert load_images(config(tmp_path / "alpha"))[0].pixels.shape[1] == 4
+    with pytest.raises(ValueError, match="000.png has an alpha channel, which channels=3 would lose: give channels=4"):
+        load_images(config(tmp_path / "alpha", channels=3))
+
+
+def test_sixteen_bits_need_a_range_and_lose_nothing(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    folder_of(tmp_path, [Image.fromarray(values), Image.fromarray(values + 1)])
+    with pytest.raises(ValueError, match=r"000.png has more than 8 bits .* --value_range BLACK WHITE"):
+        load_images(config(tmp_path))
+    train, _ = load_images(config(tmp_path, value_range=[0, 65535]))
+    expected = torch.from_numpy(values.astype(np.float64) / 65535 * 2 - 1).float()
+    assert_close(train.batch(torch.tensor([0]))[0, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_a_value_outside_the_range_is_named(tmp_path):
+    folder_of(tmp_path, [Image.new("L", (4, 4), 10), Image.new("L", (4, 4), 200)])
+    with pytest.raises(ValueError, match=r"001.png has values 200 ... 200, outside value_range 0 ... 100"):
+        load_images(config(tmp_path, value_range=[0, 100]))
+    with pytest.raises(ValueError, match=r"image 1 has values nan ... nan, outside value_range -1 ... 1"):
+        ImageData(torch.tensor([0.0, float("nan")]).reshape(2, 1, 1, 1), (-1.0, 1.0))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    assert load_images(config(tmp_path))[0].pixels.shape == (1, 1, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "train_data_dir='.*' is not a folder"),
+        (lambda p: p.mkdir(), "holds no image and no train"),
+        (lambda p: folder_of(p, [*pictures(1), *pictures(1, (9, 8))]), "001.png is 9x8 pixels .* give --resolution"),
+        (lambda p: (folder_of(p, pictures(1)) / "001.png").write_text("text"), "001.png can't be read as an image"),
+        (lambda p: (folder_of(p, pictures(1)) / "001.jpg").write_bytes(b""), "001.jpg can't be read as an image"),
+    ],
+)
+def test_sources_that_cannot_be(tmp_path, make, message):
+    make(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        load_images(config(tmp_path / "data"))
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    folder_of(tmp_path, pictures(1, (64, 64)))
+    content = (tmp_path / "000.png").read_bytes()
+    (tmp_path / "000.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="000.png can't be read as an image"):
+        load_images(config(tmp_path))
+
+
+def test_a_parquet_file_without_images(tmp_path):
+    datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="has no column of images: its columns are x"):
+        load_images(config(tmp_path))
+
+
+def test_a_data_set_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a: (_ for _ in ()).throw(OSError("no\nsuch thing")))
+    with pytest.raises(ValueError, match="dataset_name='nobody/nothing' can't be loaded: no such thing"):
+        load_images(TrainConfig(dataset_name="nobody/nothing"))
+
+
+# ---------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 25])
+def test_every_epoch_sees_every_image_once(batch_size):
+    stream = torch.cat([batch_indices(0, step, batch_size, 10) for step in range(100)])
+    assert len(stream) == 100 * batch_size
+    epochs = stream[: len(stream) // 10 * 10].reshape(-1, 10)
+    assert (epochs.sort(dim=1).values == torch.arange(10)).all()
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == len(epochs)
+
+
+def test_the_order_does_not_depend_on_how_it_is_cut():
+    whole = torch.cat([batch_indices(3, step, 12, 10) for step in range(5)])
+    halves = torch.cat([batch_indices(3, step, 6, 10) for step in range(10)])
+    assert torch.equal(whole, halves)
+    assert not torch.equal(whole, torch.cat([batch_indices(4, step, 12, 10) for step in range(5)]))
+
+
+def test_generators_of_different_purposes_differ():
+    seeds = [
+        seeded_generator(s, purpose, k).initial_seed()
+        for s in range(10)
+        for purpose in ("order", "noise", "dropout")
+        for k in range(100)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert seeded_generator(1, "noise", 2).initial_seed() == seeded_generator(1, "noise", 2).initial_seed()

@@ -1,0 +1,49 @@
+import numpy as np
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from ddpm_hf import LinearNoiseScheduler
+from ddpm_hf.pictures import forward_process, grid, loss_curve, save_gif
+
+
+def test_grid_places_each_image():
+    images = np.zeros((5, 2, 3, 1), np.float32)
+    images[4, 1, 2] = 0.6
+    picture = np.asarray(grid(images, columns=3, scale=2))
+    assert picture.shape == (2 * 5 - 1, 3 * 7 - 1)
+    assert (picture[4] == 255).all()  # between the rows
+    assert (picture[7:9, 11:13] == 153).all()  # image 4 is the second of the second row; its last pixel, twice as large
+    assert (picture[5:7, 7:13] == 0).all()
+    assert (picture[5:, 14:] == 255).all()  # no sixth image
+
+
+def test_grid_of_any_channels():
+    for channels, mode in ((1, "L"), (2, "L"), (3, "RGB"), (4, "RGBA"), (5, "RGB")):
+        assert grid(np.zeros((2, 4, 4, channels)), 2).mode == mode
+
+
+def test_forward_process_goes_from_the_image_to_noise():
+    images = torch.rand(2, 1, 64, 64) * 2 - 1
+    shown = forward_process(images, LinearNoiseScheduler(), columns=5).reshape(2, 5, 64, 64)
+    assert_close(torch.from_numpy(shown[:, 0]), images[:, 0] / 2 + 0.5)
+    similar = [[np.corrcoef(row[0].ravel(), x.ravel())[0, 1] for x in row] for row in shown]
+    for row in similar:
+        assert row == sorted(row, reverse=True)
+        assert row[1] > 0.99
+        assert abs(row[-1]) < 0.1
+
+
+def test_gif(tmp_path):
+    frames = [Image.new("L", (4, 4), 50 * k) for k in range(5)]
+    save_gif(frames, tmp_path / "film.gif")
+    film = Image.open(tmp_path / "film.gif")
+    assert film.n_frames == 5
+    film.seek(4)
+    assert film.info["duration"] > 2000
+
+
+def test_loss_curve(tmp_path):
+    log = [{"step": k, "loss": 1 / (k + 1), "held_out_loss": 0.5 if k == 4 else None} for k in range(5)]
+    loss_curve(log, tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (840, 480)

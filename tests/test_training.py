@@ -1,0 +1,344 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_unet
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.ema import EMA
+from ddpm_hf.training import (
+    Checkpoints,
+    Run,
+    diffusion_loss,
+    draw,
+    held_out_loss,
+    learning_rate,
+    read_log,
+    train,
+)
+
+
+def weights(folder, variant=None):
+    return load_file(folder / f"unet/diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors")
+
+
+def quietly(path):
+    """log.csv without its clock columns."""
+    clock = ("images_per_second", "seconds")
+    return [{k: v for k, v in row.items() if k not in clock} for row in read_log(path / "log.csv")]
+
+
+# ---------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_loss_is_zero_for_the_right_answer_only(prediction_type):
+    scheduler = LinearNoiseScheduler(prediction_type=prediction_type)
+    images, noise = torch.randn(2, 5, 1, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    t = torch.tensor([0, 10, 500, 900, 999])
+    answers = {"epsilon": noise, "sample": images, "v_prediction": scheduler.get_velocity(images, noise, t)}
+
+    def network(off):
+        def forward(noisy, timesteps):
+            assert_close(noisy, scheduler.add_noise(images, noise, t))
+            assert torch.equal(timesteps, t)
+            return type("Output", (), {"sample": answers[prediction_type] + off})
+
+        return forward
+
+    assert diffusion_loss(network(0.0), scheduler, images, noise, t) == 0
+    assert_close(diffusion_loss(network(0.5), scheduler, images, noise, t), torch.tensor(0.25))
+
+
+def test_the_draw_is_a_function_of_seed_and_update(tmp_path):
+    config, scheduler = tiny_config(tmp_path, random_flip=True), LinearNoiseScheduler()
+    shape = (4000, 1, 4, 4)
+    noise, timesteps, flips = draw(config, scheduler, shape, 3)
+    for a, b in zip(draw(config, scheduler, shape, 3), (noise, timesteps, flips), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(draw(config, scheduler, shape, 4)[0], noise)
+    assert not torch.equal(draw(tiny_config(tmp_path, seed=1), scheduler, shape, 3)[0], noise)
+    # each timestep is as likely: within 5 standard errors of a uniform mean and of both ends
+    assert abs(timesteps.double().mean() - 499.5) < 5 * 1000 / math.sqrt(12 * 4000)
+    assert timesteps.min() < 10
+    assert timesteps.max() > 989
+    assert abs(flips.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(4000)
+    assert not draw(tiny_config(tmp_path), scheduler, shape, 3)[2].any()
+
+
+def test_learning_rate(tmp_path):
+    config = tiny_config(tmp_path, learning_rate=1.0, lr_warmup_steps=4)
+    assert [learning_rate(config, k, 10) for k in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    config.lr_scheduler = "linear"
+    assert [learning_rate(config, k, 8) for k in range(4, 9)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    config.lr_scheduler = "cosine"
+    assert_close([learning_rate(config, k, 8) for k in (4, 6, 8)], [1.0, 0.5, 0.0])
+
+
+def test_ema_is_the_weighted_mean_of_its_formula():
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(network.weight, 1.0)
+    ema = EMA(network, max_decay=0.25)
+    expected = 1.0
+    for step in range(1, 6):
+        torch.nn.init.constant_(network.weight, float(step))
+        ema.update(network, step)
+        decay = min(0.25, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert_close(ema.model.weight.item(), expected, rtol=1e-6, atol=0)
+    assert not ema.model.weight.requires_grad
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_what_a_run_leaves(trained):
+    files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+    assert files == {
+        "log.csv", "train_config.json", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors",
+        *(f"checkpoint-{n}/{f}" for n in (20, 25) for f in
+          ("unet.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")),
+    }  # fmt: skip
+    log = read_log(trained / "log.csv")
+    assert [row["step"] for row in log] == [10, 20, 25]
+    assert [row["images_seen"] for row in log] == [160, 320, 400]
+    assert log[-1]["loss"] < log[0]["loss"] < 1.5
+    assert all(0 < row["held_out_loss"] < 1.5 for row in log)
+
+
+def test_the_pipeline_holds_the_average_and_the_raw_weights(trained):
+    average, raw = (load_file(trained / "checkpoint-25" / f"{name}.safetensors") for name in ("ema", "unet"))
+    for variant, expected in ((None, average), ("raw", raw)):
+        unet = DDPMCustomPipeline.from_pretrained(trained, variant=variant).unet
+        assert_close(unet.state_dict(), expected, rtol=0, atol=0)
+    assert not torch.equal(average["stem.weight"], raw["stem.weight"])
+
+
+def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny_config(tmp_path / name, seed=seed, unet={**tiny_config("").unet, "dropout": 0.1}))
+    files = [(tmp_path / n / "unet/diffusion_pytorch_model.safetensors").read_bytes() for n in "abc"]
+    assert files[0] == files[1] != files[2]
+    assert quietly(tmp_path / "a") == quietly(tmp_path / "b")
+
+
+def test_the_resolved_configuration_runs_again_to_the_same_bytes(trained, tmp_path):
+    from ddpm_hf.config import resolve
+
+    config = resolve({"config": str(trained / "train_config.json"), "output_dir": str(tmp_path / "again")})
+    train(config)
+    assert_close(weights(tmp_path / "again"), weights(trained), rtol=0, atol=0)
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(trained, tmp_path):
+    settings = {"max_train_steps": 25, "checkpointing_steps": 10}
+
+    class Dies(Exception):  # noqa: N818
+        pass
+
+    def die_at_20(run):
+        if run.step == 20:
+            raise Dies
+
+    with pytest.raises(Dies):
+        train(tiny_config(tmp_path, **settings), on_save=[die_at_20])
+    with pytest.raises(ValueError, match="holds an unfinished run .checkpoint-20 of 25.: go on with"):
+        train(tiny_config(tmp_path, **settings))
+    run = train(tiny_config(tmp_path, **settings, resume_from_checkpoint="latest"))
+    assert run.step == 25
+    for variant in (None, "raw"):
+        assert_close(weights(tmp_path, variant), weights(trained, variant), rtol=0, atol=0)
+    moments = "checkpoint-25/optimizer.safetensors"
+    assert_close(load_file(tmp_path / moments), load_file(trained / moments), rtol=0, atol=0)
+    assert quietly(tmp_path) == quietly(trained)
+
+
+def test_a_checkpoint_can_be_named(trained, tmp_path):
+    settings = {"max_train_steps": 25, "checkpointing_steps": 10}
+    train(tiny_config(tmp_path, **settings, resume_from_checkpoint=str(trained / "checkpoint-20")))
+    assert_close(weights(tmp_path), weights(trained), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="'checkpoint-7' is no checkpoint; in .* there is checkpoint-25"):
+        train(tiny_config(tmp_path, **settings, resume_from_checkpoint="checkpoint-7"))
+
+
+def test_a_finished_folder_may_be_trained_into_again(tmp_path):
+    for _ in range(2):
+        train(tiny_config(tmp_path))
+    assert [path.name for path in Checkpoints(tmp_path, 9).found()] == ["checkpoint-4"]
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [4]
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    train(tiny_config(tmp_path / "large", train_batch_size=16, max_train_steps=20))
+    train(tiny_config(tmp_path / "small", train_batch_size=4, gradient_accumulation_steps=4, max_train_steps=20))
+    large, small = (quietly(tmp_path / name) for name in ("large", "small"))
+    assert [row["step"] for row in small] == [10, 20]
+    for a, b in zip(large, small, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert a["learning_rate"] == b["learning_rate"]
+
+
+def test_epochs(tmp_path):
+    run = train(tiny_config(tmp_path, max_train_steps=None, num_epochs=2, train_batch_size=539))
+    assert run.total_steps == 6  # 2 * 1617 / 539
+
+
+def test_the_callbacks_see_the_run(tmp_path):
+    seen = []
+    train(
+        tiny_config(tmp_path, checkpointing_steps=2),
+        on_start=[lambda run: seen.append(("start", run.step, run.output_dir.exists()))],
+        on_save=[lambda run: seen.append(("save", run.step, run.finished))],
+    )
+    assert seen == [("start", 0, True), ("save", 2, False), ("save", 4, True)]  # tmp_path exists from the beginning
+
+
+def test_held_out_loss_is_that_of_the_average_and_always_the_same(trained):
+    from ddpm_hf.data import load_images
+
+    config = tiny_config(trained)
+    pipeline = DDPMCustomPipeline.from_pretrained(trained)
+    images, held_out = load_images(config)
+    run = Run(config, pipeline, images, held_out, total_steps=25, step=25)
+    first = held_out_loss(run)
+    config.train_batch_size = 50
+    assert abs(held_out_loss(run) - first) < 1e-6  # however it is cut into batches
+    logged = read_log(trained / "log.csv")[-1]["held_out_loss"]
+    assert abs(logged - first) < 1e-6
+    assert math.isnan(held_out_loss(Run(config, pipeline, images, None, 1)))
+
+
+def test_training_goes_on_from_given_weights(trained, tmp_path):
+    start = {}
+
+    def note(run):
+        start.update({k: v.clone() for k, v in run.pipeline.unet.state_dict().items()})
+        assert run.pipeline.scheduler.config.num_train_timesteps == 1000
+
+    config = tiny_config(tmp_path / "more", unet={}, pretrained_model_name_or_path=str(trained))
+    train(config, on_start=[note])
+    assert_close(start, weights(trained), rtol=0, atol=0)
+    moved = weights(tmp_path / "more", "raw")
+    assert not torch.equal(moved["stem.weight"], start["stem.weight"])
+
+
+def test_a_network_of_diffusers_can_be_trained_on(tmp_path):
+    import diffusers
+
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "theirs")
+    train(tiny_config(tmp_path / "ours", unet={}, pretrained_model_name_or_path=str(tmp_path / "theirs")))
+    pipeline = DDPMCustomPipeline.from_pretrained(tmp_path / "ours")
+    assert type(pipeline.unet) is diffusers.UNet2DModel
+    assert pipeline(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_bf16(tmp_path):
+    train(tiny_config(tmp_path, mixed_precision="bf16", max_train_steps=20))
+    assert {w.dtype for w in weights(tmp_path).values()} == {torch.float32}
+    assert read_log(tmp_path / "log.csv")[-1]["loss"] < 1.5
+
+
+def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
+    usual = signal.getsignal(signal.SIGTERM)
+
+    def ask_to_stop(run):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    run = train(tiny_config(tmp_path, max_train_steps=100_000), on_start=[ask_to_stop])
+    assert 0 <= run.step < 100_000
+    assert signal.getsignal(signal.SIGTERM) is usual
+    (checkpoint,) = Checkpoints(tmp_path, 9).found()
+    assert json.loads((checkpoint / "state.json").read_text()) == {"step": run.step, "total_steps": 100_000}
+    resumed = train(tiny_config(tmp_path, max_train_steps=run.step + 2, resume_from_checkpoint="latest"))
+    assert resumed.step == run.step + 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_data_dir": "/nowhere"}, "train_data_dir='/nowhere' is not a folder"),
+        ({"mixed_precision": "fp16"}, "mixed_precision='fp16' needs a CUDA device"),
+        ({"unet": {"depth": 3}}, "unet or scheduler settings: .*unexpected keyword argument 'depth'"),
+        ({"scheduler": {"beta_schedule": "sigmoid"}}, "beta_schedule='sigmoid'; choose from"),
+        ({"pretrained_model_name_or_path": "/nowhere", "unet": {}}, "pretrained_model_name_or_path='/nowhere': "),
+        ({"pretrained_model_name_or_path": "/nowhere"}, "must be empty: the network comes with the weights"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, "'checkpoint-3' is no checkpoint; in .* there is none"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing(tmp_path, settings, message):
+    if torch.cuda.is_available() and "mixed_precision" in settings:
+        pytest.skip("fp16 is possible here")
+    with pytest.raises(ValueError, match=message):
+        train(tiny_config(tmp_path / "run", **settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_shape_are_refused(trained, tmp_path):
+    config = tiny_config(tmp_path / "run", resume_from_checkpoint=str(trained / "checkpoint-20"))
+    config.unet = {**config.unet, "stem_channels": 16}
+    with pytest.raises(ValueError, match=r"has down.0.* as \(8,\) and the network wants \(16,\)"):
+        train(config)
+    DDPMCustomPipeline(tiny_unet(in_channels=3), LinearNoiseScheduler()).save_pretrained(tmp_path / "rgb")
+    with pytest.raises(ValueError, match="is made for 3 channels and the images have 1"):
+        train(tiny_config(tmp_path / "run", unet={}, pretrained_model_name_or_path=str(tmp_path / "rgb")))
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- real processes
+
+TRAIN = """
+import sys; sys.path.insert(0, {tests!r})
+from conftest import tiny_config
+from ddpm_hf.training import train
+train(tiny_config({out!r}, **{settings!r}))
+"""
+
+
+def script(tmp_path, out, **settings):
+    path = tmp_path / "script.py"
+    path.write_text(TRAIN.format(tests=os.path.dirname(__file__), out=str(out), settings=settings))
+    return path
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    train(tiny_config(tmp_path / "one", train_batch_size=16, max_train_steps=50))
+    path = script(tmp_path, tmp_path / "two", train_batch_size=8, max_train_steps=50)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29567", path]
+    subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    one, two = (quietly(tmp_path / name) for name in ("one", "two"))
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    assert [row["images_seen"] for row in two] == [row["images_seen"] for row in one]  # it was two, of half the batch
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
+    settings = {"max_train_steps": 60, "checkpointing_steps": 5}
+    subprocess.run([sys.executable, script(tmp_path, tmp_path / "whole", **settings)], check=True)
+    path = script(tmp_path, tmp_path / "killed", **settings)
+    process = subprocess.Popen([sys.executable, path])
+    while not Checkpoints(tmp_path / "killed", 9).found():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    path = script(tmp_path, tmp_path / "killed", **settings, resume_from_checkpoint="latest")
+    subprocess.run([sys.executable, path], check=True)
+    assert_close(weights(tmp_path / "killed", "raw"), weights(tmp_path / "whole", "raw"), rtol=0, atol=0)
+    assert quietly(tmp_path / "killed") == quietly(tmp_path / "whole")
