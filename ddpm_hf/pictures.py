@@ -66,17 +66,17 @@ def draw_pictures(run: Run) -> None:
     height, width = run.images.pixels.shape[2:]
     scale = max(1, 64 // max(height, width))
     columns = int(np.ceil(np.sqrt(config.eval_batch_size)))
-    frames = []
+    steps, frames = config.ddpm_num_inference_steps, []
 
     def keep(pipeline, i, timestep, tensors):
-        if run.finished and (i % max(1, config.ddpm_num_inference_steps // FILM_FRAMES) == 0):
+        if run.finished and i % max(1, steps // FILM_FRAMES) == 0 and i < steps - 1:
             frames.append(grid(to_output(tensors["sample"], "np"), columns, scale))
 
     pipeline.set_progress_bar_config(desc="samples", leave=False)
     samples = pipeline(
         config.eval_batch_size,
         generator=torch.Generator().manual_seed(config.seed),
-        num_inference_steps=config.ddpm_num_inference_steps,
+        num_inference_steps=steps,
         output_type="np",
         callback_on_step_end=keep,
     ).images

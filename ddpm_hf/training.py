@@ -201,20 +201,19 @@ def _model(config: TrainConfig, images: ImageData):
     channels, height, width = images.pixels.shape[1:]
     torch.manual_seed(config.seed)
     source = config.pretrained_model_name_or_path
+    if source is not None and config.unet:
+        raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     try:
         if source is None:
             size = height if height == width else (height, width)
             unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **config.unet})
             scheduler = LinearNoiseScheduler(**config.scheduler)
-        elif config.unet:
-            raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
         else:
             pipeline = _load_pipeline(source)
             unet = pipeline.unet
             scheduler = LinearNoiseScheduler.from_config(pipeline.scheduler.config, **config.scheduler)
-    except (OSError, TypeError, AttributeError) as error:  # a folder without a model, an unknown argument
-        what = "unet or scheduler settings" if source is None else f"pretrained_model_name_or_path={source!r}"
-        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+    except TypeError as error:  # an argument that neither has
+        raise ValueError(f"unet or scheduler settings: {error}") from error
     if unet.config.in_channels != channels:
         of = "unet" if source is None else f"pretrained_model_name_or_path={source!r}"
         made_for = unet.config.in_channels
@@ -224,13 +223,15 @@ def _model(config: TrainConfig, images: ImageData):
 
 
 def _load_pipeline(source: str) -> DDPMCustomPipeline:
-    verbosity = diffusers.logging.get_verbosity()
+    logging_level = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what goes wrong is told once, by the error
     diffusers.logging.disable_progress_bar()
     try:
         return DDPMCustomPipeline.from_pretrained(source)
+    except Exception as error:  # the loader, the Hub and the network all raise their own
+        raise ValueError(f"pretrained_model_name_or_path={source!r} can't be loaded: {error}") from error
     finally:
-        diffusers.logging.set_verbosity(verbosity)
+        diffusers.logging.set_verbosity(logging_level)
         diffusers.logging.enable_progress_bar()
 
 

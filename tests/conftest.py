@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from ddpm_hf import DDPMUNet
 from ddpm_hf.config import TrainConfig
@@ -43,6 +44,12 @@ def tiny_config(output_dir, **settings) -> TrainConfig:
         "ddpm_num_inference_steps": 3,
     }
     return TrainConfig(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerator_state():
+    """Accelerate allows one precision a process; the tests try several."""
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_pretrained_weights_bring_their_network_and_scheduler():
     [
         (["--config", "nothing"], "config='nothing' is neither a file nor one of the recipes .*digits"),
         (["--learning_rat", "1"], "there is no flag '--learning_rat'"),
-        (["--learning_rate", "fast"], "learning_rate: invalid float value: 'fast'"),
+        (["--learning_rate", "fast"], "learning_rate.*: invalid float value: 'fast'"),
         (["--learning_rate", "0"], "learning_rate=0.0 must be greater than 0"),
         (["--max_train_steps", "0"], "max_train_steps=0 must be at least 1"),
         (["--train_batch_size", "-4"], "train_batch_size=-4 must be at least 1"),

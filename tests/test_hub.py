@@ -43,12 +43,12 @@ class Hub(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         if self.headers.get("Authorization") != "Bearer secret":
             return self.answer(401, {"error": "Invalid username or password."})
         return self.answer(200, {"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         server, content = self.server, self.body()
         if self.path == "/api/repos/create":
             server.created = json.loads(content)
@@ -94,7 +94,7 @@ def test_a_finished_run_is_uploaded(hub, tmp_path):
     done = train(hub, tmp_path, "secret")
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/me/model/commit/1" in done.stdout
-    assert hub.created["private"] is True
+    assert hub.created["visibility"] == "private"
     assert hub.created["name"] == "digits-model"
     assert set(hub.files) == {
         "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv",

@@ -274,7 +274,10 @@ def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16' needs a CUDA device"),
         ({"unet": {"depth": 3}}, "unet or scheduler settings: .*unexpected keyword argument 'depth'"),
         ({"scheduler": {"beta_schedule": "sigmoid"}}, "beta_schedule='sigmoid'; choose from"),
-        ({"pretrained_model_name_or_path": "/nowhere", "unet": {}}, "pretrained_model_name_or_path='/nowhere': "),
+        (
+            {"pretrained_model_name_or_path": "/nowhere", "unet": {}},
+            "pretrained_model_name_or_path='/nowhere' can't be",
+        ),
         ({"pretrained_model_name_or_path": "/nowhere"}, "must be empty: the network comes with the weights"),
         ({"resume_from_checkpoint": "checkpoint-3"}, "'checkpoint-3' is no checkpoint; in .* there is none"),
     ],
@@ -290,7 +293,7 @@ def test_what_cannot_be_trained_leaves_nothing(tmp_path, settings, message):
 def test_weights_of_another_shape_are_refused(trained, tmp_path):
     config = tiny_config(tmp_path / "run", resume_from_checkpoint=str(trained / "checkpoint-20"))
     config.unet = {**config.unet, "stem_channels": 16}
-    with pytest.raises(ValueError, match=r"has down.0.* as \(8,\) and the network wants \(16,\)"):
+    with pytest.raises(ValueError, match=r"has down.0.* as \(16, 8, 3, 3\) and the network wants \(16, 16, 3, 3\)"):
         train(config)
     DDPMCustomPipeline(tiny_unet(in_channels=3), LinearNoiseScheduler()).save_pretrained(tmp_path / "rgb")
     with pytest.raises(ValueError, match="is made for 3 channels and the images have 1"):
