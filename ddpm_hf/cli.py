@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parser.parse_args(argv[:1]).command
         return {"train": train}[command](argv[1:])
-    except ValueError as error:
+    except (ValueError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -29,8 +29,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def train(args: list[str]) -> int:
-    from ddpm_hf import hub, pictures, training
-    from ddpm_hf.config import EMBEDDED_DIGITS, parse_train_config
+    try:
+        from ddpm_hf import hub, pictures, training
+        from ddpm_hf.config import EMBEDDED_DIGITS, parse_train_config
+    except ImportError as error:
+        raise ValueError(f"{error}: training needs more packages, `pip install ddpm-hf[train]`") from error
 
     config = parse_train_config(args)
     on_start, on_save = [announce], [pictures.draw_pictures]
@@ -54,7 +57,7 @@ def announce(run) -> None:
 
 
 def tell_legibility(run) -> None:
-    if run.finished:
+    if run.finished and run.pipeline.unet.config.sample_size == 8:  # what the classifier can look at
         from ddpm_hf.evaluation import digits_legibility
 
         print(digits_legibility(run.pipeline, run.config.ddpm_num_inference_steps, run.config.seed), flush=True)

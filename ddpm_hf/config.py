@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import re
 import types
 import typing
@@ -16,10 +17,10 @@ from transformers import HfArgumentParser
 EMBEDDED_DIGITS = "digits"
 
 
-def _setting(help, default=None, **kwargs):
+def _setting(help, default=None):
     if isinstance(default, dict):
         return field(default_factory=dict, metadata={"help": help})
-    return field(default=default, metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -67,7 +68,7 @@ class TrainConfig:
     adam_epsilon: float = _setting("AdamW: epsilon", 1e-8)
     max_grad_norm: float = _setting("clip the norm of the gradient to this", 1.0)
     ema_max_decay: float = _setting("decay of the moving average of the weights, which warms up to it", 0.9999)
-    mixed_precision: str = _setting("no, bf16, or fp16 (CUDA only)", "no")
+    mixed_precision: str | None = _setting("no, bf16, or fp16 (CUDA only); default: as `accelerate launch` says, or no")
     seed: int = _setting("of weights, order of the data, noise, timesteps and samples", 0)
     # saving and looking
     checkpointing_steps: int = _setting("save, measure the held-out loss and draw samples every so many updates", 1000)
@@ -81,8 +82,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("unet", "scheduler"):
-            value = getattr(self, name) or {}
-            setattr(self, name, _parse_json(name, value) if isinstance(value, str) else value)
+            setattr(self, name, _as_dict(name, getattr(self, name)))
         if self.output_dir is None:
             self.output_dir = str(Path("runs") / Path(self.config).stem)
         self._check_types()
@@ -92,14 +92,15 @@ class TrainConfig:
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("max_train_steps", "resolution", "channels"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
-        for name in ("lr_warmup_steps", "seed", "adam_weight_decay"):
+        for name in ("lr_warmup_steps", "adam_weight_decay"):
             self._check(name, getattr(self, name) >= 0, "must be at least 0")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            self._check(name, getattr(self, name) > 0, "must be greater than 0")
+            self._check(name, 0 < getattr(self, name) < math.inf, "must be greater than 0 and finite")
+        self._check("seed", 0 <= self.seed < 2**63, "must lie in 0 ... 2^63 - 1")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
         self._check_choice("lr_scheduler", ("constant", "cosine", "linear"))
-        self._check_choice("mixed_precision", ("no", "bf16", "fp16"))
+        self._check_choice("mixed_precision", (None, "no", "bf16", "fp16"))
         black_white = self.value_range
         self._check(
             "value_range",
@@ -117,16 +118,20 @@ class TrainConfig:
             elif type(value) not in options:
                 wanted = " or ".join("null" if o is types.NoneType else o.__name__ for o in options)
                 self._check(name, False, f"must be {wanted}")
+            elif type(value) is list:
+                self._check(name, all(type(v) in (int, float) for v in value), "must hold numbers")
 
     def _check(self, name, holds, rule):
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
 
     def _check_choice(self, name, choices):
-        self._check(name, getattr(self, name) in choices, f"must be one of {', '.join(choices)}")
+        self._check(name, getattr(self, name) in choices, f"must be one of {', '.join(filter(None, choices))}")
 
     def save(self, path) -> None:
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """As JSON that runs again as it stands: from the beginning, however this run came to be."""
+        again = dataclasses.replace(self, resume_from_checkpoint=None, overwrite_output_dir=False)
+        Path(path).write_text(json.dumps(dataclasses.asdict(again), indent=2) + "\n")
 
 
 def recipe_names() -> list[str]:
@@ -161,7 +166,7 @@ def parse_train_config(args: list[str]) -> TrainConfig:
     """Flags over recipe over defaults. `unet` and `scheduler` are merged key by key."""
     parser = _Parser([TrainConfig], prog="train", allow_abbrev=False)
     for action in parser._actions:
-        if action.default is dataclasses.MISSING or action.dest != "help":
+        if action.dest != "help":
             action.default = None  # so that only what was given is in `flags`
     given, unknown = parser.parse_known_args(args)
     flags = {name: value for name, value in vars(given).items() if value is not None}
@@ -175,16 +180,21 @@ def resolve(flags: dict) -> TrainConfig:
     recipe = load_recipe(flags.get("config", "digits"))
     if "pretrained_model_name_or_path" in flags:
         recipe.update(unet={}, scheduler={})  # they come with the weights
+    if "num_epochs" in flags:
+        recipe.pop("max_train_steps", None)  # which would take its place
     merged = {**recipe, **flags, "config": recipe["config"]}
     for name in ("unet", "scheduler"):
-        value = flags.get(name, {})
-        value = _parse_json(name, value) if isinstance(value, str) else value
-        merged[name] = {**(recipe.get(name) or {}), **value}
+        merged[name] = {**_as_dict(name, recipe.get(name)), **_as_dict(name, flags.get(name))}
     return TrainConfig(**merged)
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as it is in JSON and everywhere else."""
+    """YAML in which 1e-4 is a number and no is a word, as everywhere else."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _YamlLoader.add_implicit_resolver(
@@ -194,16 +204,21 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+
+
 class _Parser(HfArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
 
-def _parse_json(name, text) -> dict:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}={text!r} must be a JSON object, such as '{{\"dropout\": 0.1}}'")
-    return value
+def _as_dict(name, value) -> dict:
+    """Arguments of a class: a dict, JSON of one, or None."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{name}={value!r} must be names and values, such as '{{\"dropout\": 0.1}}'")
+    return value or {}

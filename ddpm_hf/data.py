@@ -32,10 +32,7 @@ class ImageData:
     value_range: tuple[float, float]
 
     def __post_init__(self):
-        # A value outside would be clipped or blown up somewhere later: say it where its image is still known.
-        low, high = self.value_range
-        for k, image in enumerate(self.pixels):
-            _check_range(f"image {k}", image, low, high)
+        _check_range("pixels", self.pixels, *self.value_range)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -62,30 +59,38 @@ def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
     return torch.randperm(num_images, generator=seeded_generator(seed, "order", epoch))
 
 
-def seeded_generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator that depends on all three and that no other purpose or index shares."""
+def stream_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed in 0 ... 2^63 - 1 that depends on all three and that no other purpose or index shares."""
     words = np.random.SeedSequence([seed, index, *purpose.encode()]).generate_state(2)
-    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    return int(words[0]) << 31 ^ int(words[1])
+
+
+def seeded_generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A generator of that seed."""
+    return torch.Generator().manual_seed(stream_seed(seed, purpose, index))
 
 
 def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
-    """The images to train on, and those to measure on: the test split, or a tenth kept aside (None of one image).
+    """The images to train on, and those to measure on: the test split, or a tenth kept aside (None of a single image).
 
     Raises:
         ValueError: a source that is missing, empty or of unequal images, an image that can't be read or whose values
             leave the range; it names the file and says what would be right.
     """
     if config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS:
-        from sklearn.datasets import load_digits  # part of [train]; not worth a second at every import
+        from sklearn.datasets import load_digits  # not worth a second at every import
 
-        train, test, value_range = [(f"digit {k}", d) for k, d in enumerate(load_digits().images)], [], (0.0, 16.0)
+        if config.channels not in (None, 1) or config.value_range is not None:
+            raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: set neither for them")
+        digits = load_digits().images.astype(np.uint8)
+        train, test, value_range = [(f"digit {k}", digit) for k, digit in enumerate(digits)], [], (0.0, 16.0)
     else:
         train, test = _folder(config.train_data_dir) if config.train_data_dir else _hub(config)
         value_range = config.value_range
 
     if not len(test):
         order = torch.randperm(len(train), generator=seeded_generator(HELD_OUT_SEED, "held out", 0)).tolist()
-        aside = min(round(len(train) * HELD_OUT_FRACTION), HELD_OUT_LIMIT)
+        aside = min(max(1, round(len(train) * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if len(train) > 1 else 0
         test, train = [train[k] for k in sorted(order[:aside])], [train[k] for k in sorted(order[aside:])]
     elif len(test) > HELD_OUT_LIMIT:
         test = [test[int(k)] for k in np.linspace(0, len(test) - 1, HELD_OUT_LIMIT)]
@@ -102,7 +107,10 @@ def _folder(path: str):
     if parquet["train"]:
         import datasets
 
-        loaded = datasets.load_dataset("parquet", data_files={k: v for k, v in parquet.items() if v})
+        try:
+            loaded = datasets.load_dataset("parquet", data_files={k: v for k, v in parquet.items() if v})
+        except Exception as error:  # datasets, pyarrow and the disk all raise their own
+            raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
         return _Rows(loaded["train"], path), _Rows(loaded["test"], path) if "test" in loaded else []
     extensions = Image.registered_extensions()
     splits = (folder / "train", folder / "test") if (folder / "train").is_dir() else (folder,)
@@ -148,9 +156,10 @@ class _Rows:
         return (self._named(k, row) for k, row in enumerate(self.dataset))
 
     def _named(self, k, row):
-        encoded = row[self.column]
-        content = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-        return f"{self.source} row {k}", content
+        name, encoded = f"{self.source} row {k}", row[self.column]
+        if encoded is None:
+            raise ValueError(f"{name} has no image in column {self.column!r}")
+        return name, encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
 
 
 class _Decoder:
@@ -160,7 +169,7 @@ class _Decoder:
         self.channels, self.resolution, self.value_range = channels, resolution, value_range
         if channels is not None and channels not in MODES:
             raise ValueError(f"channels={channels} must be 1 (gray), 3 (RGB) or 4 (RGBA)")
-        self.shape = None
+        self.inferred, self.shape = False, None
 
     def decode_all(self, items: Iterable) -> ImageData:
         pixels = torch.stack(list(self._decode_each(items)))
@@ -174,16 +183,19 @@ class _Decoder:
             if self.value_range is None:
                 self.value_range = (0.0, 255.0)
             _check_range(name, array, *self.value_range)
-            eight_bits = array.min() >= 0 and array.max() <= 255 and not (array % 1).any()
+            dtype = torch.uint8 if array.dtype == np.uint8 else torch.float32
             image = self._fit(torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1))
             if self.shape is None:
-                self.shape, self.dtype = image.shape, torch.uint8 if eight_bits else torch.float32
+                self.shape, self.dtype = image.shape, dtype
             if image.shape != self.shape:
                 raise ValueError(
                     f"{name} is {_size(image.shape)} and the first image {_size(self.shape)}; give --resolution"
                 )
-            if not eight_bits and self.dtype is torch.uint8:
-                raise ValueError(f"{name} has more than 8 bits and the first image has not")
+            if dtype != self.dtype:
+                bits = ("8 bits", "more than 8 bits")
+                raise ValueError(
+                    f"{name} has {bits[dtype != torch.uint8]} and the first image {bits[dtype == torch.uint8]}"
+                )
             yield image.round().to(torch.uint8) if self.dtype is torch.uint8 else image
 
     def _read(self, name, content) -> np.ndarray:
@@ -200,9 +212,12 @@ class _Decoder:
 
         deep = image.mode in DEEP_MODES
         alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+        gray = image.mode in ("1", "L", "LA") or deep
         if self.channels is None:
-            gray = image.mode in ("1", "L") or deep
             self.channels = 4 if alpha else 1 if gray else 3
+            self.inferred = True
+        if self.inferred and self.channels == 1 and not gray:
+            raise ValueError(f"{name} has colour and the first image has none: give channels=1 or channels=3")
         if deep and self.channels != 1:
             raise ValueError(f"{name} is gray of more than 8 bits (mode {image.mode}): channels must be 1")
         if deep and self.value_range is None:
@@ -221,8 +236,9 @@ class _Decoder:
             return image
         scale = side / min(image.shape[1:])
         size = [max(side, round(s * scale)) for s in image.shape[1:]]
-        # antialiased bilinear weights are positive: no value leaves the range
-        image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        # antialiased bilinear weights are positive: only their rounding could leave the range
+        scaled = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        image = scaled.clamp(image.min(), image.max())
         top, left = ((s - side) // 2 for s in size)
         return image[:, top : top + side, left : left + side]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from string import Template
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from ddpm_hf.training import Run, read_log
 
@@ -14,28 +14,42 @@ UPLOADED = ["README.md", "model_index.json", "unet/*", "scheduler/*", "*.png", "
 
 
 def check_login(run: Run) -> None:
-    """Before training: a ValueError if the upload at its end would fail for want of a login."""
+    """Before training: a ValueError if the upload at its end would fail for want of a login or of a right name."""
+    validate_repo_id(_name(run))  # its error is a ValueError
     try:
         HfApi().whoami()
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # no token, a wrong one, no network: each has an error of its own
         raise ValueError(f"push_to_hub needs a login (`hf auth login`): {error}") from error
 
 
 def push_when_finished(run: Run) -> None:
-    """After the last save: write the model card and upload the pipeline folder to `hub_model_id`."""
+    """After the last save: write the model card and upload the pipeline folder to `hub_model_id`.
+
+    Raises:
+        ValueError: the upload failed. The model is in `output_dir`, and the message says how to try again.
+    """
     if not run.finished:
         return
     api = HfApi()
-    name = run.config.hub_model_id or Path(run.config.output_dir).name
-    repo_id = api.create_repo(name, private=run.config.hub_private_repo, exist_ok=True).repo_id
-    (run.output_dir / "README.md").write_text(model_card(run, repo_id))
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=run.output_dir,
-        allow_patterns=UPLOADED,
-        commit_message=f"Train for {run.step} updates",
-    )
+    try:
+        repo_id = api.create_repo(_name(run), private=run.config.hub_private_repo, exist_ok=True).repo_id
+        (run.output_dir / "README.md").write_text(model_card(run, repo_id))
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=run.output_dir,
+            allow_patterns=UPLOADED,
+            commit_message=f"Train for {run.step} updates",
+        )
+    except Exception as error:  # the Hub, its client, the network and the disk all raise their own
+        raise ValueError(
+            f"the model is trained and saved in {run.output_dir}, but its upload failed ({error}); the same command "
+            "with --resume_from_checkpoint latest tries again"
+        ) from error
     print(commit.commit_url, flush=True)
+
+
+def _name(run: Run) -> str:
+    return run.config.hub_model_id or Path(run.config.output_dir).name
 
 
 def model_card(run: Run, repo_id: str) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -59,10 +60,10 @@ class DDPMCustomPipeline(DiffusionPipeline):
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple of it.
         """
-        self._check_inputs(batch_size, output_type)
         unet, scheduler, device = self.unet, self.scheduler, self._execution_device
         if num_inference_steps is None:
             num_inference_steps = scheduler.config.num_train_timesteps
+        self._check_inputs(batch_size, num_inference_steps, output_type)
         scheduler.set_timesteps(num_inference_steps, device=device)
         # Some solvers of diffusers draw noise, others would not take a generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -88,9 +89,12 @@ class DDPMCustomPipeline(DiffusionPipeline):
         images = to_output(sample, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_inputs(self, batch_size, output_type) -> None:
+    def _check_inputs(self, batch_size, num_inference_steps, output_type) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        most = self.scheduler.config.num_train_timesteps  # beyond it diffusers' solvers give noise and no error
+        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= most:
+            raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer in 1 ... {most}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
         channels = self.unet.config.in_channels

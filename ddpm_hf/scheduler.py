@@ -103,6 +103,8 @@ class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
         for key, default in INTERCHANGE_ONLY.items():
             if self.config[key] != default:
                 raise ValueError(f"{key}={self.config[key]!r} is not supported; it must be {default!r}")
+        if not isinstance(steps_offset, Integral) or steps_offset < 0:
+            raise ValueError(f"steps_offset={steps_offset!r} must be an integer of at least 0")
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range={clip_sample_range!r} must be greater than 0")
 
@@ -193,7 +195,8 @@ class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
             ascending = torch.linspace(0, T - 1, n, dtype=torch.float64).round()
         else:
             # floor(c i^2), up to 0.8 T as in the authors' code; at the dense end never the same timestep twice
-            ascending = torch.maximum((i * math.sqrt(0.8 * T) / max(n - 1, 1)).square().floor(), i)
+            exact = [4 * T * k * k // (5 * max(n - 1, 1) ** 2) for k in range(n)]
+            ascending = torch.maximum(torch.tensor(exact, dtype=torch.float64), i)
         if ascending[-1] >= T:
             offset = self.config.steps_offset
             raise ValueError(f"steps_offset={offset} moves the walk of {n} steps beyond timestep {T - 1}")
@@ -238,7 +241,8 @@ class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
             timestep: int, 0-d tensor or tensor of one element: a timestep of the walk. A tensor on a device is never
                 brought to the host; off the walk it gives NaN, where an int or a CPU tensor gives a ValueError.
             sample: x_t, of `model_output`'s shape.
-            generator: as in `draw_noise`. Nothing is drawn at the last step.
+            generator: as in `draw_noise`. Nothing is drawn at the last step (with a timestep on a device, where
+                looking which step it is would stop the device, something is drawn and not used).
 
         Returns:
             `DDPMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or the tuple of both.

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import ctypes
+import inspect
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -19,11 +21,12 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import ImageData, batch_indices, load_images, seeded_generator
+from ddpm_hf.data import ImageData, batch_indices, load_images, seeded_generator, stream_seed
 from ddpm_hf.ema import EMA
 from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.scheduler import LinearNoiseScheduler
@@ -83,8 +86,9 @@ def train(
 ) -> Run:
     """Train as `config` says (Ho et al. 2020, algorithm 1) and leave a pipeline folder in `config.output_dir`.
 
-    Every random number is a function of (seed, update, position in the global batch), so a resumed run continues as
-    if it had not been interrupted. SIGTERM and Ctrl-C save a checkpoint and end the run before its time.
+    Order, noise, timesteps and flips are functions of (seed, update, position in the global batch), dropout of (seed,
+    update, process), so a resumed run continues as if it had not been interrupted. SIGTERM and Ctrl-C save a
+    checkpoint and the pipeline and end the run before its time.
 
     Args:
         on_start: called with the `Run` by the main process once all has been checked and before anything is written.
@@ -93,6 +97,8 @@ def train(
     Raises:
         ValueError: something in `config` can't be; nothing has been written then.
     """
+    if Path(config.output_dir).is_file():
+        raise ValueError(f"output_dir={config.output_dir!r} is a file; it must be a folder or not be there yet")
     accelerator = _accelerator(config)
     images, held_out = load_images(config)
     unet, scheduler = _model(config, images)
@@ -111,6 +117,7 @@ def train(
     run = Run(config, DDPMCustomPipeline(ema.model, scheduler), images, held_out, total_steps)
     checkpoints = Checkpoints(run.output_dir, config.checkpoints_total_limit)
     run.step = checkpoints.restore(config, unet, ema, optimizer)
+    accelerator.wait_for_everyone()  # until all have read what is now written over
     if accelerator.is_main_process:
         for callback in on_start:
             callback(run)
@@ -137,6 +144,7 @@ def train(
         while not run.finished and not stop.received(accelerator):
             batch = images.batch(batch_indices(config.seed, run.step, global_batch, len(images)))
             noise, timesteps, flips = draw(config, scheduler, batch.shape, run.step)
+            torch.manual_seed(stream_seed(config.seed, f"dropout of process {accelerator.process_index}", run.step))
             batch = torch.where(flips, batch.flip(3), batch)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, total_steps)
@@ -162,9 +170,10 @@ def train(
             progress.write_row()
             if accelerator.is_main_process:
                 checkpoints.save(run, unet, ema, optimizer)
-    if not run.finished:
+                save_pipeline(run, unet)
+    if not run.finished and accelerator.is_main_process:
         log.warning(
-            f"stopped by {stop.name} after update {run.step} of {total_steps}; "
+            f"stopped by {stop.name or 'a signal to another process'} after update {run.step} of {total_steps}; "
             "the same command with --resume_from_checkpoint latest goes on from there"
         )
     accelerator.end_training()
@@ -173,17 +182,15 @@ def train(
 
 def _accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    config.mixed_precision = accelerator.mixed_precision  # which the launcher may have decided
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         # Accelerate would silently run in float32.
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no")
-    if (
-        accelerator.device.type == "cpu"
-        and accelerator.num_processes == 1
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-    ):
-        # `accelerate launch` gives its only process one thread, however many cores there are
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if accelerator.device.type == "cpu":
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+        if launched and accelerator.num_processes == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+            # `accelerate launch` gives its only process one thread, however many cores there are
+            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         _keep_freed_memory()
     return accelerator
 
@@ -201,6 +208,9 @@ def _model(config: TrainConfig, images: ImageData):
     channels, height, width = images.pixels.shape[1:]
     torch.manual_seed(config.seed)
     source = config.pretrained_model_name_or_path
+    unknown = sorted(config.scheduler.keys() - inspect.signature(LinearNoiseScheduler.__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"scheduler={config.scheduler!r}: LinearNoiseScheduler has no {', '.join(unknown)}")
     if source is not None and config.unet:
         raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     try:
@@ -212,8 +222,8 @@ def _model(config: TrainConfig, images: ImageData):
             pipeline = _load_pipeline(source)
             unet = pipeline.unet
             scheduler = LinearNoiseScheduler.from_config(pipeline.scheduler.config, **config.scheduler)
-    except TypeError as error:  # an argument that neither has
-        raise ValueError(f"unet or scheduler settings: {error}") from error
+    except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
+        raise ValueError(f"unet={config.unet!r}, scheduler={config.scheduler!r}: {error}") from error
     if unet.config.in_channels != channels:
         of = "unet" if source is None else f"pretrained_model_name_or_path={source!r}"
         made_for = unet.config.in_channels
@@ -241,8 +251,6 @@ def draw(config: TrainConfig, scheduler, shape, step: int):
     noise = torch.randn(shape, generator=generator)
     timesteps = torch.randint(len(scheduler), shape[:1], generator=generator)
     flips = torch.rand(shape[0], 1, 1, 1, generator=generator) < (0.5 if config.random_flip else 0.0)
-    # what draws from the global generators, dropout, becomes a function of the update too
-    torch.manual_seed(seeded_generator(config.seed, "dropout", step).initial_seed())
     return noise, timesteps, flips
 
 
@@ -336,14 +344,16 @@ class Progress:
     def write_row(self, held_out: float | None = None) -> None:
         """A row of log.csv: the mean loss since the last one and, at a save, the held-out loss."""
         run, now = self.run, time.monotonic()
+        if run.step == self.logged_step:  # stopped just now, or resumed behind the end
+            return
         row = {"step": run.step, "images_seen": run.step * self.global_batch, "held_out_loss": held_out}
         row["seconds"] = round(self.before + now - self.started, 2)
-        if updates := run.step - self.logged_step:
-            loss = self.accelerator.reduce(torch.stack(self.losses).sum() / updates, "mean").item()
-            speed = updates * self.global_batch / (now - self.logged_at)
-            rate = learning_rate(run.config, run.step - 1, run.total_steps)
-            row |= {"loss": loss, "images_per_second": round(speed, 1), "learning_rate": rate}
-            self.bar.set_postfix_str(f"loss={loss:.4f}, {speed:.0f} images/s")
+        updates = run.step - self.logged_step
+        loss = self.accelerator.reduce(torch.stack(self.losses).sum() / updates, "mean").item()
+        speed = updates * self.global_batch / (now - self.logged_at)
+        rate = learning_rate(run.config, run.step - 1, run.total_steps)
+        row |= {"loss": loss, "images_per_second": round(speed, 1), "learning_rate": rate}
+        self.bar.set_postfix_str(f"loss={loss:.4f}, {speed:.0f} images/s")
         if self.accelerator.is_main_process:
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.COLUMNS).writerow(row)
@@ -359,58 +369,80 @@ def read_log(path) -> list[dict]:
 class Checkpoints:
     """The folders `checkpoint-<step>` of a run: raw and averaged weights, AdamW's moments and the update's number.
 
-    All else that a run goes on from is a function of that number. No file is a pickle. A folder is written beside and
-    renamed: one that bears the name is whole.
+    All else that a run in float32 or bf16 goes on from is a function of that number. No file is a pickle. A folder is
+    written beside and renamed, and renamed before it is removed: one that bears the name is whole.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
 
     def found(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        """Oldest first. Folders of the name that other programs wrote are none of ours."""
+        ours = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted((path for path in ours if (path / "state.json").is_file()), key=self._step)
+
+    @staticmethod
+    def _step(path: Path) -> int:
+        return int(path.name.split("-")[1])
+
+    def _remove(self, path: Path) -> None:
+        aside = self.folder / f".removed-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        shutil.rmtree(aside)
 
     def restore(self, config: TrainConfig, unet, ema: EMA, optimizer) -> int:
         """Load what `resume_from_checkpoint` names; the update to go on from, 0 for a fresh start."""
         wanted, found = config.resume_from_checkpoint, self.found()
-        if wanted is None:
-            if found and not config.overwrite_output_dir:
-                state = json.loads((found[-1] / "state.json").read_text())
-                if state["step"] < state["total_steps"]:
-                    raise ValueError(
-                        f"output_dir={config.output_dir!r} holds an unfinished run ({found[-1].name} of "
-                        f"{state['total_steps']}): go on with --resume_from_checkpoint latest, choose another folder, "
-                        "or give --overwrite_output_dir"
-                    )
-            return 0
+        path = None
         if wanted == "latest":
             if not found:
                 log.warning(f"{self.folder} holds no checkpoint yet: starting from the beginning")
                 return 0
             path = found[-1]
-        else:
+        elif wanted is not None:
             path = Path(wanted) if Path(wanted).is_dir() else self.folder / wanted
             if not (path / "state.json").is_file():
                 there = ", ".join(f.name for f in found) or "none"
                 raise ValueError(
                     f"resume_from_checkpoint={wanted!r} is no checkpoint; in {self.folder} there is {there}"
                 )
-        _load_weights(unet, path / "unet.safetensors")
-        _load_weights(ema.model, path / "ema.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
+        elsewhere = path is None or path.resolve().parent != self.folder.resolve()
+        if elsewhere and found and not config.overwrite_output_dir:
+            state = json.loads((found[-1] / "state.json").read_text())
+            if state["step"] < state["total_steps"]:
+                raise ValueError(
+                    f"output_dir={config.output_dir!r} holds an unfinished run ({found[-1].name} of "
+                    f"{state['total_steps']}): go on with --resume_from_checkpoint latest, choose another folder, "
+                    "or give --overwrite_output_dir"
+                )
+        return 0 if path is None else self._load(path, unet, ema, optimizer)
+
+    def _load(self, path: Path, unet, ema: EMA, optimizer) -> int:
+        try:
+            weights, average, moments = (
+                load_file(path / f"{name}.safetensors") for name in ("unet", "ema", "optimizer")
+            )
+            step = json.loads((path / "state.json").read_text())["step"]
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); name an earlier checkpoint") from error
+        _load_weights(unet, weights, path)
+        _load_weights(ema.model, average, path)
         for name, parameter in unet.named_parameters():
             keys = ("step", "exp_avg", "exp_avg_sq") if moments else ()
             optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
-        return json.loads((path / "state.json").read_text())["step"]
+        return step
 
     def clear_after(self, step: int) -> None:
         """Remove the checkpoints that this run is going to write anew."""
         for path in self.found():
-            if int(path.name.split("-")[1]) > step:
-                shutil.rmtree(path)
+            if self._step(path) > step:
+                self._remove(path)
 
     def save(self, run: Run, unet, ema: EMA, optimizer) -> None:
         target = self.folder / f"checkpoint-{run.step}"
+        if target in self.found():  # stopped just after a save, or resumed behind the end
+            return
         beside = self.folder / f".{target.name}"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
@@ -423,15 +455,13 @@ class Checkpoints:
         }
         save_file(moments, beside / "optimizer.safetensors")
         (beside / "state.json").write_text(json.dumps({"step": run.step, "total_steps": run.total_steps}))
-        if target.exists():  # resumed from it and stopped at once
-            shutil.rmtree(target)
         os.replace(beside, target)
         for path in self.found()[: -self.limit]:
-            shutil.rmtree(path)
+            self._remove(path)
 
 
-def _load_weights(model, path: Path) -> None:
-    weights, wanted = load_file(path), model.state_dict()
+def _load_weights(model, weights: dict, path: Path) -> None:
+    wanted = model.state_dict()
     for name in sorted(weights.keys() | wanted.keys()):
         shapes = [tuple(w[name].shape) if name in w else None for w in (weights, wanted)]
         if shapes[0] != shapes[1]:

@@ -31,9 +31,9 @@ class DDPMUNetOutput(BaseOutput):
 
 
 def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
-    """(B,) -> (B, channels), float32: sines, then cosines, of frequencies 10000^(-i / (channels / 2)).
+    """(B,) -> (B, channels), float32: all sines, then all cosines, of frequencies 10000^(-i / (channels / 2)).
 
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), as in the authors' code but for the order of frequencies.
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), where sines and cosines take turns.
     """
     half = channels // 2
     i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -189,7 +189,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Layer"]
+    _no_split_modules = ["DownStage", "MiddleStage", "UpStage"]
     _repeated_blocks = ["Layer"]
     _skip_layerwise_casting_patterns = ["time_embedding", "norm"]
 
@@ -217,7 +217,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         config = self.config
         _check(config)
         stages = len(block_out_channels)
-        downsample = downsample or [True] * (stages - 1) + [False]
+        downsample = [True] * (stages - 1) + [False] if downsample is None else downsample
         attention = [attention] * stages if isinstance(attention, bool) else attention
         self.gradient_checkpointing = False
         self.size_factor = 2 ** sum(downsample)
@@ -293,29 +293,42 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
 def _check(config) -> None:
     """A ValueError, for the first setting that makes no network, that says what would."""
+
+    def require(name, holds, rule):
+        if not holds:
+            raise ValueError(f"{name}={config[name]!r} {rule}")
+
+    def is_list_of(kind, value):
+        return isinstance(value, list | tuple) and len(value) > 0 and all(type(v) is kind for v in value)
+
+    for name in ("in_channels", "stem_channels", "layers_per_block", "mid_layers_per_block", "time_embedding_dim",
+                 "norm_num_groups", "num_attention_heads"):  # fmt: skip
+        require(name, type(config[name]) is int and config[name] >= 1, "must be an integer of at least 1")
+    sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
+    holds = is_list_of(int, sides) and len(sides) <= 2 and min(sides) >= 1
+    require("sample_size", holds, "must be a side or a (height, width) of at least 1")
+    for name in ("block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
+        require(name, is_list_of(int, config[name]) and min(config[name]) >= 1, "must be a list of integers >= 1")
+
     stages = len(config.block_out_channels)
+    one_a_stage = f"must have one entry a stage: block_out_channels has {stages}"
+    require("up_block_out_channels", len(config.up_block_out_channels) == stages, one_a_stage)
+    flags = config.downsample is None or is_list_of(bool, config.downsample)
+    require("downsample", flags and len(config.downsample or range(stages)) == stages, one_a_stage)
+    flags = isinstance(config.attention, bool) or is_list_of(bool, config.attention)
+    require("attention", flags and (config.attention in (True, False) or len(config.attention) == stages), one_a_stage)
+
     every_layer = config.skip_connections == "layer"
-    if config.skip_connections not in SKIP_CONNECTIONS:
-        raise ValueError(f"skip_connections={config.skip_connections!r}; choose from {', '.join(SKIP_CONNECTIONS)}")
-    for name in ("downsample", "attention", "up_block_out_channels"):
-        value = config[name]
-        if value is not None and not isinstance(value, bool) and len(value) != stages:
-            raise ValueError(f"{name}={value!r} must have one entry a stage: block_out_channels has {stages}")
-    if every_layer and config.up_layers_per_block not in (None, config.layers_per_block + 1):
-        raise ValueError(
-            f"up_layers_per_block={config.up_layers_per_block!r} must be {config.layers_per_block + 1} "
-            "where every layer has a skip connection"
-        )
-    for name in ("in_channels", "layers_per_block", "mid_layers_per_block", "norm_num_groups", "num_attention_heads"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f"{name}={config[name]!r} must be an integer of at least 1")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout={config.dropout!r} must lie in [0, 1)")
-    if config.time_embedding_dim % 2:
-        raise ValueError(f"time_embedding_dim={config.time_embedding_dim!r} must be even: half sines, half cosines")
-    divisors = {"norm_num_groups": config.norm_num_groups, "num_attention_heads": config.num_attention_heads}
+    require("skip_connections", config.skip_connections in SKIP_CONNECTIONS, f"must be one of {SKIP_CONNECTIONS}")
+    if config.up_layers_per_block is not None:
+        holds = type(config.up_layers_per_block) is int and config.up_layers_per_block >= 1
+        require("up_layers_per_block", holds, "must be an integer of at least 1")
+        holds = not every_layer or config.up_layers_per_block == config.layers_per_block + 1
+        require("up_layers_per_block", holds, "must be layers_per_block + 1 where every layer has a skip connection")
+    require("time_embedding_dim", config.time_embedding_dim % 2 == 0, "must be even: half sines, half cosines")
+    require("dropout", 0 <= config.dropout < 1, "must lie in [0, 1)")
     for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
-        widths = config[name] if isinstance(config[name], (list, tuple)) else [config[name]]
-        for divisor, value in divisors.items():
-            if any(width < 1 or width % value for width in widths):
-                raise ValueError(f"{name}={config[name]!r} must be multiples of {divisor}={value}")
+        widths = [config[name]] if isinstance(config[name], int) else config[name]
+        for divisor in ("norm_num_groups", "num_attention_heads"):
+            holds = not any(width % config[divisor] for width in widths)
+            require(name, holds, f"must be multiples of {divisor}={config[divisor]}")

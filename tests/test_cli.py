@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_UNET
 from PIL import Image
 
 import ddpm_hf
@@ -62,6 +61,10 @@ def test_the_readmes_first_line_in_few_steps(tmp_path):
         (["train", "--max_train_steps", "0"], "max_train_steps=0 must be at least 1"),
         (["train", "--train_batch_size", "-1"], "train_batch_size=-1 must be at least 1"),
         (["train", "--seed"], "expected one argument"),
+        (
+            ["train", "--pretrained_model_name_or_path", "./nowhere"],
+            "='./nowhere' can't be loaded",
+        ),
         (["train", "--ddpm_num_inference_steps", "2000"], "num_inference_steps=2000 must be an integer in 1 ... 1000"),
     ],
 )
@@ -92,11 +95,23 @@ def test_the_examples_run(tmp_path):
         assert len(path.read_text().splitlines()) <= 60, path
 
 
+def test_an_output_folder_that_is_a_file(tmp_path, capfd):
+    (tmp_path / "out").write_text("mine")
+    assert main(["train", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "out' is a file; it must be a folder" in capfd.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_digits_of_another_size_are_not_read(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resolution", "12", *QUICK]) == 0
+    assert "classifier" not in capfd.readouterr().out
+    assert Image.open("runs/digits/samples.png")
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "explainingai-mnist"])
 def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkeypatch, name):
     data = shared / "data" / name.split("-")[-1]
-    small = {"stem_channels": 8, "norm_num_groups": 8}
-    assert small.keys() <= TINY_UNET.keys() | {"norm_num_groups"}
     monkeypatch.chdir(tmp_path)
     argv = ["train", "--config", name, "--train_data_dir", str(data), "--max_train_steps", "2"]
     argv += ["--train_batch_size", "4", "--eval_batch_size", "1", "--ddpm_num_inference_steps", "2"]

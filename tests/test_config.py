@@ -73,7 +73,9 @@ def test_pretrained_weights_bring_their_network_and_scheduler():
         (["--value_range", "5", "1"], r"value_range=\[5.0, 1.0\] must be two numbers"),
         (["--adam_beta1", "1"], r"adam_beta1=1.0 must lie in \[0, 1\)"),
         (["--unet", "{dropout"], "unet='{dropout' is not JSON"),
-        (["--unet", "3"], "unet='3' must be a JSON object"),
+        (["--unet", "3"], "unet=3 must be names and values"),
+        (["--seed", str(2**63)], "seed=9223372036854775808 must lie in 0 ... 2"),
+        (["--learning_rate", "inf"], "learning_rate=inf must be greater than 0 and finite"),
     ],
 )
 def test_flags_that_cannot_be(flags, message):
@@ -89,6 +91,8 @@ def test_flags_that_cannot_be(flags, message):
         ("seed: 1.5", "seed=1.5 must be int"),
         ("random_flip: 1", "random_flip=1 must be bool"),
         ("resolution: [1, 2]", r"resolution=\[1, 2\] must be int or null"),
+        ("unet: [1]", r"unet=\[1\] must be names and values"),
+        ("value_range: [0, white]", r"value_range=\[0, 'white'\] must hold numbers"),
         ("- a list", "must hold settings"),
         ("a: [", "is not YAML or JSON"),
     ],
@@ -98,6 +102,26 @@ def test_recipes_that_cannot_be(tmp_path, recipe, message):
     path.write_text(recipe)
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         parse_train_config(["--config", str(path)])
+
+
+def test_epochs_that_are_asked_for_take_the_place_of_the_recipes_steps():
+    assert parse_train_config(["--config", "digits"]).max_train_steps
+    config = parse_train_config(["--config", "digits", "--num_epochs", "3"])
+    assert (config.num_epochs, config.max_train_steps) == (3, None)
+
+
+def test_what_is_saved_begins_from_the_beginning(tmp_path):
+    config = TrainConfig(resume_from_checkpoint="latest", overwrite_output_dir=True, seed=5)
+    config.save(tmp_path / "train_config.json")
+    assert parse_train_config(["--config", str(tmp_path / "train_config.json")]) == TrainConfig(
+        config="digits", seed=5, unet=config.unet
+    )
+
+
+def test_no_is_a_word(tmp_path):
+    (tmp_path / "a.yaml").write_text("mixed_precision: no\nrandom_flip: true\n")
+    config = parse_train_config(["--config", str(tmp_path / "a.yaml")])
+    assert (config.mixed_precision, config.random_flip) == ("no", True)
 
 
 def test_a_json_file_is_a_recipe_too(tmp_path):

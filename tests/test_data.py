@@ -107,8 +107,48 @@ def test_a_value_outside_the_range_is_named(tmp_path):
     folder_of(tmp_path, [Image.new("L", (4, 4), 10), Image.new("L", (4, 4), 200)])
     with pytest.raises(ValueError, match=r"001.png has values 200 ... 200, outside value_range 0 ... 100"):
         load_images(config(tmp_path, value_range=[0, 100]))
-    with pytest.raises(ValueError, match=r"image 1 has values nan ... nan, outside value_range -1 ... 1"):
+    with pytest.raises(ValueError, match=r"pixels has values nan ... nan, outside value_range -1 ... 1"):
         ImageData(torch.tensor([0.0, float("nan")]).reshape(2, 1, 1, 1), (-1.0, 1.0))
+
+
+def test_scaling_does_not_leave_the_range(tmp_path):
+    rng = np.random.default_rng(0)
+    folder_of(tmp_path, [Image.fromarray(rng.choice([0, 65535], (40, 40)).astype(np.uint16)) for _ in range(3)])
+    Image.fromarray(np.full((40, 40), 65535, np.uint16)).save(tmp_path / "white.png")
+    for resolution in (7, 10, 13, 19):
+        train, held_out = load_images(config(tmp_path, value_range=[0, 65535], resolution=resolution))
+        assert train.pixels.min() >= 0
+        assert max(train.pixels.max(), held_out.pixels.max()) == 65535
+
+
+def test_sixteen_bits_are_told_by_the_file_and_not_by_its_values(tmp_path):
+    folder_of(tmp_path, [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (0, 40000)])
+    train, held_out = load_images(config(tmp_path, value_range=[0, 65535]))
+    assert {train.pixels.max().item(), held_out.pixels.max().item()} == {0, 40000}
+    folder_of(tmp_path / "mixed", [Image.fromarray(np.zeros((4, 4), np.uint16)), Image.new("L", (4, 4))])
+    with pytest.raises(
+        ValueError, match="8 bits and the first image "
+    ):
+        load_images(config(tmp_path / "mixed", value_range=[0, 65535]))
+
+
+def test_colour_after_a_gray_image_is_not_lost_silently(tmp_path):
+    folder_of(tmp_path / "train", [*pictures(1, mode="L"), *pictures(1)])
+    with pytest.raises(ValueError, match="001.png has colour and the first image has none: give channels=1 or channel"):
+        load_images(config(tmp_path))
+
+
+def test_the_digits_are_what_they_are():
+    for settings in ({"channels": 3}, {"value_range": [0, 1]}):
+        with pytest.raises(ValueError, match="the embedded digits have channels=1 and value_range 0 ... 16"):
+            load_images(TrainConfig(**settings))
+
+
+@pytest.mark.parametrize(("images", "aside"), [(1, 0), (2, 1), (5, 1), (20, 2)])
+def test_a_tenth_is_held_out_and_at_least_one(tmp_path, images, aside):
+    folder_of(tmp_path, pictures(images))
+    train, held_out = load_images(config(tmp_path))
+    assert (len(train), 0 if held_out is None else len(held_out)) == (images - aside, aside)
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -140,6 +180,20 @@ def test_a_truncated_image_is_named(tmp_path):
     content = (tmp_path / "000.png").read_bytes()
     (tmp_path / "000.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="000.png can't be read as an image"):
+        load_images(config(tmp_path))
+
+
+def test_a_parquet_file_that_is_none(tmp_path):
+    (tmp_path / "train.parquet").write_text("text")
+    with pytest.raises(ValueError, match="its parquet files can't be read"):
+        load_images(config(tmp_path))
+
+
+def test_a_row_without_an_image(tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": [*pictures(1), None]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="row 1 has no image in column 'image'"):
         load_images(config(tmp_path))
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import TINY_UNET
 
-from ddpm_hf.cli import main
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -61,6 +59,8 @@ class Hub(BaseHTTPRequestHandler):
                 for f in json.loads(content)["files"]
             ]
             return self.answer(200, {"files": files})
+        if "/commit/" in self.path and server.refuse:
+            return self.answer(403, {"error": "storage is full"})
         if "/commit/" in self.path:
             for line in map(json.loads, content.splitlines()):
                 if line["key"] == "file":
@@ -72,15 +72,19 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.files, server.created = f"http://127.0.0.1:{server.server_port}", {}, None
+    server.url, server.files = f"http://127.0.0.1:{server.server_port}", {}
+    server.created, server.refuse = None, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
-def train(hub, tmp_path, token):
-    command = [sys.executable, "-m", "ddpm_hf", "train", "--push_to_hub", "--hub_model_id", "digits-model"]
-    command += ["--hub_private_repo", "--max_train_steps", "3", "--unet", json.dumps(TINY_UNET)]
+PUSH = ["--push_to_hub", "--hub_private_repo", "--hub_model_id", "digits-model"]
+
+
+def train(hub, tmp_path, token, flags=PUSH):
+    command = [sys.executable, "-m", "ddpm_hf", "train", "--max_train_steps", "3", "--unet", json.dumps(TINY_UNET)]
+    command += flags
     command += ["--train_batch_size", "8", "--eval_batch_size", "1", "--ddpm_num_inference_steps", "2"]
     home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
     env = (
@@ -120,8 +124,26 @@ def test_without_a_login_nothing_begins(hub, tmp_path, token):
     assert hub.created is None
 
 
-def test_no_push_unless_asked(hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    argv = ["train", "--max_train_steps", "1", "--train_batch_size", "4", "--ddpm_num_inference_steps", "1"]
-    assert main([*argv, "--eval_batch_size", "1", "--unet", json.dumps(TINY_UNET)]) == 0
+def test_no_push_unless_asked(hub, tmp_path):
+    assert train(hub, tmp_path, "secret", flags=[]).returncode == 0
     assert hub.created is None
+
+
+def test_a_name_that_cannot_be_is_told_before_training(hub, tmp_path):
+    done = train(hub, tmp_path, "secret", flags=["--push_to_hub", "--hub_model_id", "a/b/c"])
+    assert done.returncode == 2
+    assert "a/b/c" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_upload_that_fails_loses_nothing_and_can_be_tried_again(hub, tmp_path):
+    hub.refuse = True
+    done = train(hub, tmp_path, "secret")
+    assert done.returncode == 2
+    assert "is trained and saved in runs/digits, but its upload failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    weights = (tmp_path / "runs/digits/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    hub.refuse = False
+    done = train(hub, tmp_path, "secret", flags=[*PUSH, "--resume_from_checkpoint", "latest"])
+    assert done.returncode == 0, done.stderr
+    assert hub.files["unet/diffusion_pytorch_model.safetensors"] == weights

@@ -13,8 +13,10 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 
 import ddpm_hf
+from ddpm_hf.config import recipe_names, resolve
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "ddpm_hf").glob("*.py"))
@@ -59,6 +61,13 @@ def test_constraints_pin_all_that_the_project_asks_for():
 
 def test_the_readme_shows_what_is_there():
     readme = (ROOT / "README.md").read_text()
+    for name in recipe_names():
+        config = resolve({"config": name})
+        with torch.device("meta"):
+            unet = ddpm_hf.DDPMUNet(**{"in_channels": 3 if name == "cifar10" else 1, **config.unet})
+        millions = sum(p.numel() for p in unet.parameters()) / 1e6
+        (told,) = re.findall(rf"^\| `{name}`.* ([\d.]+) M", readme, re.M)
+        assert told == f"{millions:.{len(told.split('.')[1])}f}", name
     for path in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / path).exists(), path
     assert ddpm_hf.__version__ in (ROOT / "CHANGELOG.md").read_text()

@@ -176,6 +176,10 @@ def test_calls_that_cannot_be():
     for steps in (0, -3, 1001):
         with pytest.raises(ValueError, match=f"num_inference_steps={steps} must be an integer in 1 ... 1000"):
             pipeline(1, num_inference_steps=steps)
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    for steps in (0, -3, 1001):  # the solver itself would return noise
+        with pytest.raises(ValueError, match=f"num_inference_steps={steps} must be an integer in 1 ... 1000"):
+            pipeline(1, num_inference_steps=steps)
     with pytest.raises(ValueError, match="output_type='jpg'; choose from pil, np, pt, latent"):
         pipeline(1, output_type="jpg")
     with pytest.raises(ValueError, match="generator: a list of 1 for a batch of 2"):

@@ -190,6 +190,7 @@ def test_quadratic_spacing():
         800, 632, 483, 355, 246, 158, 88, 39, 9, 0,
     ]  # fmt: skip
     assert spaced("quadratic", 1000).tolist() == list(range(999, -1, -1))
+    assert all(spaced("quadratic", steps)[0] == 800 for steps in range(2, 200))
 
 
 @settings(deadline=None, max_examples=60)
@@ -244,7 +245,7 @@ def count_operations(function) -> list[str]:
 
 
 @pytest.mark.parametrize("timestep", [500, torch.tensor(500)])
-def test_step_never_brings_a_value_to_the_host(timestep):
+def test_step_reads_no_value_through_the_dispatcher(timestep):
     scheduler = LinearNoiseScheduler()
     x = torch.zeros(1, 3, 8, 8)
     names = count_operations(lambda: scheduler.step(x, timestep, x))
@@ -259,6 +260,11 @@ def test_step_on_a_device_reads_its_table_there():
 
     class OnADevice(torch.Tensor):  # a CPU tensor that says it lives elsewhere
         device = torch.device("meta")
+
+        def tolist(self):
+            raise AssertionError("brought to the host")
+
+        item = __int__ = __index__ = __bool__ = cpu = tolist
 
     table = scheduler._walk_table.float()
     scheduler._walk_table_on_device = torch.Tensor._make_subclass(OnADevice, table)
@@ -369,6 +375,8 @@ def test_quadratic_spacing_builds_no_other_solver(tmp_path):
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5, beta_end=0.1: must be 0 < start <= end < 1"),
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\); num_train_timesteps=1000"),
         ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.2]}, "trained_betas: each must lie between 0 and 1"),
+        ({"steps_offset": -1}, "steps_offset=-1 must be an integer of at least 0"),
+        ({"steps_offset": 1.5}, "steps_offset=1.5 must be an integer of at least 0"),
         ({"clip_sample_range": 0}, "clip_sample_range=0 must be greater than 0"),
     ],
 )

@@ -171,6 +171,41 @@ def test_a_checkpoint_can_be_named(trained, tmp_path):
         train(tiny_config(tmp_path, **settings, resume_from_checkpoint="checkpoint-7"))
 
 
+def test_an_unfinished_run_is_not_trained_over(trained, tmp_path):
+    def stop(run):
+        raise KeyboardInterrupt
+
+    settings = {"max_train_steps": 9, "checkpointing_steps": 4}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(tmp_path, **settings), on_save=[stop])
+    (tmp_path / "checkpoint-best").mkdir()  # somebody else's
+    (tmp_path / "checkpoint-7").mkdir()
+    for resume in (None, str(trained / "checkpoint-20")):
+        with pytest.raises(ValueError, match=r"holds an unfinished run .checkpoint-4 of 9.: go on with"):
+            train(tiny_config(tmp_path, **settings, resume_from_checkpoint=resume))
+    assert (tmp_path / "checkpoint-4/state.json").exists()
+    train(tiny_config(tmp_path, **settings, overwrite_output_dir=True))
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [4, 8, 9]
+
+
+def test_a_run_resumed_behind_its_end_changes_nothing(tmp_path):
+    train(tiny_config(tmp_path))
+    before = quietly(tmp_path), weights(tmp_path)
+    saved = []
+    train(tiny_config(tmp_path, resume_from_checkpoint="latest"), on_save=[lambda run: saved.append(run.finished)])
+    assert saved == [True]  # what follows the last save can be repeated so
+    assert quietly(tmp_path) == before[0]
+    assert_close(weights(tmp_path), before[1], rtol=0, atol=0)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    train(tiny_config(tmp_path))
+    path = tmp_path / "checkpoint-4/ema.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged .*; name an earlier checkpoint"):
+        train(tiny_config(tmp_path, resume_from_checkpoint="latest"))
+
+
 def test_a_finished_folder_may_be_trained_into_again(tmp_path):
     for _ in range(2):
         train(tiny_config(tmp_path))
@@ -196,11 +231,11 @@ def test_epochs(tmp_path):
 def test_the_callbacks_see_the_run(tmp_path):
     seen = []
     train(
-        tiny_config(tmp_path, checkpointing_steps=2),
+        tiny_config(tmp_path / "run", checkpointing_steps=2),
         on_start=[lambda run: seen.append(("start", run.step, run.output_dir.exists()))],
         on_save=[lambda run: seen.append(("save", run.step, run.finished))],
     )
-    assert seen == [("start", 0, True), ("save", 2, False), ("save", 4, True)]  # tmp_path exists from the beginning
+    assert seen == [("start", 0, False), ("save", 2, False), ("save", 4, True)]
 
 
 def test_held_out_loss_is_that_of_the_average_and_always_the_same(trained):
@@ -261,6 +296,7 @@ def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
     run = train(tiny_config(tmp_path, max_train_steps=100_000), on_start=[ask_to_stop])
     assert 0 <= run.step < 100_000
     assert signal.getsignal(signal.SIGTERM) is usual
+    assert (tmp_path / "model_index.json").exists()
     (checkpoint,) = Checkpoints(tmp_path, 9).found()
     assert json.loads((checkpoint / "state.json").read_text()) == {"step": run.step, "total_steps": 100_000}
     resumed = train(tiny_config(tmp_path, max_train_steps=run.step + 2, resume_from_checkpoint="latest"))
@@ -272,7 +308,8 @@ def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
     [
         ({"train_data_dir": "/nowhere"}, "train_data_dir='/nowhere' is not a folder"),
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16' needs a CUDA device"),
-        ({"unet": {"depth": 3}}, "unet or scheduler settings: .*unexpected keyword argument 'depth'"),
+        ({"unet": {"depth": 3}}, "unet={'depth': 3}, .*unexpected keyword argument 'depth'"),
+        ({"scheduler": {"beta_schedul": "x"}}, "LinearNoiseScheduler has no beta_schedul"),
         ({"scheduler": {"beta_schedule": "sigmoid"}}, "beta_schedule='sigmoid'; choose from"),
         (
             {"pretrained_model_name_or_path": "/nowhere", "unet": {}},
@@ -328,6 +365,23 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert [row["images_seen"] for row in two] == [row["images_seen"] for row in one]  # it was two, of half the batch
     for a, b in zip(one, two, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_process_ends_cleanly(tmp_path, number):
+    path = script(tmp_path, tmp_path / "run", max_train_steps=100_000)
+    process = subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/log.csv").exists() or not read_log(tmp_path / "run/log.csv"):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+    assert "Traceback" not in error
+    assert f"stopped by {number.name} after update" in error
+    assert Checkpoints(tmp_path / "run", 9).found()
+    assert DDPMCustomPipeline.from_pretrained(tmp_path / "run")
 
 
 @pytest.mark.slow

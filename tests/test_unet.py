@@ -202,7 +202,8 @@ def test_layerwise_casting_and_regional_compilation_know_their_parts():
     expected = unet(x, 5).sample
     names = {type(module).__name__ for module in unet.modules()}
     assert set(DDPMUNet._repeated_blocks) <= names
-    assert set(DDPMUNet._no_split_modules) <= names
+    # what concatenates skips must stay whole: torch.cat takes tensors of one device only
+    assert set(DDPMUNet._no_split_modules) == {"DownStage", "MiddleStage", "UpStage"} & names
     unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     assert unet.up[0].layers[0].residual.conv_1.weight.dtype == torch.bfloat16
     assert unet.norm_out.weight.dtype == torch.float32
@@ -212,16 +213,29 @@ def test_layerwise_casting_and_regional_compilation_know_their_parts():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"skip_connections": "all"}, "skip_connections='all'; choose from stage, layer"),
+        ({"skip_connections": "all"}, "skip_connections='all' must be one of .*stage.*layer"),
         ({"attention": [True]}, r"attention=\[True\] must have one entry a stage: block_out_channels has 2"),
+        ({"attention": None}, "attention=None must have one entry a stage"),
         ({"downsample": [True, True, False]}, "downsample=.* must have one entry a stage"),
+        ({"downsample": False}, "downsample=False must have one entry a stage"),
         ({"up_block_out_channels": [16]}, "up_block_out_channels=.* must have one entry a stage"),
+        ({"up_block_out_channels": []}, r"up_block_out_channels=\[\] must be a list of integers >= 1"),
+        ({"mid_block_out_channels": []}, r"mid_block_out_channels=\[\] must be a list of integers >= 1"),
+        ({"block_out_channels": 64}, "block_out_channels=64 must be a list of integers >= 1"),
         ({"stem_channels": 12}, "stem_channels=12 must be multiples of norm_num_groups=8"),
-        ({"block_out_channels": [16, 24], "num_attention_heads": 16}, "num_attention_heads=16"),
-        ({"skip_connections": "layer", "up_layers_per_block": 1}, "up_layers_per_block=1 must be 2"),
+        ({"stem_channels": "8"}, "stem_channels='8' must be an integer of at least 1"),
+        ({"block_out_channels": [16, 24], "num_attention_heads": 16}, "must be multiples of num_attention_heads=16"),
+        (
+            {"skip_connections": "layer", "up_layers_per_block": 1},
+            "=1 must be layers_per_block . 1 where",
+        ),
+        ({"up_layers_per_block": 0}, "up_layers_per_block=0 must be an integer of at least 1"),
         ({"time_embedding_dim": 15}, "time_embedding_dim=15 must be even"),
+        ({"time_embedding_dim": -2}, "time_embedding_dim=-2 must be an integer of at least 1"),
         ({"layers_per_block": 0}, "layers_per_block=0 must be an integer of at least 1"),
         ({"in_channels": 0}, "in_channels=0 must be an integer of at least 1"),
+        ({"sample_size": 0}, "sample_size=0 must be a side or"),
+        ({"sample_size": "x"}, "sample_size='x' must be a side or"),
         ({"dropout": 1.5}, r"dropout=1.5 must lie in \[0, 1\)"),
     ],
 )
