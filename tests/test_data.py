@@ -126,9 +126,7 @@ def test_sixteen_bits_are_told_by_the_file_and_not_by_its_values(tmp_path):
     train, held_out = load_images(config(tmp_path, value_range=[0, 65535]))
     assert {train.pixels.max().item(), held_out.pixels.max().item()} == {0, 40000}
     folder_of(tmp_path / "mixed", [Image.fromarray(np.zeros((4, 4), np.uint16)), Image.new("L", (4, 4))])
-    with pytest.raises(
-        ValueError, match="8 bits and the first image "
-    ):
+    with pytest.raises(ValueError, match="8 bits and the first image "):
         load_images(config(tmp_path / "mixed", value_range=[0, 65535]))
 
 
