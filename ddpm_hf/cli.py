@@ -14,9 +14,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"ddpm-hf {ddpm_hf.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="train a model; `ddpm-hf train --help` lists the settings", add_help=False)
+    commands.add_parser(
+        "convert", help="a tutorial's or diffusers' checkpoint as a pipeline of ours, or back", add_help=False
+    )
     try:
         command = parser.parse_args(argv[:1]).command
-        return {"train": train}[command](argv[1:])
+        return {"train": train, "convert": convert}[command](argv[1:])
     except (ValueError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -43,6 +46,28 @@ def train(args: list[str]) -> int:
     if config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS:
         on_save.append(tell_legibility)
     training.train(config, on_start=on_start, on_save=on_save)
+    return 0
+
+
+def convert(args: list[str]) -> int:
+    from ddpm_hf import conversion
+
+    parser = _Parser(prog="ddpm-hf convert", description=conversion.__doc__)
+    parser.add_argument("source", help="a file of weights, or a folder")
+    parser.add_argument("output", help="the pipeline folder to write; it must not be there yet")
+    parser.add_argument("--from", dest="kind", metavar="|".join(conversion.KINDS), help="default: told by the weights")
+    parser.add_argument("--source-config", help="YAML or JSON in the source's own keys, for what weights do not tell")
+    parser.add_argument("--to", metavar="diffusers", help="write a folder that needs no package but diffusers")
+    given = parser.parse_args(args)
+    if given.to is None:
+        lines = conversion.convert(given.source, given.output, given.kind, given.source_config)
+    elif given.to != "diffusers":
+        raise ValueError(f"to={given.to!r}; the only choice is diffusers")
+    elif given.kind or given.source_config:
+        raise ValueError("--to takes a pipeline folder of ours: give neither --from nor --source-config with it")
+    else:
+        lines = conversion.convert_back(given.source, given.output)
+    print("\n".join(lines))
     return 0
 
 

@@ -35,7 +35,7 @@ class TrainConfig:
     output_dir: str | None = _setting("where everything is written; runs/<recipe> by default")
     overwrite_output_dir: bool = _setting("start afresh in a folder that holds an unfinished run", False)
     # data
-    dataset_name: str = _setting(
+    dataset_name: str | None = _setting(
         "`digits`, the 1,797 real 8x8 digits that come with scikit-learn, or a data set of the Hub", EMBEDDED_DIGITS
     )
     dataset_config_name: str | None = _setting("configuration of the data set of the Hub")

@@ -84,6 +84,10 @@ def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
             raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: set neither for them")
         digits = load_digits().images.astype(np.uint8)
         train, test, value_range = [(f"digit {k}", digit) for k, digit in enumerate(digits)], [], (0.0, 16.0)
+    elif config.train_data_dir is None and config.dataset_name is None:
+        raise ValueError(
+            f"config={config.config!r} has no data set of its own: give --train_data_dir or --dataset_name"
+        )
     else:
         train, test = _folder(config.train_data_dir) if config.train_data_dir else _hub(config)
         value_range = config.value_range

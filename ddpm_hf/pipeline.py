@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import logging
 from PIL import Image
 
 from ddpm_hf.scheduler import LinearNoiseScheduler, draw_noise
@@ -102,6 +103,20 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(
                 f"output_type='pil' shows 1, 3 or 4 channels, not {channels}: use output_type='np' or 'pt'"
             )
+
+
+def load_pipeline(source: str, name: str) -> DDPMCustomPipeline:
+    """`DDPMCustomPipeline.from_pretrained` for commands: what goes wrong is told once, by a ValueError about `name`."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        return DDPMCustomPipeline.from_pretrained(source)
+    except Exception as error:  # the loader, the Hub and the network all raise their own
+        raise ValueError(f"{name}={source!r} can't be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 def to_output(sample: torch.Tensor, output_type: str):

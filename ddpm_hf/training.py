@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import ImageData, batch_indices, load_images, seeded_generator, stream_seed
 from ddpm_hf.ema import EMA
-from ddpm_hf.pipeline import DDPMCustomPipeline
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.unet import DDPMUNet
 
@@ -217,11 +217,11 @@ def _model(config: TrainConfig, images: ImageData):
         if source is None:
             size = height if height == width else (height, width)
             unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **config.unet})
-            scheduler = LinearNoiseScheduler(**config.scheduler)
+            scheduler = _scheduler(config.scheduler)
         else:
-            pipeline = _load_pipeline(source)
+            pipeline = load_pipeline(source, "pretrained_model_name_or_path")
             unet = pipeline.unet
-            scheduler = LinearNoiseScheduler.from_config(pipeline.scheduler.config, **config.scheduler)
+            scheduler = _scheduler({**pipeline.scheduler.config, **config.scheduler})
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
         raise ValueError(f"unet={config.unet!r}, scheduler={config.scheduler!r}: {error}") from error
     if unet.config.in_channels != channels:
@@ -232,17 +232,10 @@ def _model(config: TrainConfig, images: ImageData):
     return unet, scheduler
 
 
-def _load_pipeline(source: str) -> DDPMCustomPipeline:
-    logging_level = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # what goes wrong is told once, by the error
-    diffusers.logging.disable_progress_bar()
-    try:
-        return DDPMCustomPipeline.from_pretrained(source)
-    except Exception as error:  # the loader, the Hub and the network all raise their own
-        raise ValueError(f"pretrained_model_name_or_path={source!r} can't be loaded: {error}") from error
-    finally:
-        diffusers.logging.set_verbosity(logging_level)
-        diffusers.logging.enable_progress_bar()
+def _scheduler(settings: dict):
+    # ours has no squared-cosine schedule
+    cosine = settings.get("beta_schedule") == "squaredcos_cap_v2"
+    return (diffusers.DDPMScheduler if cosine else LinearNoiseScheduler).from_config(settings)
 
 
 def draw(config: TrainConfig, scheduler, shape, step: int):
@@ -429,8 +422,9 @@ class Checkpoints:
         _load_weights(unet, weights, path)
         _load_weights(ema.model, average, path)
         for name, parameter in unet.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq") if moments else ()
-            optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
+            if parameter.requires_grad and moments:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
         return step
 
     def clear_after(self, step: int) -> None:

@@ -30,38 +30,53 @@ class DDPMUNetOutput(BaseOutput):
     sample: torch.Tensor
 
 
-def sinusoids(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
-    """(B,) -> (B, channels), float32: all sines, then all cosines, of frequencies 10000^(-i / (channels / 2)).
+def sinusoids(timesteps: torch.Tensor, channels: int, cos_first: bool = False, shift: float = 0) -> torch.Tensor:
+    """(B,) -> (B, channels), float32: all sines, then all cosines, of frequencies 10000^(-i / (channels / 2 - shift)).
 
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), where sines and cosines take turns.
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), where sines and cosines take turns and `shift` is 0.
     """
     half = channels // 2
     i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * i / half)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * i / (half - shift))
+    waves = [angles.cos(), angles.sin()] if cos_first else [angles.sin(), angles.cos()]
+    return torch.cat(waves, dim=1)
 
 
 class TimeEmbedding(nn.Module):
     """timesteps (B,) -> (B, E)"""
 
-    def __init__(self, channels: int):
+    def __init__(self, config):
         super().__init__()
-        self.linear_1 = nn.Linear(channels, channels)
-        self.linear_2 = nn.Linear(channels, channels)
+        self.cos_first, self.shift = config.flip_sin_to_cos, config.freq_shift
+        width = config.time_embedding_dim
+        self.linear_1 = nn.Linear(config.time_sinusoid_dim or width, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.table = None
+        if config.time_table_size is not None:
+            table = self._sinusoids(torch.arange(config.time_table_size))
+            self.table = nn.Embedding.from_pretrained(table, freeze=True)
+
+    def _sinusoids(self, timesteps):
+        return sinusoids(timesteps, self.linear_1.in_features, self.cos_first, self.shift)
 
     def forward(self, timesteps):
         # The angles reach 1000 radians, too many for half precision: cast after the sine.
-        x = sinusoids(timesteps, self.linear_1.in_features).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(x)))
+        x = self._sinusoids(timesteps) if self.table is None else self.table(timesteps.long())
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
 class SelfAttention(nn.Module):
     """(B, C, H, W) -> (B, C, H, W): multi-head attention over the H*W positions, added to its input."""
 
-    def __init__(self, channels: int, num_heads: int, norm_num_groups: int):
+    def __init__(self, channels: int, config):
         super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.GroupNorm(norm_num_groups, channels)
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        if channels % (head_dim or heads):
+            setting = f"num_attention_heads={heads}" if head_dim is None else f"attention_head_dim={head_dim}"
+            raise ValueError(f"{setting} must divide the width {channels}, which has attention")
+        self.num_heads = channels // head_dim if head_dim else heads
+        norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.norm = norm if config.attention_norm else nn.Identity()
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, channels)
 
@@ -77,15 +92,16 @@ class SelfAttention(nn.Module):
 class ResidualBlock(nn.Module):
     """(B, in, H, W), time embedding (B, E) -> (B, out, H, W)"""
 
-    def __init__(self, in_channels: int, out_channels: int, time_embedding_dim: int, norm_num_groups: int, dropout):
+    def __init__(self, in_channels: int, out_channels: int, config):
         super().__init__()
-        self.norm_1 = nn.GroupNorm(norm_num_groups, in_channels)
+        self.norm_1 = nn.GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_projection = nn.Linear(time_embedding_dim, out_channels)
-        self.norm_2 = nn.GroupNorm(norm_num_groups, out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.time_projection = nn.Linear(config.time_embedding_dim, out_channels)
+        self.norm_2 = nn.GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
+        self.dropout = (nn.Dropout2d if config.dropout_channels else nn.Dropout)(config.dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        project = config.project_every_shortcut or in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
 
     def forward(self, x, time):
         h = self.conv_1(F.silu(self.norm_1(x)))
@@ -99,13 +115,43 @@ class Layer(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, attention: bool, config):
         super().__init__()
-        groups = config.norm_num_groups
-        self.residual = ResidualBlock(in_channels, out_channels, config.time_embedding_dim, groups, config.dropout)
-        self.attention = SelfAttention(out_channels, config.num_attention_heads, groups) if attention else None
+        self.residual = ResidualBlock(in_channels, out_channels, config)
+        self.attention = SelfAttention(out_channels, config) if attention else None
 
     def forward(self, x, time):
         x = self.residual(x, time)
         return x if self.attention is None else self.attention(x)
+
+
+class Downsample(nn.Conv2d):
+    """(B, C, H, W) -> (B, C, H/2, W/2)"""
+
+    def __init__(self, channels: int, config):
+        super().__init__(channels, channels, config.downsample_kernel_size, 2, config.downsample_padding)
+
+    def forward(self, x):
+        # without padding, a kernel of 3 wants one more row and column; the authors' code adds them right and bottom
+        return super().forward(F.pad(x, (0, 1, 0, 1)) if self.padding == (0, 0) else x)
+
+
+class TransposedUpsample(nn.ConvTranspose2d):
+    """(B, C, H, W) -> (B, C, 2H, 2W)"""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 4, stride=2, padding=1)
+
+
+class NearestUpsample(nn.Conv2d):
+    """(B, C, H, W) -> (B, C, 2H, 2W): every pixel four times, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+UPSAMPLE_TYPES = {"transposed": TransposedUpsample, "nearest": NearestUpsample}
 
 
 class DownStage(nn.Module):
@@ -115,7 +161,7 @@ class DownStage(nn.Module):
         super().__init__()
         self.skips_every_layer = config.skip_connections == "layer"
         self.layers = nn.ModuleList(Layer(i, o, attention, config) for i, o in pairwise(widths))
-        self.downsample = nn.Conv2d(widths[-1], widths[-1], 4, stride=2, padding=1) if downsample else None
+        self.downsample = Downsample(widths[-1], config) if downsample else None
 
     def forward(self, x, time):
         features = [x]
@@ -144,7 +190,7 @@ class UpStage(nn.Module):
 
     def __init__(self, widths: list[int], skip_widths: list[int], attention: bool, upsample: bool, config):
         super().__init__()
-        self.upsample = nn.ConvTranspose2d(widths[0], widths[0], 4, stride=2, padding=1) if upsample else None
+        self.upsample = UPSAMPLE_TYPES[config.upsample_type](widths[0]) if upsample else None
         self.layers = nn.ModuleList(
             Layer(i + skip, o, attention, config)
             for (i, o), skip in zip_longest(pairwise(widths), skip_widths, fillvalue=0)
@@ -182,10 +228,24 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             `layers_per_block + 1`, which is what `None` means there, and `layers_per_block` otherwise.
         skip_connections: `"stage"`: an up stage sees what entered the down stage beside it; `"layer"`: each of its
             layers sees the output of one layer (Ho et al. 2020).
+        downsample_kernel_size, downsample_padding: of the strided convolution; a kernel of 3 without padding sees a row
+            and a column of zeros more, right and bottom.
+        upsample_type: `"transposed"`: a transposed convolution of 4x4; `"nearest"`: pixels doubled, then a convolution.
+        project_every_shortcut: a 1x1 convolution in every shortcut of a residual block, or only where widths differ.
         num_attention_heads: heads of every attention.
-        time_embedding_dim: width of the sinusoids and of the time embedding.
-        norm_num_groups: groups of every normalisation; divides all widths.
+        attention_head_dim: width of a head, in place of their number; the widths with attention are multiples of it.
+        attention_norm: normalise what attention sees.
+        time_sinusoid_dim: width of the sinusoids; `None`: `time_embedding_dim`.
+        time_embedding_dim: width of the time embedding.
+        flip_sin_to_cos: cosines first.
+        freq_shift: the s of the sinusoids' frequencies 10000^(-i / (time_sinusoid_dim / 2 - s)).
+        time_table_size: keep the sinusoids of so many timesteps with the weights, as a table that is not trained;
+            `None`: compute them.
+        norm_num_groups: groups of the normalisations; divides all widths.
+        norm_num_groups_out: groups of the last one, before the head; `None`: `norm_num_groups`.
+        norm_eps: epsilon of all normalisations.
         dropout: probability, inside the residual blocks.
+        dropout_channels: drop whole channels.
     """
 
     _supports_gradient_checkpointing = True
@@ -208,10 +268,23 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         up_block_out_channels: tuple[int, ...] = (64, 32, 16),
         up_layers_per_block: int | None = None,
         skip_connections: str = "stage",
+        downsample_kernel_size: int = 4,
+        downsample_padding: int = 1,
+        upsample_type: str = "transposed",
+        project_every_shortcut: bool = True,
         num_attention_heads: int = 4,
+        attention_head_dim: int | None = None,
+        attention_norm: bool = True,
+        time_sinusoid_dim: int | None = None,
         time_embedding_dim: int = 128,
+        flip_sin_to_cos: bool = False,
+        freq_shift: float = 0,
+        time_table_size: int | None = None,
         norm_num_groups: int = 8,
+        norm_num_groups_out: int | None = None,
+        norm_eps: float = 1e-5,
         dropout: float = 0.0,
+        dropout_channels: bool = False,
     ):
         super().__init__()
         config = self.config
@@ -223,7 +296,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         self.size_factor = 2 ** sum(downsample)
 
         self.stem = nn.Conv2d(in_channels, stem_channels, 3, padding=1)
-        self.time_embedding = TimeEmbedding(time_embedding_dim)
+        self.time_embedding = TimeEmbedding(config)
 
         self.down = nn.ModuleList()
         down_widths = []
@@ -248,7 +321,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             self.up.append(UpStage(widths, skip_widths, attention[i], downsample[i], config))
             width = width_out
 
-        self.norm_out = nn.GroupNorm(norm_num_groups, width)
+        self.norm_out = nn.GroupNorm(norm_num_groups_out or norm_num_groups, width, norm_eps)
         self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
 
     def forward(self, sample: torch.Tensor, timestep, return_dict: bool = True):
@@ -302,7 +375,7 @@ def _check(config) -> None:
         return isinstance(value, list | tuple) and len(value) > 0 and all(type(v) is kind for v in value)
 
     for name in ("in_channels", "stem_channels", "layers_per_block", "mid_layers_per_block", "time_embedding_dim",
-                 "norm_num_groups", "num_attention_heads"):  # fmt: skip
+                 "norm_num_groups"):  # fmt: skip
         require(name, type(config[name]) is int and config[name] >= 1, "must be an integer of at least 1")
     sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
     holds = is_list_of(int, sides) and len(sides) <= 2 and min(sides) >= 1
@@ -325,10 +398,17 @@ def _check(config) -> None:
         require("up_layers_per_block", holds, "must be an integer of at least 1")
         holds = not every_layer or config.up_layers_per_block == config.layers_per_block + 1
         require("up_layers_per_block", holds, "must be layers_per_block + 1 where every layer has a skip connection")
-    require("time_embedding_dim", config.time_embedding_dim % 2 == 0, "must be even: half sines, half cosines")
+    kernel, padding = config.downsample_kernel_size, config.downsample_padding
+    rule = f"with downsample_kernel_size={kernel} can't be; of kernel and padding there are 4 and 1, 3 and 1, 3 and 0"
+    require("downsample_padding", (kernel, padding) in ((4, 1), (3, 1), (3, 0)), rule)
+    require("upsample_type", config.upsample_type in UPSAMPLE_TYPES, f"must be one of {', '.join(UPSAMPLE_TYPES)}")
+    sinusoids_from = "time_embedding_dim" if config.time_sinusoid_dim is None else "time_sinusoid_dim"
+    half = config[sinusoids_from] / 2
+    require(sinusoids_from, half == int(half) and half > config.freq_shift, "must be even: half sines, half cosines")
     require("dropout", 0 <= config.dropout < 1, "must lie in [0, 1)")
+    heads = "num_attention_heads" if config.attention_head_dim is None else "attention_head_dim"
+    require(heads, type(config[heads]) is int and config[heads] >= 1, "must be an integer of at least 1")
     for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
         widths = [config[name]] if isinstance(config[name], int) else config[name]
-        for divisor in ("norm_num_groups", "num_attention_heads"):
-            holds = not any(width % config[divisor] for width in widths)
-            require(name, holds, f"must be multiples of {divisor}={config[divisor]}")
+        holds = not any(width % config.norm_num_groups for width in widths)
+        require(name, holds, f"must be multiples of norm_num_groups={config.norm_num_groups}")

@@ -1,4 +1,5 @@
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from PIL import Image
 import ddpm_hf
 from ddpm_hf import DDPMCustomPipeline
 from ddpm_hf.cli import main
+from ddpm_hf.config import recipe_names
+from ddpm_hf.training import read_log
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--max_train_steps", "6", "--checkpointing_steps", "4", "--eval_batch_size", "9"]
@@ -109,11 +112,33 @@ def test_digits_of_another_size_are_not_read(tmp_path, monkeypatch, capfd):
     assert Image.open("runs/digits/samples.png")
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "explainingai-mnist"])
+IMAGES_OF_THEIR_KIND = {  # what stands in for what can't be downloaded
+    "cifar10": "cifar10", "course-butterflies": "flowers17_64", "ddpm-cifar10": "cifar10",
+    "explainingai-mnist": "mnist", "explainingai-textures": "dtd10_64", "labml-celeba": "flowers17_64",
+    "labml-mnist": "mnist", "learnopencv-cifar10": "cifar10", "learnopencv-flowers": "flowers17_64",
+    "learnopencv-mnist": "mnist", "mnist": "mnist",
+}  # fmt: skip
+LARGE = ("explainingai", "labml", "learnopencv", "ddpm", "course")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n.startswith(LARGE) else ()) for n in recipe_names() if n != "digits"],
+)
 def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkeypatch, name):
-    data = shared / "data" / name.split("-")[-1]
     monkeypatch.chdir(tmp_path)
-    argv = ["train", "--config", name, "--train_data_dir", str(data), "--max_train_steps", "2"]
-    argv += ["--train_batch_size", "4", "--eval_batch_size", "1", "--ddpm_num_inference_steps", "2"]
-    assert main(argv) == 0
-    assert Image.open(f"runs/{name}/samples.png").mode == ("RGB" if name == "cifar10" else "L")
+    monkeypatch.setattr("ddpm_hf.data.HELD_OUT_LIMIT", 8)  # a thousand take the larger networks minutes
+    argv = ["train", "--config", name, "--train_data_dir", str(shared / "data" / IMAGES_OF_THEIR_KIND[name])]
+    argv += ["--train_batch_size", "2", "--max_train_steps", "2", "--eval_batch_size", "1"]
+    assert main([*argv, "--ddpm_num_inference_steps", "2"]) == 0
+    assert Image.open(f"runs/{name}/samples.png").mode == ("L" if name.endswith("mnist") else "RGB")
+    losses = [row["loss"] for row in read_log(f"runs/{name}/log.csv")]
+    assert 0.3 < losses[0] < 5  # of an untrained network: about the noise's variance
+    shutil.rmtree("runs")  # gigabytes
+
+
+@pytest.mark.parametrize("name", ["explainingai-textures", "labml-celeba", "learnopencv-flowers"])
+def test_a_recipe_without_a_data_set_asks_for_one(tmp_path, monkeypatch, capfd, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", name]) == 2
+    assert f"config='{name}' has no data set of its own: give --train_data_dir" in capfd.readouterr().err

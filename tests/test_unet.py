@@ -1,69 +1,15 @@
-import json
-import re
-
 import diffusers
 import pytest
 import torch
 from conftest import tiny_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMUNet
+from ddpm_hf.config import resolve
+from ddpm_hf.conversion import SOURCES, to_diffusers
 from ddpm_hf.unet import sinusoids
-
-RENAMED = [  # the tutorial's key -> ours
-    (r"^conv_in", "stem"),
-    (r"^t_proj\.0", "time_embedding.linear_1"),
-    (r"^t_proj\.2", "time_embedding.linear_2"),
-    (r"^(down|mid|up)s\.(\d+)\.(down|up)_sample_conv", r"\1.\2.\3sample"),
-    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_first\.(\d+)\.0", r"\1.\2.layers.\3.residual.norm_1"),
-    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_first\.(\d+)\.2", r"\1.\2.layers.\3.residual.conv_1"),
-    (r"^(down|mid|up)s\.(\d+)\.t_emb_layers\.(\d+)\.1", r"\1.\2.layers.\3.residual.time_projection"),
-    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_second\.(\d+)\.0", r"\1.\2.layers.\3.residual.norm_2"),
-    (r"^(down|mid|up)s\.(\d+)\.resnet_conv_second\.(\d+)\.2", r"\1.\2.layers.\3.residual.conv_2"),
-    (r"^(down|mid|up)s\.(\d+)\.residual_input_conv\.(\d+)", r"\1.\2.layers.\3.residual.shortcut"),
-    (r"^(down|mid|up)s\.(\d+)\.attention_norms\.(\d+)", r"\1.\2.layers.\3.attention.norm"),
-    (r"^(down|mid|up)s\.(\d+)\.attentions\.(\d+)\.in_proj_", r"\1.\2.layers.\3.attention.to_qkv."),
-    (r"^(down|mid|up)s\.(\d+)\.attentions\.(\d+)\.out_proj", r"\1.\2.layers.\3.attention.to_out"),
-    (r"^mid\.", "middle."),
-]
-
-
-def load_explainingai(folder):
-    """The network of a vector of the ExplainingAI tutorial, with its weights."""
-    case = json.loads((folder / "case.json").read_text())
-    source = case["config"]
-    stem, *widths = source["down_channels"]
-    unet = DDPMUNet(
-        sample_size=source["im_size"],
-        in_channels=source["im_channels"],
-        stem_channels=stem,
-        block_out_channels=widths,
-        downsample=source["down_sample"],
-        layers_per_block=source["num_down_layers"],
-        mid_block_out_channels=source["mid_channels"][1:],
-        mid_layers_per_block=source["num_mid_layers"],
-        up_block_out_channels=[*source["down_channels"][-3::-1], 16],
-        up_layers_per_block=source["num_up_layers"],
-        time_embedding_dim=source["time_emb_dim"],
-    )
-    weights = {}
-    for key, value in torch.load(folder / "checkpoint.pth", weights_only=True).items():
-        for pattern, ours in RENAMED:
-            key = re.sub(pattern, ours, key)
-        weights[key] = value
-    unet.load_state_dict(weights)
-    return unet.eval(), case
-
-
-@pytest.mark.parametrize("case", ["explainingai_gray28", "explainingai_rgb32"])
-def test_vectors(shared, case):
-    unet, _ = load_explainingai(shared / "vectors" / case)
-    io = load_file(shared / "vectors" / case / "io.safetensors")
-    with torch.no_grad():
-        assert_close(unet(io["sample"], io["timestep"]).sample, io["noise_pred"], rtol=0, atol=1e-5)
 
 
 def test_the_default_is_the_tutorials_network():
@@ -224,7 +170,10 @@ def test_layerwise_casting_and_regional_compilation_know_their_parts():
         ({"block_out_channels": 64}, "block_out_channels=64 must be a list of integers >= 1"),
         ({"stem_channels": 12}, "stem_channels=12 must be multiples of norm_num_groups=8"),
         ({"stem_channels": "8"}, "stem_channels='8' must be an integer of at least 1"),
-        ({"block_out_channels": [16, 24], "num_attention_heads": 16}, "must be multiples of num_attention_heads=16"),
+        (
+            {"block_out_channels": [16, 24], "num_attention_heads": 16},
+            "heads=16 must divide the width 24, which has att",
+        ),
         (
             {"skip_connections": "layer", "up_layers_per_block": 1},
             "=1 must be layers_per_block . 1 where",
@@ -250,3 +199,67 @@ def test_calls_that_cannot_be():
         unet(noisy(1, 3, 8, 8), 0)
     with pytest.raises(ValueError, match="timestep has 3 elements for a batch of 2; it must be 1 or 2"):
         unet(noisy(2, 1, 8, 8), torch.arange(3))
+
+
+# ---------------------------------------------------------------- the presets
+
+
+def count(name, channels=3):
+    with torch.device("meta"):
+        unet = DDPMUNet(**{"in_channels": channels, **resolve({"config": name}).unet})
+    return sum(p.numel() for p in unet.parameters())
+
+
+def test_the_papers_network_has_the_papers_parameters():
+    """35.7 M, Ho et al. 2020, appendix B; to the unit those of google/ddpm-cifar10-32."""
+    theirs = diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=(128, 256, 256, 256), norm_eps=1e-6, downsample_padding=0,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1,
+    )  # fmt: skip
+    assert count("ddpm-cifar10") == sum(p.numel() for p in theirs.parameters()) == 35_746_307
+
+
+def test_the_courses_network_is_its_unet2d_model():
+    theirs = diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=(64, 128, 128, 256), layers_per_block=2,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    unet = DDPMUNet(in_channels=3, sample_size=32, **resolve({"config": "course-butterflies"}).unet)
+    assert to_diffusers(unet).to_json_string() == theirs.to_json_string()
+
+
+def test_the_presets_are_what_the_converter_makes_of_the_sources_defaults():
+    sizes = {
+        "labml-celeba": {
+            "image_channels": 3, "n_channels": 64, "ch_mults": [1, 2, 2, 4], "is_attn": [False, False, False, True],
+            "n_blocks": 2, "image_size": 32,
+        },
+        "learnopencv-cifar10": {
+            "input_channels": 3, "num_res_blocks": 2, "base_channels": 64, "base_channels_multiples": [1, 2, 4, 4],
+            "apply_attention": [False, True, True, False], "time_multiple": 4, "total_time_steps": 1000,
+            "dropout_rate": 0.1, "image_size": 32,
+        },
+        "explainingai-mnist": {
+            "im_channels": 1, "im_size": 28, "down_channels": [32, 64, 128, 256], "mid_channels": [256, 256, 128],
+            "down_sample": [True, True, False], "time_emb_dim": 128, "num_down_layers": 2, "num_mid_layers": 2,
+            "num_up_layers": 2,
+        },
+    }  # fmt: skip
+    for name, known in sizes.items():
+        converted = SOURCES[name.split("-")[0]].settings(known)
+        side, channels = converted["sample_size"], converted["in_channels"]
+        with torch.device("meta"):
+            a = DDPMUNet(**converted)
+            b = DDPMUNet(sample_size=side, in_channels=channels, **resolve({"config": name}).unet)
+        assert [(k, v.shape) for k, v in a.state_dict().items()] == [(k, v.shape) for k, v in b.state_dict().items()]
+        derived = ("downsample", "up_layers_per_block", "time_sinusoid_dim", "attention")
+        for key in a.config.keys() - {"_use_default_values", *derived}:
+            assert (list(a.config[key]) if isinstance(a.config[key], tuple) else a.config[key]) == (
+                list(b.config[key]) if isinstance(b.config[key], tuple) else b.config[key]
+            ), (name, key)
+    for name in ("labml-mnist", "learnopencv-mnist", "learnopencv-flowers"):
+        like = "labml-celeba" if "labml" in name else "learnopencv-cifar10"
+        assert resolve({"config": name}).unet == resolve({"config": like}).unet

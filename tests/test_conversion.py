@@ -1,0 +1,311 @@
+import json
+import os
+import re
+import shutil
+
+import diffusers
+import pytest
+import torch
+import yaml
+from conftest import tiny_unet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.conversion import _diffusers_settings, _from_diffusers_weights, load_checked, to_diffusers
+
+TUTORIALS = {
+    "explainingai_gray28": "explainingai",
+    "explainingai_rgb32": "explainingai",
+    "labml_rgb32": "labml",
+    "learnopencv_rgb32": "learnopencv",
+}
+
+
+def predict(folder, io):
+    unet = DDPMCustomPipeline.from_pretrained(str(folder)).unet
+    with torch.no_grad():
+        return unet(io["sample"], io["timestep"]).sample
+
+
+def error_of(capfd, *argv) -> str:
+    assert main(["convert", *map(str, argv)]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+# ---------------------------------------------------------------- the sources' vectors, through the command line
+
+
+@pytest.mark.parametrize("case", TUTORIALS)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_tutorials_checkpoint_predicts_the_same(shared, tmp_path, capfd, case, told):
+    folder = shared / "vectors" / case
+    flags = ["--from", TUTORIALS[case], "--source-config", str(folder / "case.json")] if told else []
+    assert main(["convert", str(folder / "checkpoint.pth"), str(tmp_path / "out"), *flags]) == 0
+    io = load_file(folder / "io.safetensors")
+    assert_close(predict(tmp_path / "out", io), io["noise_pred"], rtol=0, atol=1e-5)
+    out = capfd.readouterr().out
+    assert out.startswith(TUTORIALS[case])
+    assert ("num_heads: 4 in the configuration is ignored: explainingai never reads it" in out) == (
+        told and "explainingai" in case
+    )
+    if "labml" in case:
+        keys = torch.load(folder / "checkpoint.pth", weights_only=True)
+        assert all(f"{key} is left out" in out for key in keys if ".attn.norm." in key)
+    assert f"({TUTORIALS[case]})" in (tmp_path / "out/README.md").read_text()
+    scheduler = LinearNoiseScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    variance = "fixed_small" if "explainingai" in case else "fixed_large"
+    assert (scheduler.config.variance_type, scheduler.config.clip_sample) == (variance, False)
+
+
+def test_a_tutorials_whole_chain(shared, tmp_path):
+    folder = shared / "vectors/explainingai_chain_T50"
+    flags = ["--source-config", str(folder / "case.json")]
+    assert main(["convert", str(folder / "checkpoint.pth"), str(tmp_path / "out"), *flags]) == 0
+    pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / "out"))
+    assert len(pipeline.scheduler) == 50
+    final = pipeline(2, torch.Generator().manual_seed(28), output_type="latent").images
+    assert_close(final, load_file(folder / "io.safetensors")["final_sample"], rtol=0, atol=1e-4)
+
+
+def test_diffusers_there_and_back(shared, tmp_path):
+    folder = shared / "vectors/diffusers_ddpm_cifar10_small"
+    assert main(["convert", str(folder), str(tmp_path / "ours"), "--from", "diffusers"]) == 0
+    io = load_file(folder / "io.safetensors")
+    assert_close(predict(tmp_path / "ours", io), io["noise_pred"], rtol=0, atol=1e-5)
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "diffusers"]) == 0
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        assert_close(pipeline.unet(io["sample"], io["timestep"]).sample, io["noise_pred"], rtol=0, atol=1e-5)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert_close(load_file(tmp_path / "theirs" / name), load_file(folder / name), rtol=0, atol=0)
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
+    assert_close(load_file(tmp_path / "again" / name), load_file(tmp_path / "ours" / name), rtol=0, atol=0)
+    ours, again = (DDPMUNet.load_config(tmp_path / f, subfolder="unet") for f in ("ours", "again"))
+    assert ours == again
+
+
+# ---------------------------------------------------------------- configurations that no vector has
+
+
+@st.composite
+def unet2d_configs(draw):
+    stages = draw(st.integers(1, 4))
+    groups = draw(st.sampled_from([1, 2, 4]))
+    widths = [4 * draw(st.integers(1, 4)) for _ in range(stages)]
+    attention = [draw(st.booleans()) for _ in range(stages)]
+    return {
+        "sample_size": draw(st.sampled_from([8, 16])),
+        "in_channels": (channels := draw(st.integers(1, 3))),
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]],
+        "layers_per_block": draw(st.integers(1, 3)),
+        "norm_num_groups": groups,
+        "norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.1])),
+        "attention_head_dim": draw(st.sampled_from([None, 2, 4])),
+        "downsample_padding": draw(st.sampled_from([0, 1])),
+        "flip_sin_to_cos": draw(st.booleans()),
+        "freq_shift": draw(st.sampled_from([0, 1])),
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(unet2d_configs(), st.integers(0, 2**31))
+def test_any_unet2d_model_is_expressed(config, seed):
+    torch.manual_seed(seed)
+    theirs = diffusers.UNet2DModel(**config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # norms and biases too move off their initial values
+    ours = DDPMUNet(**_diffusers_settings(dict(theirs.config)))
+    load_checked(ours, _from_diffusers_weights(theirs.state_dict(), ours.state_dict()), "theirs")
+    side = config["sample_size"]
+    x, t = torch.randn(2, config["in_channels"], side, side), torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = theirs(x, t).sample
+        scale = max(1.0, expected.abs().max().item())
+        assert_close(ours(x, t).sample / scale, expected / scale, rtol=0, atol=1e-5)
+    back = to_diffusers(ours)
+    assert_close(back.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    same = ("block_out_channels", "down_block_types", "up_block_types", "attention_head_dim", "norm_eps", "freq_shift")
+    assert all(back.config[key] == theirs.config[key] for key in same)
+
+
+def theirs_in(folder, older=False, binary=False, **config):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), **config,
+    ).eval()  # fmt: skip
+    unet.save_pretrained(folder / "unet", safe_serialization=not binary)
+    if older:
+        path = folder / "unet/diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            weights = {k.replace(f".{new}.", f".{old}."): v for k, v in weights.items()}
+        assert any(".proj_attn." in key for key in weights)
+        save_file(weights, path)
+    return unet
+
+
+@pytest.mark.parametrize("options", [{}, {"older": True}, {"binary": True}])
+def test_every_way_in_which_diffusers_has_stored_weights(tmp_path, options):
+    unet = theirs_in(tmp_path / "theirs", **options)
+    diffusers.DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
+        tmp_path / "theirs/scheduler"
+    )
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "a")]) == 0
+    assert main(["convert", str(tmp_path / "theirs/unet"), str(tmp_path / "b")]) == 0
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 6])
+    for name in "ab":
+        with torch.no_grad():
+            got = predict(tmp_path / name, {"sample": x, "timestep": t})
+            assert_close(got, unet(x, t).sample, rtol=0, atol=1e-5)
+    scheduler = LinearNoiseScheduler.from_pretrained(tmp_path / "a", subfolder="scheduler")
+    assert (scheduler.config.beta_schedule, scheduler.config.clip_sample) == ("scaled_linear", False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift='scale_shift' can't be expressed"),
+        ({"center_input_sample": True}, "center_input_sample=True can't be expressed"),
+        ({"num_class_embeds": 10}, "num_class_embeds=10 can't be expressed"),
+    ],
+)
+def test_a_network_that_ours_cannot_express(tmp_path, capfd, config, message):
+    theirs_in(tmp_path / "theirs", **config)
+    assert message in error_of(capfd, tmp_path / "theirs", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["theirs"]
+
+
+# ---------------------------------------------------------------- how checkpoints come
+
+
+def wrapped(kind, weights):
+    prefixed = {f"module.{k}": v for k, v in weights.items()}
+    return {
+        "model": {"model": weights, "epoch": 3, "optimizer": {"state": {}}},
+        "state_dict": {"state_dict": prefixed},
+        "module": prefixed,
+        "ema": {"ema": {f"ema_model.{k}": v for k, v in weights.items()}, "model": {"wrong": torch.zeros(1)}},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["model", "state_dict", "module", "ema"])
+def test_wrapped_checkpoints(shared, tmp_path, kind):
+    folder = shared / "vectors/explainingai_gray28"
+    weights = torch.load(folder / "checkpoint.pth", weights_only=True)
+    torch.save(wrapped(kind, weights), tmp_path / "a.pth")
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]) == 0
+    io = load_file(folder / "io.safetensors")
+    assert_close(predict(tmp_path / "out", io), io["noise_pred"], rtol=0, atol=1e-5)
+
+
+def test_a_configuration_of_any_form(shared, tmp_path, capfd):
+    case = shared / "vectors/learnopencv_rgb32"
+    for name, content in {
+        "flat.yaml": {"dropout_rate": 0.3, "image_size": 16, "beta_end": 0.01},
+        "nested.yaml": {"model_params": {"dropout_rate": 0.3}, "config": {"image_size": 16}, "beta_end": 0.01},
+    }.items():
+        (tmp_path / name).write_text(yaml.safe_dump(content))
+        flags = ["--source-config", str(tmp_path / name)]
+        assert main(["convert", str(case / "checkpoint.pth"), str(tmp_path / f"out-{name}"), *flags]) == 0
+        pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / f"out-{name}"))
+        assert (pipeline.unet.config.dropout, pipeline.unet.config.sample_size) == (0.3, 16)
+        assert pipeline.scheduler.config.beta_end == 0.01
+        assert "is assumed" not in capfd.readouterr().out
+    assert main(["convert", str(case / "checkpoint.pth"), str(tmp_path / "out")]) == 0
+    assert "dropout_rate: 0.1 is assumed, learnopencv's default" in capfd.readouterr().out
+
+
+def test_a_contradiction_shows_both(shared, tmp_path, capfd):
+    case = shared / "vectors/labml_rgb32"
+    (tmp_path / "c.json").write_text(json.dumps({"n_channels": 64}))
+    error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--source-config", tmp_path / "c.json")
+    assert "n_channels is 64 in" in error
+    assert "and 32 in the weights of" in error
+    error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--from", "learnopencv")
+    assert "is not of learnopencv but of labml" in error
+    assert os.listdir(tmp_path) == ["c.json"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/ddpm_hf_hostile",)
+
+
+def damage(kind, good, path):
+    weights = torch.load(good, weights_only=True)
+    if kind == "hostile":
+        torch.save({"model": Hostile()}, path)
+    elif kind == "truncated":
+        path.write_bytes(good.read_bytes()[:20000])
+    elif kind == "text":
+        path.write_text("no weights")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "foreign":
+        torch.save({"linear.weight": torch.zeros(2, 2)}, path)
+    elif kind == "lacks":
+        weights.pop("ups.0.resnet_conv_first.0.2.weight")
+        torch.save(weights, path)
+    elif kind == "extra":
+        torch.save(weights | {"something.else": torch.zeros(1)}, path)
+    elif kind == "shape":
+        torch.save(weights | {"conv_out.bias": torch.zeros(7)}, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hostile", "is refused: it holds more than weights"),
+        ("truncated", "can't be read as weights"),
+        ("text", "is refused|can't be read as weights"),
+        ("empty", "can't be read as weights"),
+        ("list", "holds no weights by name"),
+        ("foreign", "is of no known source: its first keys are linear.weight"),
+        ("lacks", r"lacks 1 weights \(up.0.layers.0.residual.conv_1.weight\)"),
+        ("extra", "no place for something.else, which no network of explainingai of this size has"),
+        ("shape", r"conv_out.bias has shape \(7,\) and the network wants \(1,\)"),
+    ],
+)
+def test_files_that_cannot_be_converted_leave_nothing(shared, tmp_path, capfd, kind, message):
+    damage(kind, shared / "vectors/explainingai_gray28/checkpoint.pth", tmp_path / "a.pth")
+    assert re.search(message, error_of(capfd, tmp_path / "a.pth", tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["a.pth"]
+    assert not os.path.exists("/tmp/ddpm_hf_hostile")
+
+
+def test_folders_that_cannot_be_converted(shared, tmp_path, capfd):
+    assert "does not exist" in error_of(capfd, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert "has neither unet/config.json nor config.json" in error_of(capfd, tmp_path / "empty", tmp_path / "out")
+    assert "is there already" in error_of(capfd, tmp_path / "empty", tmp_path / "empty")
+    theirs_in(tmp_path / "theirs")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "cut")
+    path = tmp_path / "cut/unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "can't be read as weights" in error_of(capfd, tmp_path / "cut", tmp_path / "out")
+    (tmp_path / "cut/unet/config.json").write_text("{")
+    assert "is not JSON" in error_of(capfd, tmp_path / "cut", tmp_path / "out")
+    (tmp_path / "cut/unet/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    assert "is of 'AutoencoderKL', not of 'UNet2DModel'" in error_of(capfd, tmp_path / "cut", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_unet2d_cannot_express_are_named(tmp_path, capfd):
+    DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler()).save_pretrained(tmp_path / "ours")
+    error = error_of(capfd, tmp_path / "ours", tmp_path / "out", "--to", "diffusers")
+    assert "skip_connections='stage' can't be expressed by UNet2DModel; it would have to be 'layer'" in error
+    assert "to='onnx'; the only choice is diffusers" in error_of(
+        capfd, tmp_path / "ours", tmp_path / "o", "--to", "onnx"
+    )
+    assert os.listdir(tmp_path) == ["ours"]
