@@ -21,7 +21,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, make_scheduler
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.unet import DDPMUNet
 
@@ -496,8 +496,10 @@ def convert(source, output, kind: str | None = None, source_config=None) -> list
     if source.is_dir() and kind in (None, "diffusers"):
         unet, scheduler, notes = _from_diffusers(source)
         kind = "diffusers"
-    elif source.is_dir():
-        raise ValueError(f"source {str(source)!r} is a folder; a checkpoint of {kind} is a file")
+    elif source.is_dir() or kind == "diffusers":
+        form = {True: "folder", False: "file"}
+        have, want = form[source.is_dir()], form[not source.is_dir()]
+        raise ValueError(f"source {str(source)!r} is a {have}; what comes from {kind} is a {want}")
     else:
         unet, scheduler, notes, kind = _from_tutorial(source, kind, source_config)
     card = f"---\nlibrary_name: diffusers\ntags:\n- ddpm\n- ddpm_hf\n---\n\nConverted by ddpm_hf from {source.name}"
@@ -608,12 +610,18 @@ def _from_diffusers(folder: Path):
         stored = json.loads((unet_folder / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{unet_folder / 'config.json'} is not JSON: {error}") from error
-    if stored.get("_class_name") not in ("UNet2DModel", None):
-        raise ValueError(f"{unet_folder / 'config.json'} is of {stored['_class_name']!r}, not of 'UNet2DModel'")
-    with torch.device("meta"):
-        config = dict(diffusers.UNet2DModel.from_config(stored).config)  # with the defaults that it leaves out
-    files = sorted(unet_folder.glob("diffusion_pytorch_model*.safetensors"))
-    files = files or sorted(unet_folder.glob("diffusion_pytorch_model*.bin"))
+    if not isinstance(stored, dict) or stored.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        told = stored.get("_class_name") if isinstance(stored, dict) else stored
+        raise ValueError(f"{unet_folder / 'config.json'} is of {told!r}, not of 'UNet2DModel'")
+    try:
+        with torch.device("meta"):
+            config = dict(diffusers.UNet2DModel.from_config(stored).config)  # with the defaults that it leaves out
+    except Exception as error:  # what its constructor trips over in wrong values
+        raise ValueError(f"{unet_folder / 'config.json'} makes no UNet2DModel: {_first_line(error)}") from error
+    # the weights proper, whole or in shards, and none of their variants
+    names = [re.compile(rf"diffusion_pytorch_model(-\d+-of-\d+)?\.{ending}") for ending in ("safetensors", "bin")]
+    found = [[path for path in sorted(unet_folder.iterdir()) if name.fullmatch(path.name)] for name in names]
+    files = found[0] or found[1]
     if not files:
         raise ValueError(f"{unet_folder} holds no diffusion_pytorch_model.safetensors or .bin")
     weights = {}
@@ -623,7 +631,7 @@ def _from_diffusers(folder: Path):
     load_checked(unet, _from_diffusers_weights(weights, unet.state_dict()), unet_folder)
     if (folder / "scheduler" / "scheduler_config.json").is_file():
         theirs = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        return unet, LinearNoiseScheduler.from_config(theirs), [f"scheduler: that of {folder.name}"]
+        return unet, make_scheduler(theirs), [f"scheduler: that of {folder.name}"]
     return unet, LinearNoiseScheduler(), ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"]
 
 

@@ -6,7 +6,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from PIL import Image
@@ -103,6 +103,15 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(
                 f"output_type='pil' shows 1, 3 or 4 channels, not {channels}: use output_type='np' or 'pt'"
             )
+
+
+def make_scheduler(config: dict):
+    """`LinearNoiseScheduler` of a configuration of ours or of diffusers' DDPM scheduler.
+
+    The squared-cosine schedule, which ours has not, gets diffusers' own `DDPMScheduler`.
+    """
+    cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
+    return (DDPMScheduler if cosine else LinearNoiseScheduler).from_config(config)
 
 
 def load_pipeline(source: str, name: str) -> DDPMCustomPipeline:

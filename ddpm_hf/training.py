@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import ImageData, batch_indices, load_images, seeded_generator, stream_seed
 from ddpm_hf.ema import EMA
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, make_scheduler
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.unet import DDPMUNet
 
@@ -217,11 +216,11 @@ def _model(config: TrainConfig, images: ImageData):
         if source is None:
             size = height if height == width else (height, width)
             unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **config.unet})
-            scheduler = _scheduler(config.scheduler)
+            scheduler = make_scheduler(config.scheduler)
         else:
             pipeline = load_pipeline(source, "pretrained_model_name_or_path")
             unet = pipeline.unet
-            scheduler = _scheduler({**pipeline.scheduler.config, **config.scheduler})
+            scheduler = make_scheduler({**pipeline.scheduler.config, **config.scheduler})
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
         raise ValueError(f"unet={config.unet!r}, scheduler={config.scheduler!r}: {error}") from error
     if unet.config.in_channels != channels:
@@ -230,12 +229,6 @@ def _model(config: TrainConfig, images: ImageData):
         raise ValueError(f"{of} is made for {made_for} channels and the images have {channels}: set channels")
     scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
     return unet, scheduler
-
-
-def _scheduler(settings: dict):
-    # ours has no squared-cosine schedule
-    cosine = settings.get("beta_schedule") == "squaredcos_cap_v2"
-    return (diffusers.DDPMScheduler if cosine else LinearNoiseScheduler).from_config(settings)
 
 
 def draw(config: TrainConfig, scheduler, shape, step: int):

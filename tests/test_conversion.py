@@ -170,6 +170,19 @@ def test_every_way_in_which_diffusers_has_stored_weights(tmp_path, options):
     assert (scheduler.config.beta_schedule, scheduler.config.clip_sample) == ("scaled_linear", False)
 
 
+def test_a_cosine_schedule_stays_and_variants_are_left_alone(tmp_path):
+    unet = theirs_in(tmp_path / "theirs")
+    diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path / "theirs/scheduler")
+    wrong = {k: v + 1 for k, v in unet.state_dict().items()}
+    for variant in ("fp16", "ema", "zzz"):
+        save_file(wrong, tmp_path / f"theirs/unet/diffusion_pytorch_model.{variant}.safetensors")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "out")]) == 0
+    pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / "out"))
+    assert type(pipeline.scheduler) is diffusers.DDPMScheduler
+    assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert_close(to_diffusers(pipeline.unet).state_dict(), unet.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -236,14 +249,17 @@ def test_a_contradiction_shows_both(shared, tmp_path, capfd):
 
 
 class Hostile:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/ddpm_hf_hostile",)
+        return os.mkdir, (str(self.path),)
 
 
 def damage(kind, good, path):
     weights = torch.load(good, weights_only=True)
     if kind == "hostile":
-        torch.save({"model": Hostile()}, path)
+        torch.save({"model": Hostile(path.with_name("made by a pickle"))}, path)
     elif kind == "truncated":
         path.write_bytes(good.read_bytes()[:20000])
     elif kind == "text":
@@ -281,7 +297,6 @@ def test_files_that_cannot_be_converted_leave_nothing(shared, tmp_path, capfd, k
     damage(kind, shared / "vectors/explainingai_gray28/checkpoint.pth", tmp_path / "a.pth")
     assert re.search(message, error_of(capfd, tmp_path / "a.pth", tmp_path / "out"))
     assert os.listdir(tmp_path) == ["a.pth"]
-    assert not os.path.exists("/tmp/ddpm_hf_hostile")
 
 
 def test_folders_that_cannot_be_converted(shared, tmp_path, capfd):
@@ -298,6 +313,14 @@ def test_folders_that_cannot_be_converted(shared, tmp_path, capfd):
     assert "is not JSON" in error_of(capfd, tmp_path / "cut", tmp_path / "out")
     (tmp_path / "cut/unet/config.json").write_text('{"_class_name": "AutoencoderKL"}')
     assert "is of 'AutoencoderKL', not of 'UNet2DModel'" in error_of(capfd, tmp_path / "cut", tmp_path / "out")
+    (tmp_path / "cut/unet/config.json").write_text('{"block_out_channels": 5}')
+    assert "makes no UNet2DModel" in error_of(capfd, tmp_path / "cut", tmp_path / "out")
+    file = tmp_path / "theirs/unet/diffusion_pytorch_model.safetensors"
+    assert "is a file; what comes from diffusers is a folder" in error_of(
+        capfd, file, tmp_path / "o", "--from", "diffusers"
+    )
+    error = error_of(capfd, tmp_path / "theirs", tmp_path / "out", "--from", "labml")
+    assert "is a folder; what comes from labml is a file" in error
     assert not (tmp_path / "out").exists()
 
 
