@@ -50,7 +50,10 @@ def train(args: list[str]) -> int:
 
 
 def convert(args: list[str]) -> int:
-    from ddpm_hf import conversion
+    try:
+        from ddpm_hf import conversion
+    except ImportError as error:
+        raise ValueError(f"{error}: converting needs more packages, `pip install ddpm-hf[train]`") from error
 
     parser = _Parser(prog="ddpm-hf convert", description=conversion.__doc__)
     parser.add_argument("source", help="a file of weights, or a folder")

@@ -148,7 +148,7 @@ def load_recipe(name_or_path: str) -> dict:
     else:
         raise ValueError(f"config={name_or_path!r} is neither a file nor one of the recipes {', '.join(names)}")
     try:
-        recipe = _YamlLoader(text).get_single_data()
+        recipe = YamlLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"config={name_or_path!r} is not YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
@@ -188,7 +188,7 @@ def resolve(flags: dict) -> TrainConfig:
     return TrainConfig(**merged)
 
 
-class _YamlLoader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number and no is a word, as everywhere else."""
 
     yaml_implicit_resolvers = {
@@ -197,14 +197,14 @@ class _YamlLoader(yaml.SafeLoader):
     }
 
 
-_YamlLoader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
 
 
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
 
 
 class _Parser(HfArgumentParser):

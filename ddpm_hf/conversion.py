@@ -12,15 +12,15 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ddpm_hf.config import YamlLoader
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, make_scheduler
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.unet import DDPMUNet
@@ -41,6 +41,8 @@ class Source:
             never uses.
         scheduler: sizes -> how the source samples, as arguments of `LinearNoiseScheduler`.
         never_read: names in its configuration that its code does not look at.
+        aliases: other names that its own code has for a size.
+        notes: what its sampler does and ours does not.
     """
 
     signature: str
@@ -50,6 +52,8 @@ class Source:
     names: Callable[[dict], list]
     scheduler: Callable[[dict], dict]
     never_read: tuple[str, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def _count(weights: Weights, pattern: str) -> int:
@@ -359,21 +363,31 @@ def _to_diffusers_key(key: str) -> str:
     return ".".join([block, "attentions", layer, theirs, *rest])
 
 
-def _from_diffusers_weights(weights: Weights, ours: Weights) -> Weights:
-    """Their weights under our keys; those of a key that is missing on either side are missing in the answer."""
+def _from_diffusers_weights(weights: Weights, ours: Weights, path) -> Weights:
+    """Their weights under our keys; a key that they lack is missing in the answer."""
     renamed = {}
     for key, value in weights.items():
         for older, newer in OLDER_ATTENTION.items():
             key = re.sub(rf"(attentions\.\d+)\.{older}\.", rf"\1.{newer}.", key)
         renamed[key] = value
     taken = {}
-    for key in ours:
+    for key, wanted in ours.items():
         theirs = _to_diffusers_key(key)
-        parts = [theirs.format(x) for x in "qkv"] if "{}" in theirs else [theirs]
-        if all(part in renamed for part in parts):
-            taken[key] = torch.cat([renamed.pop(part).flatten(1) if part.endswith("weight") and "attentions" in part
-                                    and "norm" not in part else renamed.pop(part) for part in parts])  # fmt: skip
-    _all_used(renamed)
+        if "{}" not in theirs:
+            if theirs in renamed:
+                taken[key] = renamed.pop(theirs)
+            continue
+        parts = []
+        for part in (theirs.format(x) for x in "qkv"):
+            shape = (wanted.shape[0] // 3, *wanted.shape[1:])
+            if part not in renamed:
+                raise ValueError(f"{path} lacks {part}")
+            parts.append(renamed.pop(part))
+            if parts[-1].shape != shape:
+                raise ValueError(f"{path}: {part} has shape {tuple(parts[-1].shape)} and the network wants {shape}")
+        taken[key] = torch.cat(parts)
+    if renamed:
+        raise ValueError(f"{path}: no place for {len(renamed)} weights, {', '.join(sorted(renamed)[:3])} among them")
     return taken
 
 
@@ -451,6 +465,8 @@ SOURCES = {
         settings=_labml_settings,
         names=_labml_names,
         scheduler=lambda sizes: {"clip_sample": False, "variance_type": "fixed_large"},
+        aliases={"channel_multipliers": "ch_mults", "is_attention": "is_attn"},
+        notes=("sampling: the source adds noise after the last step, at t = 0; ours, as the paper, adds none",),
     ),
     "learnopencv": Source(
         signature="time_embeddings.time_blocks.0.weight",
@@ -459,10 +475,13 @@ SOURCES = {
         settings=_learnopencv_settings,
         names=_learnopencv_names,
         scheduler=_learnopencv_scheduler,
+        notes=("sampling: the source's last step is t = 1; ours takes t = 0 too",),
     ),
 }
 KINDS = (*SOURCES, "diffusers")
 WRAPPERS = ("ema_state_dict", "ema", "model_ema", "model_state_dict", "state_dict", "model", "unet")
+PREFIXES = ("module.", "_orig_mod.", "ema_model.")
+COUNTERS = ("n_averaged", "initted", "step")  # of torch's AveragedModel and of ema_pytorch
 DIFFUSION_KEYS = {
     "num_train_timesteps": "num_train_timesteps", "num_timesteps": "num_train_timesteps",
     "n_steps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end",
@@ -493,6 +512,8 @@ def convert(source, output, kind: str | None = None, source_config=None) -> list
         )
     if kind not in (None, *KINDS):
         raise ValueError(f"from={kind!r}; choose from {', '.join(KINDS)}")
+    if source.is_dir() and source_config is not None:
+        raise ValueError("source_config is for a tutorial's checkpoint; a folder of diffusers has its own config.json")
     if source.is_dir() and kind in (None, "diffusers"):
         unet, scheduler, notes = _from_diffusers(source)
         kind = "diffusers"
@@ -530,8 +551,11 @@ def convert_back(source, output) -> list[str]:
 
 def write_whole(output: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder beside and name it `output` when it is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    except OSError as error:
+        raise ValueError(f"output {str(output)!r} can't be written: {error}") from error
     try:
         write(beside)
         os.chmod(beside, 0o755)
@@ -558,8 +582,9 @@ def _from_tutorial(path: Path, kind, source_config):
         known = source.sizes(weights)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{path} lacks weights that every network of {kind} has: {error}") from error
-    schedule, notes = {}, []
+    schedule, notes = {}, list(source.notes)
     for key, value in read_source_config(source_config).items():
+        key = source.aliases.get(key, key)
         if key in source.never_read:
             notes.append(f"{key}: {value!r} in the configuration is ignored: {kind} never reads it")
         elif key in DIFFUSION_KEYS:
@@ -579,7 +604,10 @@ def _from_tutorial(path: Path, kind, source_config):
     stored = known.get("total_time_steps", told)
     if told != stored:
         raise ValueError(f"the configuration has {told} timesteps and the weights of {path} have {stored}")
-    unet = DDPMUNet(**source.settings(known))
+    try:
+        unet, scheduler = DDPMUNet(**source.settings(known)), LinearNoiseScheduler(**schedule)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} with {source_config or 'the source defaults'}: {_first_line(error)}") from error
     taken, left = {}, []
     rules = [(re.compile(pattern), ours) for pattern, ours in source.names(known)]
     for key, value in weights.items():
@@ -592,7 +620,7 @@ def _from_tutorial(path: Path, kind, source_config):
             raise ValueError(f"{path}: no place for {key}, which no network of {kind} of this size has")
     load_checked(unet, taken, path)
     notes += [f"{key} is left out: the source's network does not use it" for key in left]
-    return unet, LinearNoiseScheduler(**schedule), notes, kind
+    return unet, scheduler, notes, kind
 
 
 def _renamed(key: str, match: re.Match, new: str | None) -> str | None:
@@ -628,11 +656,31 @@ def _from_diffusers(folder: Path):
     for file in files:
         weights |= load_weights(file)
     unet = DDPMUNet(**_diffusers_settings(config))
-    load_checked(unet, _from_diffusers_weights(weights, unet.state_dict()), unet_folder)
-    if (folder / "scheduler" / "scheduler_config.json").is_file():
-        theirs = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        return unet, make_scheduler(theirs), [f"scheduler: that of {folder.name}"]
-    return unet, LinearNoiseScheduler(), ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"]
+    load_checked(unet, _from_diffusers_weights(weights, unet.state_dict(), unet_folder), unet_folder)
+    # beside unet/, flat as in google/ddpm-*, or next to the unet/ that was named
+    places = [folder / "scheduler", folder, *([folder.parent / "scheduler"] if folder.name == "unet" else [])]
+    file = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
+    if file is None:
+        return unet, LinearNoiseScheduler(), ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"]
+    scheduler, notes = _scheduler_of(file)
+    return unet, scheduler, notes
+
+
+def _scheduler_of(file: Path):
+    """Ours where it can do what the file says, else diffusers' `DDPMScheduler`; and what to know about it."""
+    try:
+        theirs = json.loads(file.read_text())
+        name = theirs.get("_class_name", "DDPMScheduler")
+        try:
+            scheduler = make_scheduler(theirs)
+        except ValueError:  # a setting that ours refuses
+            scheduler = diffusers.DDPMScheduler.from_config(theirs)
+    except Exception as error:  # not JSON, not a configuration, or one of another kind of process
+        raise ValueError(f"{file} makes no scheduler: {_first_line(error)}") from error
+    notes = [f"scheduler: {type(scheduler).__name__} with the settings of {file.name}"]
+    if name not in ("DDPMScheduler", "LinearNoiseScheduler"):
+        notes.append(f"scheduler: the folder samples with {name}; this pipeline takes its betas and all steps of DDPM")
+    return scheduler, notes
 
 
 def load_weights(path: Path) -> Weights:
@@ -648,18 +696,27 @@ def load_weights(path: Path) -> Weights:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: it holds more than weights ({_first_line(error)})") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError) as error:
+    except Exception as error:  # what parsing foreign bytes trips over
         raise ValueError(f"{path} can't be read as weights: {_first_line(error)}") from error
-    while isinstance(content, dict) and (
-        inner := next((k for k in WRAPPERS if isinstance(content.get(k), dict)), None)
-    ):
-        content = content[inner]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    weights = _unwrapped(content)
+    if weights is None:
         raise ValueError(f"{path} holds no weights by name")
-    for prefix in ("module.", "ema_model.", "_orig_mod.", "online_model."):
-        if all(key.startswith(prefix) for key in content):
-            content = {key[len(prefix) :]: value for key, value in content.items()}
-    return content
+    return weights
+
+
+def _unwrapped(content) -> Weights | None:
+    """The innermost dict of tensors, averaged ones first, under the keys that the network gave them."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return None
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), dict) and (inner := _unwrapped(content[wrapper])):
+            return inner
+    weights = {key: value for key, value in content.items() if key not in COUNTERS}
+    if any(key.startswith("ema_model.") for key in weights):  # beside the model that it averages
+        weights = {key: value for key, value in weights.items() if key.startswith("ema_model.")}
+    while prefix := next((p for p in PREFIXES if weights and all(key.startswith(p) for key in weights)), None):
+        weights = {key[len(prefix) :]: value for key, value in weights.items() if key[len(prefix) :] not in COUNTERS}
+    return weights if weights and all(isinstance(v, torch.Tensor) for v in weights.values()) else None
 
 
 def _first_line(error: Exception) -> str:
@@ -671,8 +728,8 @@ def read_source_config(path) -> dict:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = YamlLoader(Path(path).read_text()).get_single_data()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"source_config={str(path)!r} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"source_config={str(path)!r} must hold names and values")
@@ -680,11 +737,6 @@ def read_source_config(path) -> dict:
     for key, value in content.items():
         flat |= value if isinstance(value, dict) else {key: value}
     return flat
-
-
-def _all_used(left: Weights) -> None:
-    if left:
-        raise ValueError(f"no place for {len(left)} weights, {', '.join(sorted(left)[:3])} among them")
 
 
 def load_checked(unet: DDPMUNet, weights: Weights, path) -> None:

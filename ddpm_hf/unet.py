@@ -405,7 +405,7 @@ def _check(config) -> None:
     sinusoids_from = "time_embedding_dim" if config.time_sinusoid_dim is None else "time_sinusoid_dim"
     half = config[sinusoids_from] / 2
     require(sinusoids_from, half == int(half) and half > config.freq_shift, "must be even: half sines, half cosines")
-    require("dropout", 0 <= config.dropout < 1, "must lie in [0, 1)")
+    require("dropout", isinstance(config.dropout, int | float) and 0 <= config.dropout < 1, "must lie in [0, 1)")
     heads = "num_attention_heads" if config.attention_head_dim is None else "attention_head_dim"
     require(heads, type(config[heads]) is int and config[heads] >= 1, "must be an integer of at least 1")
     for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):

@@ -124,7 +124,7 @@ def test_any_unet2d_model_is_expressed(config, seed):
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # norms and biases too move off their initial values
     ours = DDPMUNet(**_diffusers_settings(dict(theirs.config)))
-    load_checked(ours, _from_diffusers_weights(theirs.state_dict(), ours.state_dict()), "theirs")
+    load_checked(ours, _from_diffusers_weights(theirs.state_dict(), ours.state_dict(), "theirs"), "theirs")
     side = config["sample_size"]
     x, t = torch.randn(2, config["in_channels"], side, side), torch.tensor([3, 700])
     with torch.no_grad():
@@ -170,6 +170,43 @@ def test_every_way_in_which_diffusers_has_stored_weights(tmp_path, options):
     assert (scheduler.config.beta_schedule, scheduler.config.clip_sample) == ("scaled_linear", False)
 
 
+def test_a_flat_folder_brings_its_scheduler(tmp_path, capfd):
+    """The layout of google/ddpm-*: all files side by side."""
+    theirs_in(tmp_path / "a")
+    diffusers.DDPMScheduler(variance_type="fixed_large").save_pretrained(tmp_path / "a/unet")
+    diffusers.DDIMScheduler(beta_end=0.01).save_pretrained(tmp_path / "a/scheduler")
+    assert main(["convert", str(tmp_path / "a/unet"), str(tmp_path / "flat")]) == 0
+    scheduler = LinearNoiseScheduler.from_pretrained(tmp_path / "flat", subfolder="scheduler")
+    assert scheduler.config.variance_type == "fixed_large"
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "ddim")]) == 0
+    assert LinearNoiseScheduler.from_pretrained(tmp_path / "ddim", subfolder="scheduler").config.beta_end == 0.01
+    assert "the folder samples with DDIMScheduler" in capfd.readouterr().out
+    diffusers.DDPMScheduler(variance_type="fixed_small_log").save_pretrained(tmp_path / "a/scheduler")
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "log")]) == 0
+    pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / "log"))
+    assert pipeline.scheduler.config.variance_type == "fixed_small_log"
+    capfd.readouterr()
+    (tmp_path / "a/scheduler/scheduler_config.json").write_text("[]")
+    assert "scheduler_config.json makes no scheduler" in error_of(capfd, tmp_path / "a", tmp_path / "out")
+    error = error_of(capfd, tmp_path / "a", tmp_path / "out", "--source-config", "x.yaml")
+    assert "a folder of diffusers has its own config.json" in error
+    (tmp_path / "file").write_text("")
+    shutil.rmtree(tmp_path / "a/scheduler")
+    assert "can't be written" in error_of(capfd, tmp_path / "a", tmp_path / "file/out")
+
+
+def test_parts_of_attention_are_checked_one_by_one(tmp_path, capfd):
+    theirs_in(tmp_path / "a")
+    path = tmp_path / "a/unet/diffusion_pytorch_model.safetensors"
+    good = load_file(path)
+    q, k = (f"mid_block.attentions.0.to_{x}.weight" for x in "qk")
+    save_file(good | {q: torch.zeros(12, 8), k: torch.zeros(4, 8)}, path)
+    error = error_of(capfd, tmp_path / "a", tmp_path / "out")
+    assert "to_q.weight has shape (12, 8) and the network wants (8, 8)" in error
+    save_file({key: value for key, value in good.items() if key != k}, path)
+    assert f"lacks {k}" in error_of(capfd, tmp_path / "a", tmp_path / "out")
+
+
 def test_a_cosine_schedule_stays_and_variants_are_left_alone(tmp_path):
     unet = theirs_in(tmp_path / "theirs")
     diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path / "theirs/scheduler")
@@ -207,10 +244,21 @@ def wrapped(kind, weights):
         "state_dict": {"state_dict": prefixed},
         "module": prefixed,
         "ema": {"ema": {f"ema_model.{k}": v for k, v in weights.items()}, "model": {"wrong": torch.zeros(1)}},
+        "averaged": {"n_averaged": torch.tensor(5), **prefixed},
+        "ema_pytorch": {
+            "initted": torch.tensor(True),
+            "step": torch.tensor(3),
+            **{f"online_model.{k}": v + 1 for k, v in weights.items()},
+            **{f"ema_model.{k}": v for k, v in weights.items()},
+        },
+        "compiled": {f"_orig_mod.module.{k}": v for k, v in weights.items()},
+        "shadow": {"ema": {"decay": 0.9, "shadow_params": list(weights.values())}, "model": weights},
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["model", "state_dict", "module", "ema"])
+@pytest.mark.parametrize(
+    "kind", ["model", "state_dict", "module", "ema", "averaged", "ema_pytorch", "compiled", "shadow"]
+)
 def test_wrapped_checkpoints(shared, tmp_path, kind):
     folder = shared / "vectors/explainingai_gray28"
     weights = torch.load(folder / "checkpoint.pth", weights_only=True)
@@ -237,12 +285,31 @@ def test_a_configuration_of_any_form(shared, tmp_path, capfd):
     assert "dropout_rate: 0.1 is assumed, learnopencv's default" in capfd.readouterr().out
 
 
+def test_numbers_as_people_write_them(shared, tmp_path, capfd):
+    case = shared / "vectors/explainingai_gray28/checkpoint.pth"
+    (tmp_path / "a.yaml").write_text("diffusion_params:\n  beta_start: 1e-3\n  num_timesteps: 500\n")
+    (tmp_path / "a.json").write_text(json.dumps({"beta_start": 1e-05}))
+    for name, start, steps in (("a.yaml", 1e-3, 500), ("a.json", 1e-5, 1000)):
+        out = tmp_path / f"out-{name}"
+        assert main(["convert", str(case), str(out), "--source-config", str(tmp_path / name)]) == 0
+        scheduler = LinearNoiseScheduler.from_pretrained(out, subfolder="scheduler")
+        assert (scheduler.config.beta_start, len(scheduler)) == (start, steps)
+    (tmp_path / "b.json").write_text('{"beta_start": null}')
+    error_of(capfd, case, tmp_path / "out", "--source-config", tmp_path / "b.json")
+    (tmp_path / "b.json").write_text('{"dropout_rate": null}')
+    case = shared / "vectors/learnopencv_rgb32/checkpoint.pth"
+    assert "dropout=None must lie in" in error_of(capfd, case, tmp_path / "out", "--source-config", tmp_path / "b.json")
+
+
 def test_a_contradiction_shows_both(shared, tmp_path, capfd):
     case = shared / "vectors/labml_rgb32"
     (tmp_path / "c.json").write_text(json.dumps({"n_channels": 64}))
     error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--source-config", tmp_path / "c.json")
     assert "n_channels is 64 in" in error
     assert "and 32 in the weights of" in error
+    (tmp_path / "c.json").write_text(json.dumps({"is_attention": [True, True, True]}))
+    error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--source-config", tmp_path / "c.json")
+    assert "is_attn is [True, True, True] in" in error
     error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--from", "learnopencv")
     assert "is not of learnopencv but of labml" in error
     assert os.listdir(tmp_path) == ["c.json"]
@@ -257,6 +324,10 @@ class Hostile:
 
 
 def damage(kind, good, path):
+    if kind.startswith("legacy"):
+        torch.save(torch.load(good, weights_only=True), path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes()[: int(kind.split()[1])])
+        return
     weights = torch.load(good, weights_only=True)
     if kind == "hostile":
         torch.save({"model": Hostile(path.with_name("made by a pickle"))}, path)
@@ -268,6 +339,8 @@ def damage(kind, good, path):
         path.write_bytes(b"")
     elif kind == "list":
         torch.save([1, 2], path)
+    elif kind == "numbered":
+        torch.save({0: torch.zeros(1)}, path)
     elif kind == "foreign":
         torch.save({"linear.weight": torch.zeros(2, 2)}, path)
     elif kind == "lacks":
@@ -287,6 +360,8 @@ def damage(kind, good, path):
         ("text", "is refused|can't be read as weights"),
         ("empty", "can't be read as weights"),
         ("list", "holds no weights by name"),
+        ("numbered", "holds no weights by name"),
+        *[(f"legacy {n}", "can't be read as weights|is refused") for n in (1, 3, 30, 500, 3000)],
         ("foreign", "is of no known source: its first keys are linear.weight"),
         ("lacks", r"lacks 1 weights \(up.0.layers.0.residual.conv_1.weight\)"),
         ("extra", "no place for something.else, which no network of explainingai of this size has"),
