@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parser.parse_args(argv[:1]).command
         return {"train": train, "convert": convert}[command](argv[1:])
-    except (ValueError, PermissionError) as error:
+    except (ValueError, FloatingPointError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -39,13 +39,13 @@ def train(args: list[str]) -> int:
         raise ValueError(f"{error}: training needs more packages, `pip install ddpm-hf[train]`") from error
 
     config = parse_train_config(args)
-    on_start, on_save = [announce], [pictures.draw_pictures]
+    on_start, on_save = [announce, pictures.draw_data], []
     if config.push_to_hub:
-        on_start.append(hub.check_login)
+        on_start.insert(0, hub.check_login)
         on_save.append(hub.push_when_finished)
     if config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS:
         on_save.append(tell_legibility)
-    training.train(config, on_start=on_start, on_save=on_save)
+    training.train(config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures)
     return 0
 
 
@@ -76,9 +76,10 @@ def convert(args: list[str]) -> int:
 
 def announce(run) -> None:
     parameters = sum(p.numel() for p in run.pipeline.unet.parameters())
-    shape = "x".join(map(str, run.images.pixels.shape[1:]))
+    shape = "x".join(map(str, run.images.shape))
+    count = "a stream of" if run.images.num_images is None else run.images.num_images
     print(
-        f"{type(run.pipeline.unet).__name__} of {parameters / 1e6:.2f} M parameters, {len(run.images)} images of "
+        f"{type(run.pipeline.unet).__name__} of {parameters / 1e6:.2f} M parameters, {count} images of "
         f"{shape}, {run.total_steps - run.step} updates to go -> {run.output_dir}",
         flush=True,
     )

@@ -43,8 +43,18 @@ class TrainConfig:
         "in place of dataset_name: a folder of images, or one that holds train*.parquet (test*.parquet is held out)"
     )
     resolution: int | None = _setting("scale the shorter side to this and crop the middle; default: as they are")
-    channels: int | None = _setting("1 gray, 3 RGB, 4 RGBA; default: as in the first image")
-    value_range: list[float] | None = _setting("pixel values of black and white; 0 255 for 8-bit images")
+    channels: int | None = _setting(
+        "1 gray, 2 with alpha, 3 RGB, 4 RGBA, or as many as arrays have; default: as the first"
+    )
+    value_range: list[float] | None = _setting("values of black and white in images of more than 8 bits; needed there")
+    background: list[float] | None = _setting(
+        "what to put under transparent images: 0 (black) ... 1 (white), one number or one a colour"
+    )
+    max_bad_fraction: float = _setting("stop if more than this part of the images can't be read", 0.01)
+    streaming: bool = _setting(
+        "read a data set of the Hub, or train*.parquet, while training, and keep none of it", False
+    )
+    dataloader_num_workers: int = _setting("processes that decode the images; 0: the training process", 0)
     random_flip: bool = _setting("mirror each image left to right with probability 1/2", False)
     # model
     pretrained_model_name_or_path: str | None = _setting(
@@ -75,7 +85,11 @@ class TrainConfig:
     checkpoints_total_limit: int = _setting("checkpoints to keep", 2)
     resume_from_checkpoint: str | None = _setting("`latest`, or the folder of a checkpoint")
     eval_batch_size: int = _setting("images in the grid of samples", 64)
-    ddpm_num_inference_steps: int = _setting("steps in which they are sampled", 100)
+    ddpm_num_inference_steps: int = _setting("steps in which they are sampled", 50)
+    preview_time_share: float = _setting(
+        "part of the training time that previews may take; the last is always drawn", 0.05
+    )
+    logger: str | None = _setting("tensorboard, wandb or trackio, beside log.csv")
     push_to_hub: bool = _setting("upload the pipeline when the training is done", False)
     hub_model_id: str | None = _setting("<user>/<name> of the repository; default: the name of output_dir")
     hub_private_repo: bool = _setting("make the repository private", False)
@@ -92,13 +106,17 @@ class TrainConfig:
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("max_train_steps", "resolution", "channels"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
-        for name in ("lr_warmup_steps", "adam_weight_decay"):
+        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
             self._check(name, getattr(self, name) >= 0, "must be at least 0")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             self._check(name, 0 < getattr(self, name) < math.inf, "must be greater than 0 and finite")
         self._check("seed", 0 <= self.seed < 2**63, "must lie in 0 ... 2^63 - 1")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "max_bad_fraction", "preview_time_share"):
             self._check(name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
+        under = self.background
+        self._check("background", under is None or (under and all(0 <= v <= 1 for v in under)), "must lie in 0 ... 1")
+        self._check_choice("logger", (None, "tensorboard", "wandb", "trackio"))
+        self._check("streaming", not self.streaming or self.max_train_steps is not None, "needs max_train_steps")
         self._check_choice("lr_scheduler", ("constant", "cosine", "linear"))
         self._check_choice("mixed_precision", (None, "no", "bf16", "fp16"))
         black_white = self.value_range

@@ -1,46 +1,95 @@
 """From files and data sets to batches in [-1, 1]. Images are decoded once and kept as they are stored: mostly uint8."""
 
-import io
-import warnings
+import collections
+import logging
+import multiprocessing
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
 
 from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig
+from ddpm_hf.decoding import BadImage, Decoded, Decoder
+from ddpm_hf.sources import Item, Part, source_of
 
 HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
+MEMORY_SHARE = 0.5  # of what is free, for the images of all processes; beyond it they are mapped from the disk
+CHUNK = 16  # images a message to a worker
+EIGHT_BITS = (0.0, 255.0)
+log = logging.getLogger(__name__)
+
+
+class BadImages(ValueError):  # noqa: N818
+    """More images than `max_bad_fraction` can't be used. `bad`: (name, reason) of each."""
+
+    def __init__(self, bad: list[tuple[str, str]], seen: int, allowed: float):
+        super().__init__(
+            f"{len(bad)} of {seen} images can't be used, more than max_bad_fraction={allowed:g}; the first: "
+            + " ".join(bad[0])
+        )
+        self.bad = bad
 
 
 @dataclass
 class ImageData:
-    """Images in memory.
+    """Images in memory, or mapped from the disk.
 
     Args:
         pixels: (N, C, H, W), uint8 or float32.
         value_range: the pixel values that become -1 (black) and 1 (white).
+        labels: (N,) int64, the classes, where the data set has them; `label_names` are what they are called.
+        bad: (name, reason) of the images that were left out, the held-out ones among them.
     """
 
     pixels: torch.Tensor
-    value_range: tuple[float, float]
+    value_range: tuple[float, float] = EIGHT_BITS
+    labels: torch.Tensor | None = None
+    label_names: list[str] | None = None
+    bad: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self):
-        _check_range("pixels", self.pixels, *self.value_range)
+        if self.pixels.dtype != torch.uint8 or self.value_range != EIGHT_BITS:
+            check_range("pixels", float(self.pixels.min()), float(self.pixels.max()), *self.value_range)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return tuple(self.pixels.shape[1:])
+
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]."""
-        low, high = self.value_range
-        return (self.pixels[indices].float() - low) * (2 / (high - low)) - 1
+        return normalized(self.pixels[indices], self.value_range)
+
+    @property
+    def num_images(self) -> int:
+        return len(self)
+
+    def first(self, n: int, seed: int) -> torch.Tensor:
+        """The first `n` that a run with this seed sees (fewer, if there are fewer), as `batch` gives them."""
+        return self.batch(batch_indices(seed, 0, min(n, len(self)), len(self)))
+
+    def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
+        """These rows of the global batch of update `step`, as `batch` gives them."""
+        return self.batch(batch_indices(seed, step, batch_size, len(self))[rows])
+
+
+def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """float32, `value_range` brought to [-1, 1]."""
+    low, high = value_range
+    return (pixels.float() - low) * (2 / (high - low)) - 1
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> torch.Tensor:
@@ -73,185 +122,188 @@ def seeded_generator(seed: int, purpose: str, index: int) -> torch.Generator:
 def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
     """The images to train on, and those to measure on: the test split, or a tenth kept aside (None of a single image).
 
+    Broken files are left out and listed in `bad`, before there is an order, which stays a function of (seed, update).
+
     Raises:
-        ValueError: a source that is missing, empty or of unequal images, an image that can't be read or whose values
-            leave the range; it names the file and says what would be right.
+        BadImages: more than `max_bad_fraction` are broken.
+        ValueError: a source that is missing, empty or of unequal images, or an image that the settings do not fit; it
+            names the file and says what would be right.
     """
     if config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS:
-        from sklearn.datasets import load_digits  # not worth a second at every import
-
-        if config.channels not in (None, 1) or config.value_range is not None:
-            raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: set neither for them")
-        digits = load_digits().images.astype(np.uint8)
-        train, test, value_range = [(f"digit {k}", digit) for k, digit in enumerate(digits)], [], (0.0, 16.0)
-    elif config.train_data_dir is None and config.dataset_name is None:
-        raise ValueError(
-            f"config={config.config!r} has no data set of its own: give --train_data_dir or --dataset_name"
-        )
-    else:
-        train, test = _folder(config.train_data_dir) if config.train_data_dir else _hub(config)
-        value_range = config.value_range
-
+        return _digits(config)
+    train, test, label_names = source_of(config)
     if not len(test):
         order = torch.randperm(len(train), generator=seeded_generator(HELD_OUT_SEED, "held out", 0)).tolist()
         aside = min(max(1, round(len(train) * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if len(train) > 1 else 0
-        test, train = [train[k] for k in sorted(order[:aside])], [train[k] for k in sorted(order[aside:])]
+        test, train = Part(train, sorted(order[:aside])), Part(train, sorted(order[aside:]))
     elif len(test) > HELD_OUT_LIMIT:
-        test = [test[int(k)] for k in np.linspace(0, len(test) - 1, HELD_OUT_LIMIT)]
-    decoder = _Decoder(config.channels, config.resolution, value_range)
-    return decoder.decode_all(train), decoder.decode_all(test) if test else None
+        test = Part(test, np.linspace(0, len(test) - 1, HELD_OUT_LIMIT).astype(int).tolist())
+    decoder = decoder_of(config)
+    workers, folder = config.dataloader_num_workers, Path(config.output_dir)
+    images, bad = collect(train, decoder, workers, label_names, folder)
+    held_out, bad_too = collect(test, decoder, workers, label_names, folder, images.shape if images else None)
+    seen = len(train) + len(test)
+    if not len(train):
+        raise ValueError(f"{config.train_data_dir or config.dataset_name!r} holds no image to train on")
+    if len(bad + bad_too) > config.max_bad_fraction * seen or images is None:
+        raise BadImages(bad + bad_too, seen, config.max_bad_fraction)
+    images.bad = bad + bad_too
+    if config.value_range and images.pixels.dtype == torch.uint8 and tuple(config.value_range) != EIGHT_BITS:
+        raise ValueError(
+            f"value_range={config.value_range} is for images of more than 8 bits, and these have 8: they are 0 ... 255"
+        )
+    return images, held_out
 
 
-def _folder(path: str):
-    """Two lists of (name, content): the parquet files' rows, or the files of images."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"train_data_dir={path!r} is not a folder; it must be one that holds images or train*.parquet")
-    parquet = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in ("train", "test")}
-    if parquet["train"]:
-        import datasets
+def decoder_of(config: TrainConfig) -> Decoder:
+    return Decoder(
+        config.channels,
+        config.resolution,
+        tuple(config.value_range) if config.value_range else None,
+        config.background,
+    )
 
+
+def _digits(config: TrainConfig) -> tuple[ImageData, ImageData]:
+    from sklearn.datasets import load_digits  # not worth a second at every import
+
+    if config.channels not in (None, 1) or config.value_range is not None:
+        raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: set neither for them")
+    if config.streaming:
+        raise ValueError("streaming=True: the embedded digits are 1,797 images of 64 bytes; leave it out")
+    digits = load_digits()
+    order = torch.randperm(len(digits.images), generator=seeded_generator(HELD_OUT_SEED, "held out", 0))
+    aside = round(len(order) * HELD_OUT_FRACTION)
+    pixels, labels = torch.from_numpy(digits.images.astype(np.uint8))[:, None], torch.from_numpy(digits.target)
+    if config.resolution not in (None, 8):
+        decoder = Decoder(1, config.resolution)
+        pixels = torch.stack([torch.from_numpy(decoder(p[0].numpy()).pixels) for p in pixels])
+    names = [str(name) for name in digits.target_names]
+    held_out, train = order[:aside].sort().values, order[aside:].sort().values
+    return tuple(ImageData(pixels[part], (0.0, 16.0), labels[part], names) for part in (train, held_out))
+
+
+# ---------------------------------------------------------------- decoding all of them
+
+
+def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterator[tuple[Item, Decoded | BadImage]]:
+    """Each with its image or the reason why it has none, in order however many processes decode.
+
+    The first image decides, into `decoder`, what the settings leave open.
+    """
+    items = iter(items)
+    for item in items:
+        result = _decode(decoder, item)
+        yield item, result
+        if isinstance(result, Decoded):
+            if decoder.channels is None:
+                decoder.channels, decoder.channels_are_inferred = len(result.pixels), True
+            break
+    if not workers:
+        yield from ((item, _decode(decoder, item)) for item in items)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        ahead = collections.deque()
         try:
-            loaded = datasets.load_dataset("parquet", data_files={k: v for k, v in parquet.items() if v})
-        except Exception as error:  # datasets, pyarrow and the disk all raise their own
-            raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
-        return _Rows(loaded["train"], path), _Rows(loaded["test"], path) if "test" in loaded else []
-    extensions = Image.registered_extensions()
-    splits = (folder / "train", folder / "test") if (folder / "train").is_dir() else (folder,)
-    found = [[(str(f), f) for f in sorted(s.rglob("*")) if f.suffix.lower() in extensions] for s in splits]
-    if not found[0]:
-        raise ValueError(f"train_data_dir={path!r} holds no image and no train*.parquet")
-    return found[0], found[1] if len(found) > 1 else []
+            while chunk := list(islice(items, CHUNK)):
+                ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
+                if len(ahead) > 2 * workers:
+                    chunk, results = ahead.popleft()
+                    yield from zip(chunk, results.result())
+            for chunk, results in ahead:
+                yield from zip(chunk, results.result())
+        except BrokenProcessPool as error:
+            raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps for want of memory") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _hub(config: TrainConfig):
-    import datasets
+def _decode_chunk(decoder: Decoder, items: list[Item]) -> list[Decoded | BadImage]:
+    return [_decode(decoder, item) for item in items]
 
-    name = config.dataset_name
+
+def _decode(decoder: Decoder, item: Item) -> Decoded | BadImage:
+    if item.source is None:
+        return BadImage("has no image")
     try:
-        loaded = datasets.load_dataset(name, config.dataset_config_name)
-    except Exception as error:  # the Hub, the network, the cache and the data set's own reader all raise their own
-        raise ValueError(f"dataset_name={name!r} can't be loaded: {' '.join(str(error).split())}") from error
-    if "train" not in loaded:
-        raise ValueError(f"dataset_name={name!r} has no split 'train' but {', '.join(loaded)}")
-    held_out = next((split for split in ("test", "validation") if split in loaded), None)
-    return _Rows(loaded["train"], name), _Rows(loaded[held_out], name) if held_out else []
+        return decoder(item.source)
+    except ValueError as error:
+        raise ValueError(f"{item.name} {error}") from error
 
 
-class _Rows:
-    """Rows of a data set as (name, encoded image), found by the type of their column."""
+def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path, shape=None):
+    """`ImageData` of the good ones, or None if there are none, and (name, reason) of the others.
 
-    def __init__(self, dataset, source: str):
-        import datasets
-
-        columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-        if not columns:
-            raise ValueError(f"{source!r} has no column of images: its columns are {', '.join(dataset.features)}")
-        self.column, self.source = columns[0], source
-        self.dataset = dataset.select_columns(columns[:1]).cast_column(columns[0], datasets.Image(decode=False))
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, k):
-        return self._named(k, self.dataset[k])
-
-    def __iter__(self):
-        return (self._named(k, row) for k, row in enumerate(self.dataset))
-
-    def _named(self, k, row):
-        name, encoded = f"{self.source} row {k}", row[self.column]
-        if encoded is None:
-            raise ValueError(f"{name} has no image in column {self.column!r}")
-        return name, encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-
-
-class _Decoder:
-    """Reads images into one shape. What the first image decides where the settings don't, all others must follow."""
-
-    def __init__(self, channels, resolution, value_range):
-        self.channels, self.resolution, self.value_range = channels, resolution, value_range
-        if channels is not None and channels not in MODES:
-            raise ValueError(f"channels={channels} must be 1 (gray), 3 (RGB) or 4 (RGBA)")
-        self.inferred, self.shape = False, None
-
-    def decode_all(self, items: Iterable) -> ImageData:
-        pixels = torch.stack(list(self._decode_each(items)))
-        return ImageData(pixels, tuple(self.value_range))
-
-    def _decode_each(self, items) -> Iterator[torch.Tensor]:
-        for name, content in items:
-            array = content if isinstance(content, np.ndarray) else self._read(name, content)
-            if array.ndim == 2:
-                array = array[:, :, None]
-            if self.value_range is None:
-                self.value_range = (0.0, 255.0)
-            _check_range(name, array, *self.value_range)
-            dtype = torch.uint8 if array.dtype == np.uint8 else torch.float32
-            image = self._fit(torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1))
-            if self.shape is None:
-                self.shape, self.dtype = image.shape, dtype
-            if image.shape != self.shape:
-                raise ValueError(
-                    f"{name} is {_size(image.shape)} and the first image {_size(self.shape)}; give --resolution"
-                )
-            if dtype != self.dtype:
-                bits = ("8 bits", "more than 8 bits")
-                raise ValueError(
-                    f"{name} has {bits[dtype != torch.uint8]} and the first image {bits[dtype == torch.uint8]}"
-                )
-            yield image.round().to(torch.uint8) if self.dtype is torch.uint8 else image
-
-    def _read(self, name, content) -> np.ndarray:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(content)
-                image.load()
-                image = ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name} can't be read as an image: {error}") from error
-        except Image.DecompressionBombWarning as error:
-            raise ValueError(f"{name} is refused: {error}") from error
-
-        deep = image.mode in DEEP_MODES
-        alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
-        gray = image.mode in ("1", "L", "LA") or deep
-        if self.channels is None:
-            self.channels = 4 if alpha else 1 if gray else 3
-            self.inferred = True
-        if self.inferred and self.channels == 1 and not gray:
-            raise ValueError(f"{name} has colour and the first image has none: give channels=1 or channels=3")
-        if deep and self.channels != 1:
-            raise ValueError(f"{name} is gray of more than 8 bits (mode {image.mode}): channels must be 1")
-        if deep and self.value_range is None:
-            raise ValueError(
-                f"{name} has more than 8 bits (mode {image.mode}, values {np.min(image)} ... {np.max(image)}): "
-                "say with --value_range BLACK WHITE which values are black and white"
-            )
-        if alpha and self.channels != 4:
-            raise ValueError(f"{name} has an alpha channel, which channels={self.channels} would lose: give channels=4")
-        return np.asarray(image if deep else image.convert(MODES[self.channels]))
-
-    def _fit(self, image: torch.Tensor) -> torch.Tensor:
-        """(C, H, W) scaled so that its shorter side is `resolution`, the middle square cut out."""
-        side = self.resolution
-        if side is None or image.shape[1:] == (side, side):
-            return image
-        scale = side / min(image.shape[1:])
-        size = [max(side, round(s * scale)) for s in image.shape[1:]]
-        # antialiased bilinear weights are positive: only their rounding could leave the range
-        scaled = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        image = scaled.clamp(image.min(), image.max())
-        top, left = ((s - side) // 2 for s in size)
-        return image[:, top : top + side, left : left + side]
+    Args:
+        shape: (C, H, W) that all must have; None: as the first.
+    """
+    pixels, labels, bad, eight_bits = None, [], [], 0
+    bar = tqdm(
+        decode_each(items, decoder, workers),
+        total=len(items),
+        desc="decoding",
+        unit=" images",
+        delay=2,
+        leave=False,
+        disable=os.environ.get("LOCAL_RANK", "0") != "0",
+    )
+    low, high = decoder.value_range or EIGHT_BITS
+    for item, image in bar:
+        if isinstance(image, BadImage):
+            bad.append((item.name, str(image)))
+            continue
+        shape = shape or image.pixels.shape
+        if image.pixels.shape != shape:
+            sizes = f"{size_in_words(image.pixels.shape)} and the first image {size_in_words(shape)}"
+            raise ValueError(f"{item.name} is {sizes}; give --resolution")
+        if pixels is None:
+            pixels = _storage((len(items), *shape), image.pixels.dtype, output_dir)
+        n = len(labels)
+        if image.deep:
+            check_range(item.name, image.least, image.most, low, high)
+            if pixels.dtype == np.uint8:  # the first deep one, after others: the 8 bits are brought to its range
+                shallow, pixels = pixels, _storage(pixels.shape, np.dtype(np.float32), output_dir)
+                for k in range(n):
+                    pixels[k] = stretched(shallow[k], low, high)
+        eight_bits += not image.deep
+        pixels[n] = image.pixels if image.deep or pixels.dtype == np.uint8 else stretched(image.pixels, low, high)
+        labels.append(item.label)
+    if pixels is None:
+        return None, bad
+    if eight_bits and pixels.dtype != np.uint8:
+        log.warning(
+            f"{eight_bits} of {len(labels)} images have 8 bits and the others more: the 0 ... 255 of the former is "
+            f"taken for the {low:g} ... {high:g} of the latter"
+        )
+    value_range = EIGHT_BITS if pixels.dtype == np.uint8 else (low, high)
+    classes = torch.tensor(labels) if label_names and None not in labels else None
+    return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad
 
 
-def _check_range(name: str, values, low: float, high: float) -> None:
-    least, most = float(values.min()), float(values.max())
+def stretched(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """8 bits brought to another range."""
+    return (low + pixels.astype(np.float32) * ((high - low) / 255)).clip(low, high)
+
+
+def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
+    """Room for the images: memory, or a nameless file on the disk of `output_dir`, which goes with the process."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a machine holds the images
+    if size * here <= MEMORY_SHARE * psutil.virtual_memory().available:
+        return np.empty(shape, dtype)
+    folder = next(parent for parent in output_dir.absolute().parents if parent.is_dir())
+    log.warning(f"the images take {size / 2**30:.1f} GiB and are kept in a file on the disk of {folder}")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is too small says so here
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def check_range(name: str, least: float, most: float, low: float, high: float) -> None:
     if not (low <= least and most <= high):  # NaN fails too
         raise ValueError(f"{name} has values {least:g} ... {most:g}, outside value_range {low:g} ... {high:g}")
 
 
-def _size(shape) -> str:
+def size_in_words(shape) -> str:
+    """(C, H, W) as "28x28 pixels with 1 channel"."""
     return f"{shape[2]}x{shape[1]} pixels with {shape[0]} channel{'s' if shape[0] > 1 else ''}"

@@ -7,7 +7,8 @@ from string import Template
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from ddpm_hf.training import Run, read_log
+from ddpm_hf.progress import read_log
+from ddpm_hf.training import Run
 
 # What belongs into a model's repository; checkpoints do not.
 UPLOADED = ["README.md", "model_index.json", "unet/*", "scheduler/*", "*.png", "*.gif", "log.csv", "train_config.json"]
@@ -55,14 +56,14 @@ def _name(run: Run) -> str:
 def model_card(run: Run, repo_id: str) -> str:
     """The card of a finished run: what was done and measured, nothing else."""
     last, unet = read_log(run.output_dir / "log.csv")[-1], run.pipeline.unet
-    channels, height, width = run.images.pixels.shape[1:]
+    channels, height, width = run.images.shape
     packages = ("ddpm-hf", "torch", "diffusers", "accelerate")
     return Template(resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text()).substitute(
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
         data=Path(run.config.train_data_dir).name if run.config.train_data_dir else run.config.dataset_name,
         shape=f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}",
-        num_images=f"{len(run.images):,}",
+        num_images="a stream of them" if run.images.num_images is None else f"{run.images.num_images:,}",
         network=type(unet).__name__,
         parameters=f"{sum(p.numel() for p in unet.parameters()):,}",
         steps=f"{run.step:,}",

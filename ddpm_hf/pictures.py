@@ -1,23 +1,31 @@
 """What a run leaves to look at: grids of images, films, the loss curve."""
 
+import math
+
 import numpy as np
 import torch
-from PIL import Image
+from accelerate.utils import broadcast_object_list
+from PIL import Image, ImageDraw, ImageFont
 
-from ddpm_hf.pipeline import PIL_MODES, to_output, to_pil
-from ddpm_hf.training import Run, read_log
+from ddpm_hf.data import ImageData
+from ddpm_hf.pipeline import PIL_MODES, DDPMCustomPipeline, to_output, to_pil
+from ddpm_hf.previews import sample_together
+from ddpm_hf.progress import read_log
+from ddpm_hf.training import Run
 
 FILM_FRAMES = 40
+FIRST_SAMPLES = "first_samples.png"
+NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 1) -> Image.Image:
     """(N, H, W, C) in [0, 1] -> one picture, row by row, one pixel between images and each pixel `scale` times.
 
-    Of images that are neither gray nor RGB(A), the first three channels (of two: the first) are shown.
+    Of images that are neither gray nor RGB, with or without alpha, the channels stand side by side in gray.
     """
-    n, height, width, channels = images.shape
-    if channels not in PIL_MODES:
-        images = images[..., : 3 if channels > 3 else 1]
+    if images.shape[-1] not in PIL_MODES:
+        images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
+    n, height, width, _ = images.shape
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     rows = -(-n // columns)
     cell_h, cell_w = height * scale + 1, width * scale + 1
@@ -60,32 +68,123 @@ def loss_curve(log: list[dict], path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
+    """The picture with lines of text under it."""
+    font = ImageFont.load_default(size=13)
+    width = max(picture.width, *(math.ceil(font.getlength(line)) + 12 for line in lines))
+    canvas = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
+    canvas.paste(picture.convert("RGB"), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for k, line in enumerate(lines):
+        draw.text((6, picture.height + 4 + 17 * k), line, "black", font)
+    return canvas
+
+
+def draw_data(run: Run) -> None:
+    """Before the first update: data.png, what the network will see, decoded back from its input, and its numbers."""
+    shown = run.images.first(64, run.config.seed)
+    scale = _scale(run)
+    picture = grid(to_output(shown, "np"), columns=math.ceil(math.sqrt(len(shown))), scale=scale)
+    channels, height, width = run.images.shape
+    count = "a stream of" if run.images.num_images is None else f"{run.images.num_images:,}"
+    lines = [f"{count} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}; {len(shown)} shown"]
+    if isinstance(run.images, ImageData):
+        low, high = run.images.value_range
+        lines.append(f"{str(run.images.pixels.dtype).split('.')[-1]}: {low:g} becomes -1 and {high:g} becomes 1")
+        numbers = run.images.first(10_000, run.config.seed)
+    else:
+        numbers = shown
+    for c in range(channels):
+        x = numbers[:, c].double()
+        moments = f"mean {x.mean():.3f}, std {x.std():.3f}"
+        lines.append(f"channel {c} of {len(numbers):,}: {x.min():.3f} ... {x.max():.3f}, {moments}")
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    if not run.step:
+        (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of a run before this one
+    with_caption(picture, lines).save(run.output_dir / "data.png")
+
+
+def nearest(samples: torch.Tensor, images: ImageData, k: int) -> torch.Tensor:
+    """Samples (B, C, H, W) in [-1, 1] -> the `k` images nearest to each in Euclidean distance, (B, k, C, H, W)."""
+    k = min(k, len(images))
+    best = torch.full((len(samples), k), math.inf)
+    which = torch.zeros((len(samples), k), dtype=torch.long)
+    for indices in torch.arange(len(images)).split(4096):
+        distances = torch.cdist(samples.flatten(1), images.batch(indices).flatten(1))
+        best, order = torch.cat([best, distances], dim=1).topk(k, largest=False)
+        which = torch.cat([which, indices.expand(len(samples), -1)], dim=1).gather(1, order)
+    return images.batch(which.flatten()).unflatten(0, which.shape)
+
+
 def draw_pictures(run: Run) -> None:
-    """After a save: samples.png, loss.png and, when the training is done, forward.png and denoising.gif."""
-    config, pipeline = run.config, run.pipeline
-    height, width = run.images.pixels.shape[2:]
-    scale = max(1, 64 // max(height, width))
-    columns = int(np.ceil(np.sqrt(config.eval_batch_size)))
-    steps, frames = config.ddpm_num_inference_steps, []
+    """After a save, by all processes: samples.png and loss.png.
 
-    def keep(pipeline, i, timestep, tensors):
-        if run.finished and i % max(1, steps // FILM_FRAMES) == 0 and i < steps - 1:
-            frames.append(grid(to_output(tensors["sample"], "np"), columns, scale))
-
-    pipeline.set_progress_bar_config(desc="samples", leave=False)
-    samples = pipeline(
-        config.eval_batch_size,
-        generator=torch.Generator().manual_seed(config.seed),
-        num_inference_steps=steps,
-        output_type="np",
-        callback_on_step_end=keep,
-    ).images
-    pipeline.set_progress_bar_config()
+    The first time first_samples.png too, averaged and raw weights side by side; when the training is done also
+    forward.png, denoising.gif and neighbours.png, samples beside the images of the data that are most like them.
+    """
+    config, accelerator = run.config, run.accelerator
+    steps, number, first = config.ddpm_num_inference_steps, config.eval_batch_size, run.output_dir / FIRST_SAMPLES
+    draws_raw = broadcast_object_list([not first.exists() and not run.finished])[0]
+    frame_steps = tuple(range(0, steps - 1, max(1, steps // FILM_FRAMES))) if run.finished else ()
+    run.pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
+    *frames, samples = sample_together(accelerator, run.pipeline, number, steps, config.seed, frame_steps)
+    if draws_raw:
+        pipeline = DDPMCustomPipeline(run.unet.eval(), run.pipeline.scheduler)
+        pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
+        try:
+            (raw,) = sample_together(accelerator, pipeline, number, steps, config.seed)
+        finally:
+            run.unet.train()
+    if not accelerator.is_main_process:
+        return
+    scale, columns = _scale(run), math.ceil(math.sqrt(number))
     picture = grid(samples, columns, scale)
     picture.save(run.output_dir / "samples.png")
+    show(run, "samples", picture)
     loss_curve(read_log(run.output_dir / "log.csv"), run.output_dir / "loss.png")
+    if draws_raw:
+        halves = [
+            with_caption(grid(of, columns, scale), [f"{name} weights, update {run.step}"])
+            for name, of in (("averaged", samples), ("raw", raw))
+        ]
+        both = Image.new("RGB", (halves[0].width + 8 + halves[1].width, halves[0].height), "white")
+        both.paste(halves[0], (0, 0))
+        both.paste(halves[1], (halves[0].width + 8, 0))
+        both.save(first)
     if run.finished:
-        save_gif([*frames, picture], run.output_dir / "denoising.gif")
-        shown = run.images.batch(torch.arange(min(4, len(run.images))))
-        row = forward_process(shown, pipeline.scheduler)
+        save_gif([grid(frame, columns, scale) for frame in [*frames, samples]], run.output_dir / "denoising.gif")
+        shown = run.images.first(4, config.seed)
+        row = forward_process(shown, run.pipeline.scheduler)
         grid(row, len(row) // len(shown), scale).save(run.output_dir / "forward.png")
+        if isinstance(run.images, ImageData):
+            _draw_neighbours(run, samples[:NEIGHBOURS_SHOWN], scale)
+
+
+def _draw_neighbours(run: Run, samples: np.ndarray, scale: int) -> None:
+    found = nearest(torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1, run.images, NEIGHBOURS)
+    pairs = torch.cat([torch.from_numpy(samples).permute(0, 3, 1, 2)[:, None] * 2 - 1, found], dim=1)
+    halves = [
+        grid(to_output(half.flatten(0, 1), "np"), pairs.shape[1], scale)
+        for half in pairs.split(-(-len(pairs) // 2))  # two columns of rows
+    ]
+    gap = 4 * scale
+    picture = Image.new("RGB", (sum(h.width for h in halves) + gap * (len(halves) - 1), halves[0].height), "white")
+    for k, half in enumerate(halves):
+        picture.paste(half, (k * (halves[0].width + gap), 0))
+    caption = [f"first of each row: a sample; the others: the {found.shape[1]} most similar images of the data"]
+    with_caption(picture, caption).save(run.output_dir / "neighbours.png")
+
+
+def show(run: Run, name: str, picture: Image.Image) -> None:
+    """To the tracker, if the run has one that takes pictures."""
+    image = np.asarray(picture.convert("RGB"))[None]
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: image}, step=run.step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: image}, step=run.step)
+
+
+def _scale(run: Run) -> int:
+    """How many times to draw each pixel so that it can be seen."""
+    return max(1, 64 // max(run.images.shape[1:]))

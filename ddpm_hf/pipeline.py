@@ -15,7 +15,7 @@ from ddpm_hf.scheduler import LinearNoiseScheduler, draw_noise
 from ddpm_hf.unet import DDPMUNet
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class DDPMCustomPipeline(DiffusionPipeline):
@@ -51,7 +51,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             generator: one generator, from which noise for the whole batch is drawn, or a list of one an image: an
                 image then does not depend on the batch it is in.
             num_inference_steps: steps of the walk, 1 ... T; `None`: all T.
-            output_type: `"pil"`: a list of `PIL.Image` (1, 3 or 4 channels); `"np"`: (B, H, W, C) float32 in [0, 1];
+            output_type: `"pil"`: a list of `PIL.Image` (1 to 4 channels); `"np"`: (B, H, W, C) float32 in [0, 1];
                 `"pt"`: (B, C, H, W) float in [0, 1]; `"latent"`: (B, C, H, W) as the network sees images, nominally
                 in [-1, 1] and not clamped.
             callback_on_step_end: called after step i with (pipeline, i, timestep, {"sample": x, "pred_original_sample":
@@ -100,9 +100,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(f"output_type={output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
         channels = self.unet.config.in_channels
         if output_type == "pil" and channels not in PIL_MODES:
-            raise ValueError(
-                f"output_type='pil' shows 1, 3 or 4 channels, not {channels}: use output_type='np' or 'pt'"
-            )
+            raise ValueError(f"output_type='pil' shows 1 to 4 channels, not {channels}: use output_type='np' or 'pt'")
 
 
 def make_scheduler(config: dict):
@@ -140,6 +138,6 @@ def to_output(sample: torch.Tensor, output_type: str):
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """(B, H, W, C) in [0, 1] with C of 1, 3 or 4 -> PIL images of 8 bits a channel."""
+    """(B, H, W, C) in [0, 1] with C of 1, 2, 3 or 4 -> PIL images of 8 bits a channel."""
     pixels = (images * 255).round().astype(np.uint8)
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

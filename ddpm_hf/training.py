@@ -3,16 +3,12 @@
 import contextlib
 import csv
 import ctypes
+import importlib.util
 import inspect
-import json
 import logging
 import math
 import os
-import re
-import shutil
 import signal
-import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +16,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from accelerate.utils import gather_object
 
+from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import ImageData, batch_indices, load_images, seeded_generator, stream_seed
+from ddpm_hf.data import BadImages, ImageData, seeded_generator, stream_seed
 from ddpm_hf.ema import EMA
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, make_scheduler
+from ddpm_hf.previews import Previews
+from ddpm_hf.progress import LOG_EVERY, Progress
 from ddpm_hf.scheduler import LinearNoiseScheduler
+from ddpm_hf.streaming import ImageStream, open_images
 from ddpm_hf.unet import DDPMUNet
 
-LOG_EVERY = 10  # updates a row of log.csv
+SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
+FEW_IMAGES = 500
 log = logging.getLogger(__name__)
 
 
@@ -42,16 +41,20 @@ class Run:
     Args:
         config: the resolved configuration.
         pipeline: the averaged (EMA) network with its scheduler.
+        unet: the network itself, whose weights are the raw ones.
         images, held_out: what is trained on, and what is measured on (None where there is only one image).
         total_steps: updates in all.
+        accelerator: which of the processes this is.
         step: updates done.
     """
 
     config: TrainConfig
     pipeline: DDPMCustomPipeline
-    images: ImageData
+    unet: DDPMUNet
+    images: ImageData | ImageStream
     held_out: ImageData | None
     total_steps: int
+    accelerator: Accelerator
     step: int = 0
 
     @property
@@ -81,26 +84,32 @@ def diffusion_loss(network, scheduler, images, noise, timesteps) -> torch.Tensor
 
 
 def train(
-    config: TrainConfig, on_start: Iterable[Callable[[Run], None]] = (), on_save: Iterable[Callable[[Run], None]] = ()
+    config: TrainConfig,
+    on_start: Iterable[Callable[[Run], None]] = (),
+    on_save: Iterable[Callable[[Run], None]] = (),
+    preview: Callable[[Run], None] | None = None,
 ) -> Run:
     """Train as `config` says (Ho et al. 2020, algorithm 1) and leave a pipeline folder in `config.output_dir`.
 
     Order, noise, timesteps and flips are functions of (seed, update, position in the global batch), dropout of (seed,
-    update, process), so a resumed run continues as if it had not been interrupted. SIGTERM and Ctrl-C save a
-    checkpoint and the pipeline and end the run before its time.
+    update, position of the micro-batch), so a resumed run continues as if it had not been interrupted, and several
+    processes do what one does. SIGTERM and Ctrl-C save a checkpoint and the pipeline and end the run before its time.
 
     Args:
         on_start: called with the `Run` by the main process once all has been checked and before anything is written.
         on_save: called with the `Run` by the main process after each save, the last one included.
+        preview: called with the `Run` by all processes after saves, as often as `preview_time_share` allows and at the
+            end; if it fails, the run goes on.
 
     Raises:
-        ValueError: something in `config` can't be; nothing has been written then.
+        ValueError: something in `config` can't be; nothing has been written then (but quarantine.csv, if that is it).
+        FloatingPointError: losses or gradients were not finite too many times in a row.
     """
     if Path(config.output_dir).is_file():
         raise ValueError(f"output_dir={config.output_dir!r} is a file; it must be a folder or not be there yet")
     accelerator = _accelerator(config)
-    images, held_out = load_images(config)
-    unet, scheduler = _model(config, images)
+    images, held_out = _images(config, accelerator)
+    unet, scheduler = _model(config, images.shape)
     ema = EMA(unet, config.ema_max_decay)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -110,12 +119,18 @@ def train(
         weight_decay=config.adam_weight_decay,
         fused=True,
     )
-    micro_batch, micros = config.train_batch_size, config.gradient_accumulation_steps
-    global_batch = micro_batch * accelerator.num_processes * micros
-    total_steps = config.max_train_steps or math.ceil(config.num_epochs * len(images) / global_batch)
-    run = Run(config, DDPMCustomPipeline(ema.model, scheduler), images, held_out, total_steps)
+    micro_batch, micros, processes = (
+        config.train_batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.num_processes,
+    )
+    global_batch = micro_batch * processes * micros
+    total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
+    run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
     checkpoints = Checkpoints(run.output_dir, config.checkpoints_total_limit)
-    run.step = checkpoints.restore(config, unet, ema, optimizer)
+    state = checkpoints.restore(config, unet, ema, optimizer)
+    run.step = state["step"]
+    _go_on(state, run)
     accelerator.wait_for_everyone()  # until all have read what is now written over
     if accelerator.is_main_process:
         for callback in on_start:
@@ -123,53 +138,74 @@ def train(
         checkpoints.clear_after(run.step)
         run.output_dir.mkdir(parents=True, exist_ok=True)
         config.save(run.output_dir / "train_config.json")
+        _write_quarantine(run.output_dir, images.bad)
     network, optimizer = accelerator.prepare(unet.train(), optimizer)
     ema.model.to(accelerator.device)
-    progress = Progress(run, global_batch, accelerator)
+    _start_trackers(run)
+    progress, previews = Progress(run, global_batch), Previews(preview, config.preview_time_share)
+    # Of the global batch, micro-batch by micro-batch, what this process does
+    micro_numbers = torch.arange(micros) * processes + accelerator.process_index
+    rows = (micro_numbers[:, None] * micro_batch + torch.arange(micro_batch)).flatten()
 
-    def save():
-        held_out = held_out_loss(run) if accelerator.is_main_process else None
-        progress.write_row(held_out)
+    def save(with_previews=True):
+        row = learning_rate(config, run.step - 1, total_steps), held_out_loss(run) if with_previews else None
+        progress.write_row(*row)
+        streams = gather_object([images.state()]) if config.streaming else None
         if accelerator.is_main_process:
-            checkpoints.save(run, unet, ema, optimizer)
-            save_pipeline(run, unet)
-            for callback in on_save:
-                callback(run)
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+            checkpoints.save(run.step, total_steps, unet, ema, optimizer, streams=streams, scaler=scaler)
+            if streams:
+                _write_quarantine(run.output_dir, [bad for stream in streams for bad in stream["bad"]])
+            save_pipeline(run)
+        if with_previews:
+            previews.after_save(run, progress.images_per_second)
+            if accelerator.is_main_process:
+                for callback in on_save:
+                    callback(run)
         accelerator.wait_for_everyone()
+        progress.restart_clock()
 
+    skipped_in_a_row = 0
     with progress, StopSignals() as stop:
         if run.finished:  # resumed behind its end
             save()
         while not run.finished and not stop.received(accelerator):
-            batch = images.batch(batch_indices(config.seed, run.step, global_batch, len(images)))
-            noise, timesteps, flips = draw(config, scheduler, batch.shape, run.step)
-            torch.manual_seed(stream_seed(config.seed, f"dropout of process {accelerator.process_index}", run.step))
-            batch = torch.where(flips, batch.flip(3), batch)
+            noise, timesteps, flips = (
+                d[rows] for d in draw(config, scheduler, (global_batch, *images.shape), run.step)
+            )
+            with progress.loading():
+                batch = images.of_update(config.seed, run.step, global_batch, rows)
+                batch = torch.where(flips, batch.flip(3), batch)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, total_steps)
-            for micro in range(micros):
-                first = (micro * accelerator.num_processes + accelerator.process_index) * micro_batch
-                x, z, t = (d[first : first + micro_batch].to(accelerator.device) for d in (batch, noise, timesteps))
+            loss = 0.0
+            for micro, number in enumerate(micro_numbers.tolist()):
+                this = slice(micro * micro_batch, (micro + 1) * micro_batch)
+                x, z, t = (d[this].to(accelerator.device) for d in (batch, noise, timesteps))
+                torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
                 with accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext():
-                    loss = diffusion_loss(network, scheduler, x, z, t) / micros
-                    accelerator.backward(loss)
-                progress.add(loss.detach())
-            accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-            optimizer.step()
+                    micro_loss = diffusion_loss(network, scheduler, x, z, t) / micros
+                    accelerator.backward(micro_loss)
+                loss = loss + micro_loss.detach()
+            norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+            finite = _all_finite(accelerator, loss, norm)
+            if finite or accelerator.scaler:  # float16's scaler learns from what it skips
+                optimizer.step()
             optimizer.zero_grad()
             run.step += 1
-            ema.update(unet, run.step)
+            if finite:
+                ema.update(unet, run.step)
 
-            progress.update()
+            progress.update(loss if finite else None)
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            if skipped_in_a_row == SKIPPED_IN_A_ROW:
+                _give_up(run, checkpoints)
             if run.finished or run.step % config.checkpointing_steps == 0:
                 save()
             elif run.step % LOG_EVERY == 0:
-                progress.write_row()
+                progress.write_row(learning_rate(config, run.step - 1, total_steps))
         if not run.finished:
-            progress.write_row()
-            if accelerator.is_main_process:
-                checkpoints.save(run, unet, ema, optimizer)
-                save_pipeline(run, unet)
+            save(with_previews=False)
     if not run.finished and accelerator.is_main_process:
         log.warning(
             f"stopped by {stop.name or 'a signal to another process'} after update {run.step} of {total_steps}; "
@@ -180,7 +216,17 @@ def train(
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"{name} has not been tested with this training loop, whose networks fit one device: run `accelerate "
+                "config` anew without it, or start with `accelerate launch --multi_gpu`"
+            )
+    if config.logger and importlib.util.find_spec(config.logger) is None:
+        raise ValueError(f"logger={config.logger!r} is not installed: `pip install {config.logger}`")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=config.logger, project_dir=config.output_dir
+    )
     config.mixed_precision = accelerator.mixed_precision  # which the launcher may have decided
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         # Accelerate would silently run in float32.
@@ -194,6 +240,77 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def _images(config: TrainConfig, accelerator: Accelerator):
+    """Images to train on and to measure on; what can't be used is told."""
+    main = accelerator.is_main_process
+    try:
+        images, held_out = open_images(config, accelerator.process_index, accelerator.num_processes)
+    except BadImages as error:
+        if main:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            _write_quarantine(Path(config.output_dir), error.bad)
+        raise ValueError(f"{error}. All are in {Path(config.output_dir) / QUARANTINE}") from error
+    if main and images.bad:
+        log.warning(f"{len(images.bad)} images can't be used and are left out: {QUARANTINE} says why")
+    if main and images.num_images is not None and images.num_images < FEW_IMAGES:
+        log.warning(
+            f"{images.num_images} images are fewer than {FEW_IMAGES}: the network will learn them by heart rather than "
+            "what they have in common; compare neighbours.png"
+        )
+    return images, held_out
+
+
+QUARANTINE = "quarantine.csv"
+
+
+def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
+    if bad:
+        with open(folder / QUARANTINE, "w", newline="") as file:
+            csv.writer(file).writerows([("path", "reason"), *dict(bad).items()])
+    else:
+        (folder / QUARANTINE).unlink(missing_ok=True)  # of a run before this one
+
+
+def _go_on(state: dict, run: Run) -> None:
+    """From what a checkpoint holds beside weights."""
+    accelerator, streams = run.accelerator, state.get("streams")
+    if state.get("scaler") and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if run.config.streaming and run.step:
+        if streams is None or len(streams) != accelerator.num_processes:
+            raise ValueError(
+                f"streaming=True goes on with as many processes as it began with, {len(streams or [])} and not "
+                f"{accelerator.num_processes}"
+            )
+        run.images.go_to(streams[accelerator.process_index])
+
+
+def _start_trackers(run: Run) -> None:
+    if run.config.logger:
+        name = {"name": run.output_dir.name}
+        settings = {key: v if isinstance(v, int | float | str) else str(v) for key, v in vars(run.config).items()}
+        wandb = {**name, "dir": str(run.output_dir)}
+        run.accelerator.init_trackers("ddpm_hf", settings, {"wandb": wandb, "trackio": name})
+
+
+def _all_finite(accelerator: Accelerator, *values: torch.Tensor) -> bool:
+    """Whether these numbers are finite in all processes, so that all do the same."""
+    finite = torch.stack([value.isfinite() for value in values]).all()
+    if accelerator.num_processes > 1:
+        finite = accelerator.reduce(finite.float(), "sum") == accelerator.num_processes
+    return bool(finite)
+
+
+def _give_up(run: Run, checkpoints: Checkpoints) -> None:
+    there = checkpoints.found()
+    raise FloatingPointError(
+        f"the loss or its gradient was not finite in {SKIPPED_IN_A_ROW} updates in a row, the last of them {run.step}; "
+        f"they changed nothing, and {there[-1] if there else 'no checkpoint'} is whole. "
+        f"Try a smaller learning_rate than {run.config.learning_rate:g}"
+        + (", or mixed_precision bf16 or no" if run.config.mixed_precision == "fp16" else "")
+    )
+
+
 def _keep_freed_memory() -> None:
     """Have glibc keep freed memory: by default each update gives its activations back and faults them in again."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -202,9 +319,9 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def _model(config: TrainConfig, images: ImageData):
-    """The network and the scheduler that `config` asks for, made for these images."""
-    channels, height, width = images.pixels.shape[1:]
+def _model(config: TrainConfig, shape: tuple[int, int, int]):
+    """The network and the scheduler that `config` asks for, made for images of (C, H, W)."""
+    channels, height, width = shape
     torch.manual_seed(config.seed)
     source = config.pretrained_model_name_or_path
     unknown = sorted(config.scheduler.keys() - inspect.signature(LinearNoiseScheduler.__init__).parameters.keys())
@@ -258,204 +375,17 @@ def held_out_loss(run: Run) -> float:
     """
     if run.held_out is None:
         return math.nan
-    unet, scheduler = run.pipeline.unet, run.pipeline.scheduler
+    unet, scheduler, accelerator = run.pipeline.unet, run.pipeline.scheduler, run.accelerator
     n = len(run.held_out)
     generator = seeded_generator(0, "held-out loss", n)
     timesteps = (torch.arange(n) * len(scheduler) // n)[torch.randperm(n, generator=generator)]
-    total = 0.0
-    for indices in torch.arange(n).split(run.config.train_batch_size):
-        x = run.held_out.batch(indices)
-        z = torch.randn(x.shape, generator=generator)
-        x, z, t = (d.to(unet.device) for d in (x, z, timesteps[indices]))
-        total += diffusion_loss(unet, scheduler, x, z, t).item() * len(indices)
-    return total / n
-
-
-def save_pipeline(run: Run, unet: DDPMUNet) -> None:
-    """Pipeline folder in `run.output_dir`: the averaged weights, and the raw ones as `variant="raw"`.
-
-    It is written beside and moved file by file, so a reader never meets half a file.
-    """
-    with tempfile.TemporaryDirectory(dir=run.output_dir, prefix=".saving-") as folder:
-        run.pipeline.save_pretrained(folder)
-        unet.save_pretrained(Path(folder) / "unet", variant="raw")
-        for path in sorted(Path(folder).rglob("*")):
-            target = run.output_dir / path.relative_to(folder)
-            target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
-
-
-class Progress:
-    """What a person sees of the loop: the progress bar and log.csv."""
-
-    COLUMNS = ("step", "images_seen", "loss", "held_out_loss", "learning_rate", "images_per_second", "seconds")
-
-    def __init__(self, run: Run, global_batch: int, accelerator: Accelerator):
-        self.run, self.global_batch, self.accelerator = run, global_batch, accelerator
-        self.path = run.output_dir / "log.csv"
-        self.losses, self.logged_step = [], run.step
-        self.before = 0.0  # seconds that the run took before it was resumed
-        if accelerator.is_main_process:
-            self._cut_back()
-        self.started = self.logged_at = time.monotonic()
-
-    def _cut_back(self) -> None:
-        """Leave the rows of log.csv up to the update from which the run goes on."""
-        rows = read_log(self.path) if self.run.step and self.path.exists() else []
-        rows = [row for row in rows if row["step"] <= self.run.step]
-        self.before = rows[-1]["seconds"] if rows else 0.0
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def __enter__(self):
-        self.bar = tqdm(
-            total=self.run.total_steps,
-            initial=self.run.step,
-            unit=" updates",
-            desc=Path(self.run.config.config).stem,
-            disable=not self.accelerator.is_main_process,
-        )
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def add(self, loss: torch.Tensor) -> None:
-        self.losses.append(loss)  # looked at every LOG_EVERY updates only: looking stops the device
-
-    def update(self) -> None:
-        self.bar.update()
-
-    def write_row(self, held_out: float | None = None) -> None:
-        """A row of log.csv: the mean loss since the last one and, at a save, the held-out loss."""
-        run, now = self.run, time.monotonic()
-        if run.step == self.logged_step:  # stopped just now, or resumed behind the end
-            return
-        row = {"step": run.step, "images_seen": run.step * self.global_batch, "held_out_loss": held_out}
-        row["seconds"] = round(self.before + now - self.started, 2)
-        updates = run.step - self.logged_step
-        loss = self.accelerator.reduce(torch.stack(self.losses).sum() / updates, "mean").item()
-        speed = updates * self.global_batch / (now - self.logged_at)
-        rate = learning_rate(run.config, run.step - 1, run.total_steps)
-        row |= {"loss": loss, "images_per_second": round(speed, 1), "learning_rate": rate}
-        self.bar.set_postfix_str(f"loss={loss:.4f}, {speed:.0f} images/s")
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.COLUMNS).writerow(row)
-        self.losses, self.logged_step, self.logged_at = [], run.step, time.monotonic()
-
-
-def read_log(path) -> list[dict]:
-    """Rows of log.csv, numbers as floats and empty cells as None."""
-    with open(path, newline="") as file:
-        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-class Checkpoints:
-    """The folders `checkpoint-<step>` of a run: raw and averaged weights, AdamW's moments and the update's number.
-
-    All else that a run in float32 or bf16 goes on from is a function of that number. No file is a pickle. A folder is
-    written beside and renamed, and renamed before it is removed: one that bears the name is whole.
-    """
-
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
-
-    def found(self) -> list[Path]:
-        """Oldest first. Folders of the name that other programs wrote are none of ours."""
-        ours = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return sorted((path for path in ours if (path / "state.json").is_file()), key=self._step)
-
-    @staticmethod
-    def _step(path: Path) -> int:
-        return int(path.name.split("-")[1])
-
-    def _remove(self, path: Path) -> None:
-        aside = self.folder / f".removed-{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        shutil.rmtree(aside)
-
-    def restore(self, config: TrainConfig, unet, ema: EMA, optimizer) -> int:
-        """Load what `resume_from_checkpoint` names; the update to go on from, 0 for a fresh start."""
-        wanted, found = config.resume_from_checkpoint, self.found()
-        path = None
-        if wanted == "latest":
-            if not found:
-                log.warning(f"{self.folder} holds no checkpoint yet: starting from the beginning")
-                return 0
-            path = found[-1]
-        elif wanted is not None:
-            path = Path(wanted) if Path(wanted).is_dir() else self.folder / wanted
-            if not (path / "state.json").is_file():
-                there = ", ".join(f.name for f in found) or "none"
-                raise ValueError(
-                    f"resume_from_checkpoint={wanted!r} is no checkpoint; in {self.folder} there is {there}"
-                )
-        elsewhere = path is None or path.resolve().parent != self.folder.resolve()
-        if elsewhere and found and not config.overwrite_output_dir:
-            state = json.loads((found[-1] / "state.json").read_text())
-            if state["step"] < state["total_steps"]:
-                raise ValueError(
-                    f"output_dir={config.output_dir!r} holds an unfinished run ({found[-1].name} of "
-                    f"{state['total_steps']}): go on with --resume_from_checkpoint latest, choose another folder, "
-                    "or give --overwrite_output_dir"
-                )
-        return 0 if path is None else self._load(path, unet, ema, optimizer)
-
-    def _load(self, path: Path, unet, ema: EMA, optimizer) -> int:
-        try:
-            weights, average, moments = (
-                load_file(path / f"{name}.safetensors") for name in ("unet", "ema", "optimizer")
-            )
-            step = json.loads((path / "state.json").read_text())["step"]
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); name an earlier checkpoint") from error
-        _load_weights(unet, weights, path)
-        _load_weights(ema.model, average, path)
-        for name, parameter in unet.named_parameters():
-            if parameter.requires_grad and moments:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
-        return step
-
-    def clear_after(self, step: int) -> None:
-        """Remove the checkpoints that this run is going to write anew."""
-        for path in self.found():
-            if self._step(path) > step:
-                self._remove(path)
-
-    def save(self, run: Run, unet, ema: EMA, optimizer) -> None:
-        target = self.folder / f"checkpoint-{run.step}"
-        if target in self.found():  # stopped just after a save, or resumed behind the end
-            return
-        beside = self.folder / f".{target.name}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        save_file(unet.state_dict(), beside / "unet.safetensors")
-        save_file(ema.model.state_dict(), beside / "ema.safetensors")
-        moments = {
-            f"{key}/{name}": value
-            for name, parameter in unet.named_parameters()
-            for key, value in optimizer.state[parameter].items()
-        }
-        save_file(moments, beside / "optimizer.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": run.step, "total_steps": run.total_steps}))
-        os.replace(beside, target)
-        for path in self.found()[: -self.limit]:
-            self._remove(path)
-
-
-def _load_weights(model, weights: dict, path: Path) -> None:
-    wanted = model.state_dict()
-    for name in sorted(weights.keys() | wanted.keys()):
-        shapes = [tuple(w[name].shape) if name in w else None for w in (weights, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{path} has {name} as {shapes[0]} and the network wants {shapes[1]}: it is of another one"
-            )
-    model.load_state_dict(weights)
+    total = torch.zeros((), device=unet.device)
+    for k, indices in enumerate(torch.arange(n).split(run.config.train_batch_size)):
+        z = torch.randn((len(indices), *run.held_out.shape), generator=generator)
+        if k % accelerator.num_processes == accelerator.process_index:
+            x, z, t = (d.to(unet.device) for d in (run.held_out.batch(indices), z, timesteps[indices]))
+            total += diffusion_loss(unet, scheduler, x, z, t) * len(indices)
+    return accelerator.reduce(total, "sum").item() / n
 
 
 class StopSignals:

@@ -11,7 +11,7 @@ import ddpm_hf
 from ddpm_hf import DDPMCustomPipeline
 from ddpm_hf.cli import main
 from ddpm_hf.config import recipe_names
-from ddpm_hf.training import read_log
+from ddpm_hf.progress import read_log
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--max_train_steps", "6", "--checkpointing_steps", "4", "--eval_batch_size", "9"]

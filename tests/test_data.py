@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from ddpm_hf import data
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import ImageData, batch_indices, load_images, seeded_generator
+from ddpm_hf.data import BadImages, ImageData, batch_indices, load_images, seeded_generator
 
 
 def pictures(n, size=(8, 8), mode="RGB", seed=0):
@@ -89,7 +90,9 @@ def test_channels(tmp_path):
     assert load_images(config(tmp_path, channels=3))[0].pixels.shape[1] == 3
     folder_of(tmp_path / "alpha", pictures(2, mode="RGBA"))
     assert load_images(config(tmp_path / "alpha"))[0].pixels.shape[1] == 4
-    with pytest.raises(ValueError, match="000.png has an alpha channel, which channels=3 would lose: give channels=4"):
+    with pytest.raises(
+        ValueError, match="png has an alpha channel, which channels=3 would lose: give --channels 4, or"
+    ):
         load_images(config(tmp_path / "alpha", channels=3))
 
 
@@ -104,11 +107,14 @@ def test_sixteen_bits_need_a_range_and_lose_nothing(tmp_path):
 
 
 def test_a_value_outside_the_range_is_named(tmp_path):
-    folder_of(tmp_path, [Image.new("L", (4, 4), 10), Image.new("L", (4, 4), 200)])
-    with pytest.raises(ValueError, match=r"001.png has values 200 ... 200, outside value_range 0 ... 100"):
-        load_images(config(tmp_path, value_range=[0, 100]))
+    folder_of(tmp_path, [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (10, 2000)])
+    with pytest.raises(ValueError, match=r"001.png has values 2000 ... 2000, outside value_range 0 ... 1000"):
+        load_images(config(tmp_path, value_range=[0, 1000]))
     with pytest.raises(ValueError, match=r"pixels has values nan ... nan, outside value_range -1 ... 1"):
         ImageData(torch.tensor([0.0, float("nan")]).reshape(2, 1, 1, 1), (-1.0, 1.0))
+    folder_of(tmp_path / "bytes", pictures(2))
+    with pytest.raises(ValueError, match=r"value_range=\[0, 100\] is for images of more than 8 bits, and these have"):
+        load_images(config(tmp_path / "bytes", value_range=[0, 100]))
 
 
 def test_scaling_does_not_leave_the_range(tmp_path):
@@ -125,9 +131,18 @@ def test_sixteen_bits_are_told_by_the_file_and_not_by_its_values(tmp_path):
     folder_of(tmp_path, [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (0, 40000)])
     train, held_out = load_images(config(tmp_path, value_range=[0, 65535]))
     assert {train.pixels.max().item(), held_out.pixels.max().item()} == {0, 40000}
-    folder_of(tmp_path / "mixed", [Image.fromarray(np.zeros((4, 4), np.uint16)), Image.new("L", (4, 4))])
-    with pytest.raises(ValueError, match="8 bits and the first image "):
-        load_images(config(tmp_path / "mixed", value_range=[0, 65535]))
+
+
+@pytest.mark.parametrize("deep_first", [True, False])
+def test_eight_bits_among_more_are_brought_to_their_range(tmp_path, deep_first, caplog):
+    images = [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (0, 1000)]
+    images += [Image.new("L", (4, 4), value) for value in (51, 255)]
+    folder_of(tmp_path / "train", images if deep_first else images[::-1])
+    folder_of(tmp_path / "test", images[:1])
+    train, _ = load_images(config(tmp_path, value_range=[0, 2000]))
+    seen = train.batch(torch.arange(4))[:, 0, 0, 0]
+    assert_close(seen if deep_first else seen.flip(0), torch.tensor([-1.0, 0.0, -0.6, 1.0]))
+    assert "2 of 4 images have 8 bits and the others more: the 0 ... 255 of the former is taken for" in caplog.text
 
 
 def test_colour_after_a_gray_image_is_not_lost_silently(tmp_path):
@@ -163,22 +178,17 @@ def test_exif_rotation_is_applied(tmp_path):
         (lambda p: None, "train_data_dir='.*' is not a folder"),
         (lambda p: p.mkdir(), "holds no image and no train"),
         (lambda p: folder_of(p, [*pictures(1), *pictures(1, (9, 8))]), "001.png is 9x8 pixels .* give --resolution"),
-        (lambda p: (folder_of(p, pictures(1)) / "001.png").write_text("text"), "001.png can't be read as an image"),
-        (lambda p: (folder_of(p, pictures(1)) / "001.jpg").write_bytes(b""), "001.jpg can't be read as an image"),
+        (
+            lambda p: (folder_of(p, pictures(1)) / "001.png").write_text("text"),
+            "1 of 2 images can't be used.*001.png is of no kind",
+        ),
+        (lambda p: (folder_of(p, pictures(1)) / "001.jpg").write_bytes(b""), "can't be used.*001.jpg is empty"),
     ],
 )
 def test_sources_that_cannot_be(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
         load_images(config(tmp_path / "data"))
-
-
-def test_a_truncated_image_is_named(tmp_path):
-    folder_of(tmp_path, pictures(1, (64, 64)))
-    content = (tmp_path / "000.png").read_bytes()
-    (tmp_path / "000.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="000.png can't be read as an image"):
-        load_images(config(tmp_path))
 
 
 def test_a_parquet_file_that_is_none(tmp_path):
@@ -191,7 +201,7 @@ def test_a_row_without_an_image(tmp_path):
     features = datasets.Features({"image": datasets.Image()})
     rows = datasets.Dataset.from_dict({"image": [*pictures(1), None]}, features=features)
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="row 1 has no image in column 'image'"):
+    with pytest.raises(BadImages, match="1 of 2 images can't be used.*row 1 has no image"):
         load_images(config(tmp_path))
 
 
@@ -202,9 +212,83 @@ def test_a_parquet_file_without_images(tmp_path):
 
 
 def test_a_data_set_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a: (_ for _ in ()).throw(OSError("no\nsuch thing")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(OSError("no\nsuch thing")))
     with pytest.raises(ValueError, match="dataset_name='nobody/nothing' can't be loaded: no such thing"):
         load_images(TrainConfig(dataset_name="nobody/nothing"))
+
+
+def test_labels_are_found_by_their_type(tmp_path):
+    names = ["cat", "dog", "owl"]
+    features = datasets.Features(
+        {"x": datasets.ClassLabel(names=names), "y": datasets.Image(), "z": datasets.Value("int64")}
+    )
+    rows = {"x": [2, 0, 1, 1], "y": pictures(4), "z": [9, 9, 9, 9]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    train, held_out = load_images(config(tmp_path))
+    assert train.label_names == held_out.label_names == names
+    stored = {np.asarray(image).tobytes(): label for image, label in zip(rows["y"], rows["x"])}
+    for part in (train, held_out):
+        for pixels, label in zip(part.pixels, part.labels, strict=True):
+            assert stored[pixels.permute(1, 2, 0).contiguous().numpy().tobytes()] == label
+    digits, _ = load_images(TrainConfig())
+    assert digits.label_names == list("0123456789")
+    assert len(digits.labels) == len(digits)
+
+
+def test_bad_images_up_to_the_limit_are_left_out(tmp_path):
+    folder_of(tmp_path, pictures(20))
+    (tmp_path / "005.png").write_bytes(b"")
+    (tmp_path / "017.png").write_text("<html>")
+    train, held_out = load_images(config(tmp_path, max_bad_fraction=0.1))
+    assert len(train) + len(held_out) == 18
+    assert {(name[-7:], reason) for name, reason in train.bad} == {
+        ("005.png", "is empty"),
+        ("017.png", "is of no kind that can be read: it begins with b'<html>'"),
+    }
+    with pytest.raises(
+        BadImages, match=r"2 of 20 images can't be used, more than max_bad_fraction=0.09; the first: "
+    ) as e:
+        load_images(config(tmp_path, max_bad_fraction=0.09))
+    assert len(e.value.bad) == 2
+
+
+def test_hidden_files_and_others_are_no_images(tmp_path):
+    folder_of(tmp_path, pictures(3))
+    for name in ("._000.png", "labels.csv", "paper.pdf", "clip.mp4"):
+        (tmp_path / name).write_text("x")
+    train, held_out = load_images(config(tmp_path))
+    assert len(train) + len(held_out) == 3
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(tmp_path):
+    """They are spawned, so all that goes to them can be pickled."""
+    folder_of(tmp_path, pictures(100, (9, 12)))
+    (tmp_path / "050.png").write_bytes(b"")
+    alone, helped = (
+        load_images(config(tmp_path, resolution=8, max_bad_fraction=0.1, dataloader_num_workers=n)) for n in (0, 2)
+    )
+    for a, b in zip(alone, helped, strict=True):
+        assert torch.equal(a.pixels, b.pixels)
+        assert a.bad == b.bad
+    (tmp_path / "099.png").unlink()
+    np.save(tmp_path / "099.npy", np.zeros((9, 9)))
+    with pytest.raises(ValueError, match="099.npy has more than 8 bits"):
+        load_images(config(tmp_path, resolution=8, max_bad_fraction=0.1, dataloader_num_workers=2))
+
+
+def test_what_does_not_fit_into_memory_is_mapped(tmp_path, monkeypatch, caplog):
+    folder_of(tmp_path / "in", pictures(30))
+    settings = {"output_dir": str(tmp_path / "out" / "run")}
+    memory = load_images(config(tmp_path / "in", **settings))[0]
+    monkeypatch.setattr(data, "MEMORY_SHARE", 0.0)
+    mapped = load_images(config(tmp_path / "in", **settings))[0]
+    assert f"are kept in a file on the disk of {tmp_path}" in caplog.text
+    assert isinstance(data._storage((2, 3), np.dtype(np.uint8), tmp_path / "out"), np.memmap)
+    assert torch.equal(mapped.pixels, memory.pixels)
+    indices = torch.tensor([3, 1, 20])
+    assert torch.equal(mapped.batch(indices), memory.batch(indices))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]  # the file has no name
 
 
 # ---------------------------------------------------------------- order

@@ -1,6 +1,7 @@
-import json
+import functools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,22 +10,16 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_config, tiny_unet
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, checkpoints, training
+from ddpm_hf.checkpoints import Checkpoints
 from ddpm_hf.ema import EMA
-from ddpm_hf.training import (
-    Checkpoints,
-    Run,
-    diffusion_loss,
-    draw,
-    held_out_loss,
-    learning_rate,
-    read_log,
-    train,
-)
+from ddpm_hf.progress import Progress, read_log
+from ddpm_hf.training import Run, diffusion_loss, draw, held_out_loss, learning_rate, train
 
 
 def weights(folder, variant=None):
@@ -33,8 +28,7 @@ def weights(folder, variant=None):
 
 def quietly(path):
     """log.csv without its clock columns."""
-    clock = ("images_per_second", "seconds")
-    return [{k: v for k, v in row.items() if k not in clock} for row in read_log(path / "log.csv")]
+    return [{k: v for k, v in row.items() if k not in Progress.CLOCKED} for row in read_log(path / "log.csv")]
 
 
 # ---------------------------------------------------------------- the parts
@@ -198,12 +192,146 @@ def test_a_run_resumed_behind_its_end_changes_nothing(tmp_path):
     assert_close(weights(tmp_path), before[1], rtol=0, atol=0)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    train(tiny_config(tmp_path))
-    path = tmp_path / "checkpoint-4/ema.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="checkpoint-4 is damaged .*; name an earlier checkpoint"):
-        train(tiny_config(tmp_path, resume_from_checkpoint="latest"))
+FILES = ("unet.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda p: p.unlink(), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-7]), flip_a_bit],
+    ids=["gone", "empty", "truncated", "a bit"],
+)
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(trained, tmp_path, file, damage, caplog):
+    settings = {"max_train_steps": 25, "checkpointing_steps": 10}
+    shutil.copytree(trained, tmp_path / "run")
+    damage(tmp_path / "run/checkpoint-25" / file)
+    with pytest.raises(ValueError, match="checkpoint-25'? is (damaged|no checkpoint)"):
+        train(tiny_config(tmp_path / "run", **settings, resume_from_checkpoint=str(tmp_path / "run/checkpoint-25")))
+    train(tiny_config(tmp_path / "run", **settings, resume_from_checkpoint="latest"))
+    assert f"checkpoint-25 is damaged ({file} " in caplog.text
+    assert "taking the one before" in caplog.text
+    for name in FILES:
+        again, before = ((folder / "checkpoint-25" / name).read_bytes() for folder in (tmp_path / "run", trained))
+        assert again == before
+    assert quietly(tmp_path / "run") == quietly(trained)
+
+
+def test_if_all_checkpoints_are_damaged_nothing_is_done(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-*/ema.safetensors"):
+        flip_a_bit(path)
+    with pytest.raises(ValueError, match="all checkpoints in .* are damaged; start anew with --overwrite_output_dir"):
+        train(tiny_config(tmp_path / "run", max_train_steps=25, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="holds an unfinished run|is damaged"):
+        train(tiny_config(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run/checkpoint-25")))
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+def test_a_checkpoint_that_can_not_be_written_whole_is_none(trained, tmp_path, monkeypatch, fails_at):
+    """The disk is full at each of its files in turn."""
+    settings, written = {"max_train_steps": 25, "checkpointing_steps": 10}, []
+
+    def full(*args, write):
+        written.append(args)
+        if len(written) == 4 + fails_at:  # in the second checkpoint
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", functools.partial(full, write=checkpoints.save_file))
+        patch.setattr(checkpoints, "_seal", functools.partial(full, write=checkpoints._seal))
+        with pytest.raises(OSError, match="No space left"):
+            train(tiny_config(tmp_path, **settings))
+    assert [path.name for path in Checkpoints(tmp_path, 9).found()] == ["checkpoint-10"]
+    train(tiny_config(tmp_path, **settings, resume_from_checkpoint="latest"))
+    for name in FILES:
+        assert (tmp_path / "checkpoint-25" / name).read_bytes() == (trained / "checkpoint-25" / name).read_bytes()
+    assert quietly(tmp_path) == quietly(trained)
+
+
+def test_a_log_that_ends_in_half_a_row_is_cut_back(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint-25")
+    with open(tmp_path / "run/log.csv", "a") as file:
+        file.write("26,4")
+    train(tiny_config(tmp_path / "run", max_train_steps=25, checkpointing_steps=10, resume_from_checkpoint="latest"))
+    assert quietly(tmp_path / "run") == quietly(trained)
+
+
+# ---------------------------------------------------------------- numbers that are none
+
+
+def poison(monkeypatch, updates, value=math.nan):
+    """The losses of these updates (counted from 0) become `value`."""
+    counted = iter(range(10**6))
+
+    def loss(*args):
+        true = diffusion_loss(*args)
+        return true * value if next(counted) in updates else true
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, value):
+    poison(monkeypatch, {3, 4, 12}, value)
+    monkeypatch.setattr(training, "held_out_loss", lambda run: None)
+    seen = {}
+
+    def note(run):
+        seen[run.step] = (weights(tmp_path), weights(tmp_path, "raw"))
+
+    train(tiny_config(tmp_path, max_train_steps=20, checkpointing_steps=1), on_save=[note])
+    assert [row["skipped_updates"] for row in read_log(tmp_path / "log.csv")] == [
+        float(step in (4, 5, 13)) for step in range(1, 21)
+    ]
+    for step in (4, 5, 13):  # nothing has changed, the average included
+        for before, after in zip(seen[step - 1], seen[step], strict=True):
+            assert_close(after, before, rtol=0, atol=0)
+    assert not torch.equal(seen[6][1]["stem.weight"], seen[5][1]["stem.weight"])
+    assert all(w.isfinite().all() for w in seen[20][0].values())
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch):
+    """x ** 0.5 at 0 has a finite value and an infinite slope."""
+
+    def loss(network, *args):
+        return diffusion_loss(network, *args) + (0 * network.stem.weight.sum()).abs() ** 0.5
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+    start = {}
+    config = tiny_config(tmp_path, max_train_steps=5)
+    train(config, on_start=[lambda run: start.update({k: v.clone() for k, v in run.unet.state_dict().items()})])
+    assert read_log(tmp_path / "log.csv")[-1]["skipped_updates"] == 5
+    assert_close(weights(tmp_path, "raw"), start, rtol=0, atol=0)
+
+
+def test_a_run_gives_up_after_too_many_in_a_row(tmp_path, monkeypatch):
+    poison(monkeypatch, {*range(30, 49), *range(50, 10**6)})
+    monkeypatch.setattr(training, "held_out_loss", lambda run: None)
+    config = tiny_config(tmp_path, max_train_steps=200, checkpointing_steps=25)
+    with pytest.raises(
+        FloatingPointError, match=r"in 20 updates in a row, the last of them 70; .*checkpoint-50 is whole"
+    ):
+        train(config)
+    whole = load_file(tmp_path / "checkpoint-50/unet.safetensors")
+    assert all(w.isfinite().all() for w in whole.values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    def spoil(run):
+        with torch.no_grad():
+            run.unet.stem.bias[0] = math.inf
+
+    with pytest.raises(FloatingPointError, match=r"after update 4 stem.bias is not finite: .* \(checkpoint-2\)"):
+        train(tiny_config(tmp_path, checkpointing_steps=2), on_save=[spoil])
+    assert [path.name for path in Checkpoints(tmp_path, 9).found()] == ["checkpoint-2"]
 
 
 def test_a_finished_folder_may_be_trained_into_again(tmp_path):
@@ -244,13 +372,13 @@ def test_held_out_loss_is_that_of_the_average_and_always_the_same(trained):
     config = tiny_config(trained)
     pipeline = DDPMCustomPipeline.from_pretrained(trained)
     images, held_out = load_images(config)
-    run = Run(config, pipeline, images, held_out, total_steps=25, step=25)
+    run = Run(config, pipeline, pipeline.unet, images, held_out, 25, Accelerator(), step=25)
     first = held_out_loss(run)
     config.train_batch_size = 50
     assert abs(held_out_loss(run) - first) < 1e-6  # however it is cut into batches
     logged = read_log(trained / "log.csv")[-1]["held_out_loss"]
     assert abs(logged - first) < 1e-6
-    assert math.isnan(held_out_loss(Run(config, pipeline, images, None, 1)))
+    assert math.isnan(held_out_loss(Run(config, pipeline, pipeline.unet, images, None, 1, Accelerator())))
 
 
 def test_training_goes_on_from_given_weights(trained, tmp_path):
@@ -298,7 +426,7 @@ def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is usual
     assert (tmp_path / "model_index.json").exists()
     (checkpoint,) = Checkpoints(tmp_path, 9).found()
-    assert json.loads((checkpoint / "state.json").read_text()) == {"step": run.step, "total_steps": 100_000}
+    assert checkpoint.name == f"checkpoint-{run.step}"
     resumed = train(tiny_config(tmp_path, max_train_steps=run.step + 2, resume_from_checkpoint="latest"))
     assert resumed.step == run.step + 2
 

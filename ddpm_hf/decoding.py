@@ -1,0 +1,269 @@
+"""From one encoded image of any kind to the array that a network is to see, unclipped, or the reason why it can't be.
+
+A reason (`BadImage`) is of the file: it is put aside and the run goes on without it. A `ValueError` is of the settings,
+which then fit no such file.
+"""
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+ARRAY_SUFFIX = ".npy"
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ORIENTED = {  # EXIF orientation -> the upright array
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+class BadImage(Exception):  # noqa: N818 (an error that is a value: it is returned as often as raised)
+    """Why a file can't be used, as a predicate: "is empty"."""
+
+
+@dataclass
+class Decoded:
+    """An image in the shape that was asked for.
+
+    Args:
+        pixels: (C, H, W), uint8 or float32, in the file's own values.
+        least, most: of its values before it was scaled.
+    """
+
+    pixels: np.ndarray
+    least: float
+    most: float
+
+    @property
+    def deep(self) -> bool:
+        """Whether it has more than 8 bits."""
+        return self.pixels.dtype != np.uint8
+
+
+@dataclass
+class Decoder:
+    """Called with a path or with the content of a file, returns its image as a `Decoded`, or a `BadImage`.
+
+    Args:
+        channels: of the result; None: as in the image.
+        resolution: the shorter side is scaled to this and the middle square cut out; None: as it is.
+        value_range: values of black and white; None: 0 and 255, and no image of more than 8 bits.
+        background: 0 (black) ... 1 (white), one number or one a colour, to put under transparent images; None: opacity
+            is a channel of its own.
+        channels_are_inferred: from the first image, so that colour in a later one is a surprise.
+    """
+
+    channels: int | None
+    resolution: int | None = None
+    value_range: tuple[float, float] | None = None
+    background: list[float] | None = None
+    channels_are_inferred: bool = False
+
+    def __call__(self, source: str | Path | bytes | np.ndarray) -> Decoded | BadImage:
+        try:
+            pixels, opacity = read_image(source, self.channels)
+        except BadImage as reason:
+            return reason
+        deep = pixels.dtype != np.uint8
+        least, most = float(pixels.min()), float(pixels.max())
+        if not (math.isfinite(least) and math.isfinite(most)):
+            return BadImage("has values that are not finite")
+        if deep and self.value_range is None:
+            raise ValueError(
+                f"has more than 8 bits ({pixels.dtype}, values {least:g} ... {most:g}): "
+                "say with --value_range BLACK WHITE which values are black and white"
+            )
+        image = self._fit(torch.from_numpy(self._combine(pixels.astype(np.float32), opacity)).permute(2, 0, 1))
+        return Decoded((image if deep else image.round().to(torch.uint8)).contiguous().numpy(), least, most)
+
+    def _combine(self, colours: np.ndarray, opacity: np.ndarray | None) -> np.ndarray:
+        """Colours (H, W, C) and opacity (H, W, 1) in 0 ... 1 -> (H, W, `channels`)."""
+        low, high = self.value_range or (0.0, 255.0)
+        has, channels = colours.shape[2], self.channels
+        if channels is None:
+            channels = has + (opacity is not None and self.background is None)
+        has_place = channels in (2, 4) and has in (1, 3)  # for opacity
+        wanted = channels - has_place
+        if has == 1 and wanted == 3:
+            colours = colours.repeat(3, axis=2)
+        elif has == 3 and wanted == 1:
+            if self.channels_are_inferred:
+                raise ValueError("has colour and the first image has none: give channels=1 or channels=3")
+            colours = colours @ np.float32(LUMINANCE)[:, None]
+        elif has != wanted:
+            raise ValueError(f"has {has} channels, of which channels={channels} can't be made")
+        if opacity is not None and self.background is not None:
+            under = low + np.float32(self.background) * (high - low)
+            if len(under) not in (1, wanted):
+                raise ValueError(f"has {wanted} colours and background={self.background} has {len(under)}")
+            colours, opacity = opacity * colours + (1 - opacity) * under, None
+        if opacity is not None and not has_place:
+            raise ValueError(
+                f"has an alpha channel, which channels={channels} would lose: give --channels {channels + 1}, or "
+                "--background with what to put under it, 0 (black) ... 1 (white)"
+            )
+        if not has_place:
+            return colours
+        opacity = np.ones_like(colours[..., :1]) if opacity is None else opacity
+        return np.concatenate([colours, low + opacity * (high - low)], axis=2)
+
+    def _fit(self, image: torch.Tensor) -> torch.Tensor:
+        """(C, H, W) scaled so that its shorter side is `resolution`, the middle square cut out."""
+        side = self.resolution
+        if side is None or image.shape[1:] == (side, side):
+            return image
+        scale = side / min(image.shape[1:])
+        size = [max(side, round(s * scale)) for s in image.shape[1:]]
+        # antialiased bilinear weights are positive: only their rounding could leave the range
+        scaled = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        image = scaled.clamp(image.min(), image.max())
+        top, left = ((s - side) // 2 for s in size)
+        return image[:, top : top + side, left : left + side]
+
+
+def is_image_file(path: Path) -> bool:
+    """By its name: of a kind that can be read, and not hidden (as the ._* files of macOS are)."""
+    can_be_read = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {ARRAY_SUFFIX}
+    return path.suffix.lower() in can_be_read and not path.name.startswith(".")
+
+
+def read_image(source: str | Path | bytes | np.ndarray, channels: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Colours (H, W, C), as stored, and opacity (H, W, 1) in 0 ... 1 or None, the image upright.
+
+    Args:
+        channels: tells which axis of an array, or which pages of a TIFF file, are channels where both could be.
+
+    Raises:
+        BadImage: it can't be read, is broken, empty or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # of damaged metadata, which we do not read
+            pixels, has_opacity = _read(source, channels)
+    except UnidentifiedImageError:
+        head = (source if isinstance(source, bytes) else Path(source).read_bytes())[:16]
+        raise BadImage(f"is of no kind that can be read: it begins with {head!r}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"is refused: {error}") from error
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow, tifffile, imagecodecs, NumPy and the disk raise all that there is
+        raise BadImage(f"can't be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if pixels.size == 0:
+        raise BadImage(f"is {pixels.shape[1]}x{pixels.shape[0]} pixels")
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind not in "uif":
+        raise BadImage(f"holds {pixels.dtype}, not numbers")
+    if not has_opacity:
+        return pixels, None
+    opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
+    return pixels[..., :-1], pixels[..., -1:].astype(np.float32) / opaque
+
+
+def _read(source, channels) -> tuple[np.ndarray, bool]:
+    """(H, W, C) and whether the last channel is opacity. Raises all sorts of things."""
+    if isinstance(source, np.ndarray):
+        return _channels_last(source, channels), False
+    if isinstance(source, str | Path) and Path(source).suffix.lower() == ARRAY_SUFFIX:
+        return _channels_last(_read_array(source), channels), False
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not content:
+        raise BadImage("is empty")
+    if content[:4] in TIFF_MAGIC:
+        deep = _read_tiff(content, channels)
+        if deep is not None:
+            return deep
+    image = Image.open(io.BytesIO(content))
+    if image.format == "PNG":
+        image.verify()  # which spoils it; reading alone does not look at every checksum
+        image = Image.open(io.BytesIO(content))
+        if content[24] == 16 and image.mode not in DEEP_MODES:  # Pillow would keep 8 of the 16 bits
+            import imagecodecs
+
+            pixels = _channels_last(imagecodecs.png_decode(content), None)
+            return _upright(pixels, image), pixels.shape[2] in (2, 4)
+    if 0 in image.size:
+        raise BadImage(f"is {image.size[0]}x{image.size[1]} pixels")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in DEEP_MODES:
+        return np.asarray(image)[..., None], False
+    opacity = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    colours = 1 if image.mode in ("1", "L", "LA", "La") else 3
+    return _channels_last(np.asarray(image.convert(MODES[colours + opacity])), None), opacity
+
+
+def _read_array(path) -> np.ndarray:
+    """An array as NumPy saved it. One of objects is a pickle, and that is never opened."""
+    with open(path, "rb") as file:
+        if not file.peek(1):
+            raise BadImage("is empty")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
+    if not isinstance(array, np.ndarray):
+        raise BadImage("is no .npy file")
+    _check_size(*(sorted(array.shape)[-2:] if array.ndim > 1 else (array.size, 1)))
+    return np.array(array)
+
+
+def _read_tiff(content: bytes, channels) -> tuple[np.ndarray, bool] | None:
+    """What Pillow can't: more than 8 bits in colour, or other than 1, 3 or 4 channels. None: Pillow can."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        page, pages = file.pages[0], len(file.pages)
+        samples = page.samplesperpixel
+        if pages > 1 and samples == 1 and pages == channels:
+            for each in file.pages:
+                _check_size(each.imagewidth, each.imagelength)
+            return np.stack([each.asarray() for each in file.pages], axis=-1), False
+        if page.bitspersample <= 8 and page.dtype in (np.uint8, bool) and samples in (1, 2, 3, 4):
+            return None
+        _check_size(page.imagewidth, page.imagelength)
+        pixels = page.asarray()
+        if page.axes.startswith("S"):
+            pixels = np.moveaxis(pixels, 0, -1)
+        pixels = pixels.reshape(page.imagelength, page.imagewidth, samples)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            raise BadImage("has black and white exchanged (photometric MINISWHITE) in more than 8 bits")
+        alpha = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+        tag = page.tags.get("Orientation")
+        upright = ORIENTED.get(tag.value if tag else 1, lambda a: a)
+        return np.ascontiguousarray(upright(pixels)), samples in (2, 4) and page.extrasamples[-1:] in [
+            (a,) for a in alpha
+        ]
+
+
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(ORIENTED.get(image.getexif().get(0x0112), lambda a: a)(pixels))
+
+
+def _channels_last(array: np.ndarray, channels) -> np.ndarray:
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C): of first and last axis the one of `channels`, else the shorter."""
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3:
+        raise BadImage(f"is an array of shape {array.shape}, not (H, W), (H, W, C) or (C, H, W)")
+    first, last = array.shape[0], array.shape[2]
+    is_first = first == channels != last if channels in (first, last) else first < last
+    return np.ascontiguousarray(np.moveaxis(array, 0, -1)) if is_first else array
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"is refused: {width}x{height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}")

@@ -1,0 +1,117 @@
+"""Samples drawn while training: by all processes together, within a share of the time, and never the end of a run."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from ddpm_hf.data import stream_seed
+from ddpm_hf.pipeline import DDPMCustomPipeline, to_output
+
+log = logging.getLogger(__name__)
+
+
+class Previews:
+    """Calls `draw(run)` in all processes as often as `preview_time_share` of the time so far allows.
+
+    What it will take is guessed from the training's speed, and then known from the last time. The last one of a run is
+    always drawn. A preview that fails is told and forgotten.
+    """
+
+    BACKWARD = 2  # costs this many forward passes
+
+    def __init__(self, draw: Callable | None, share: float):
+        self.draw, self.share = draw, share
+        self.spent, self.last, self.began = 0.0, None, time.monotonic()
+
+    def after_save(self, run, images_per_second: float) -> None:
+        """Draw or leave it; all processes come here together."""
+        if self.draw is None:
+            return
+        expected = self.last
+        if expected is None and images_per_second:
+            passes = 2 * run.config.eval_batch_size * run.config.ddpm_num_inference_steps  # averaged and raw
+            expected = passes / ((1 + self.BACKWARD) * images_per_second)
+        allowed = self.share * (time.monotonic() - self.began) - self.spent
+        due = [run.finished or (expected is not None and expected <= allowed)]
+        broadcast_object_list(due)  # each has a clock of its own
+        if not due[0]:
+            if run.accelerator.is_main_process:
+                log.info(f"no preview at update {run.step}: about {expected} s, of which {allowed:.0f} are allowed")
+            return
+        began = time.monotonic()
+        try:
+            self.draw(run)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            log.warning(f"the preview of update {run.step} failed ({type(error).__name__}: {reason}); training goes on")
+        self.last = time.monotonic() - began
+        self.spent += self.last
+
+
+def sample_together(
+    accelerator: Accelerator,
+    pipeline: DDPMCustomPipeline,
+    num_images: int,
+    num_inference_steps: int,
+    seed: int,
+    frame_steps: tuple[int, ...] = (),
+) -> np.ndarray:
+    """The same images however many processes there are and however large a batch their memory has room for.
+
+    Image k has its own generator, of (`seed`, k). Each process makes every so-many-th image, in one batch if it can and
+    in halves of it if memory runs out.
+
+    Args:
+        frame_steps: numbers of the steps, counted from 0, whose x_t are given besides.
+
+    Returns:
+        (frames + 1, num_images, H, W, C) in [0, 1], the last of the frames being the samples, in all processes.
+
+    Raises:
+        RuntimeError: a process could not; all of them raise it.
+    """
+    mine = list(range(accelerator.process_index, num_images, accelerator.num_processes))
+    try:
+        made = list(zip(mine, _sample(pipeline, mine, num_inference_steps, seed, frame_steps)))
+    except Exception as error:  # the others wait for what this one has, so it gives the reason
+        made = [(None, f"{type(error).__name__}: {error}")]
+    made = dict(gather_object(made))
+    if None in made:
+        raise RuntimeError(made[None])
+    return np.stack([made[k] for k in range(num_images)], axis=1)
+
+
+def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps) -> list[np.ndarray]:
+    """(frames + 1, H, W, C) of each image."""
+    done, batch_size = [], len(numbers)
+    while len(done) < len(numbers):
+        batch = numbers[len(done) : len(done) + batch_size]
+        frames = []
+
+        def keep(_, i, timestep, tensors, frames=frames):
+            if i in frame_steps:
+                frames.append(to_output(tensors["sample"], "np"))
+
+        generators = [torch.Generator().manual_seed(stream_seed(seed, "sample", k)) for k in batch]
+        try:
+            samples = pipeline(
+                len(batch),
+                generator=generators,
+                num_inference_steps=steps,
+                output_type="np",
+                callback_on_step_end=keep,
+            ).images
+        except Exception as error:
+            if batch_size == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                raise
+            clear_device_cache(garbage_collection=True)
+            batch_size = -(-batch_size // 2)
+            continue
+        done.extend(np.stack([*frames, samples], axis=1))
+    return done

@@ -1,0 +1,122 @@
+"""What a person sees of a run while it lasts: the progress bar, log.csv and, if they want one, a tracker."""
+
+import csv
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+LOG_EVERY = 10  # updates a row of log.csv
+
+
+class Progress:
+    """Counts and times the updates of a run.
+
+    The columns of log.csv: `loss` is the mean since the row before, over the updates that were not skipped;
+    `loader_share` the part of the time that went into getting images.
+    """
+
+    COUNTED = ("step", "images_seen", "loss", "held_out_loss", "learning_rate", "skipped_updates")
+    CLOCKED = ("images_per_second", "loader_share", "seconds")
+
+    def __init__(self, run, global_batch: int):
+        self.run, self.global_batch, self.accelerator = run, global_batch, run.accelerator
+        self.path = run.output_dir / "log.csv"
+        self.losses, self.skipped, self.logged_step = [], 0, run.step
+        self.before = 0.0  # seconds that the run took before it was resumed
+        self.images_per_second = 0.0
+        if self.accelerator.is_main_process:
+            self._cut_back()
+        self.started = time.monotonic()
+        self.restart_clock()
+
+    def _cut_back(self) -> None:
+        """Leave the rows of log.csv up to the update from which the run goes on."""
+        rows = read_log(self.path) if self.run.step and self.path.exists() else []
+        rows = [row for row in rows if row["step"] <= self.run.step]
+        self.before = rows[-1]["seconds"] if rows else 0.0
+        beside = self.path.with_name(".log.csv")
+        with open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.COUNTED + self.CLOCKED)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.path)
+
+    def __enter__(self):
+        self.bar = tqdm(
+            total=self.run.total_steps,
+            initial=self.run.step,
+            unit=" updates",
+            desc=Path(self.run.config.config).stem,
+            disable=not self.accelerator.is_main_process,
+        )
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around what gets the images of an update."""
+        began = time.monotonic()
+        yield
+        self.loaded += time.monotonic() - began
+
+    def restart_clock(self) -> None:
+        """What was done since the last row is no part of the speed of the training."""
+        self.logged_at, self.loaded = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of this run, those before it was resumed included."""
+        return self.before + time.monotonic() - self.started
+
+    def update(self, loss: torch.Tensor | None) -> None:
+        """An update has been done with this loss, or skipped (None)."""
+        self.bar.update()
+        if loss is None:
+            self.skipped += 1
+        else:
+            self.losses.append(loss)  # looked at every LOG_EVERY updates only: looking stops the device
+
+    def write_row(self, learning_rate: float, held_out: float | None = None) -> None:
+        """A row of log.csv, if there was an update since the last one."""
+        run, now = self.run, time.monotonic()
+        if run.step == self.logged_step:  # stopped just now, or resumed behind the end
+            return
+        loss = None
+        if self.losses:  # in all processes or in none
+            loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        taken = now - self.logged_at
+        self.images_per_second = (run.step - self.logged_step) * self.global_batch / taken
+        row = {
+            "step": run.step,
+            "images_seen": run.step * self.global_batch,
+            "loss": loss,
+            "held_out_loss": held_out,
+            "learning_rate": learning_rate,
+            "skipped_updates": self.skipped,
+            "images_per_second": round(self.images_per_second, 1),
+            "loader_share": round(self.loaded / taken, 4),
+            "seconds": round(self.seconds, 2),
+        }
+        shown = {"loss": f"{loss:.4f}" if loss is not None else "-", "images/s": f"{self.images_per_second:.0f}"}
+        self.bar.set_postfix({**shown, "loader": f"{self.loaded / taken:.1%}"})
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, row).writerow(row)
+        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
+        self.losses, self.skipped, self.logged_step = [], 0, run.step
+        self.restart_clock()
+
+
+def read_log(path) -> list[dict]:
+    """Rows of log.csv, numbers as floats and empty cells as None. A last row that is half written is left out."""
+    with open(path, newline="") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(whole)]

@@ -1,0 +1,129 @@
+"""Where images are: folders of files, parquet files, data sets of the Hub. Nothing is decoded here."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.decoding import is_image_file
+
+
+class Item(NamedTuple):
+    """An image yet to be decoded: its name in messages, its path or content, and its class if it has one."""
+
+    name: str
+    source: str | Path | bytes | np.ndarray | None
+    label: int | None = None
+
+
+def source_of(config: TrainConfig, streaming: bool = False):
+    """Train and test `Item`s, and the names of their classes or None.
+
+    The items have a length and an order, or, if `streaming`, are data sets to iterate over.
+    """
+    if config.train_data_dir is not None:
+        return _folder(config.train_data_dir, streaming)
+    if config.dataset_name is None:
+        raise ValueError(
+            f"config={config.config!r} has no data set of its own: give --train_data_dir or --dataset_name"
+        )
+    import datasets
+
+    name = config.dataset_name
+    try:
+        loaded = datasets.load_dataset(name, config.dataset_config_name, streaming=streaming)
+    except Exception as error:  # the Hub, the network, the cache and the data set's own reader all raise their own
+        raise ValueError(f"dataset_name={name!r} can't be loaded: {' '.join(str(error).split())}") from error
+    if "train" not in loaded:
+        raise ValueError(f"dataset_name={name!r} has no split 'train' but {', '.join(loaded)}")
+    held_out = next((split for split in ("test", "validation") if split in loaded), None)
+    return _rows_of(loaded, held_out, name)
+
+
+def _folder(path: str, streaming: bool):
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"train_data_dir={path!r} is not a folder; it must be one that holds images or train*.parquet")
+    parquet = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in ("train", "test")}
+    if parquet["train"]:
+        import datasets
+
+        try:
+            files = {split: found for split, found in parquet.items() if found}
+            loaded = datasets.load_dataset("parquet", data_files=files, streaming=streaming)
+        except Exception as error:  # datasets, pyarrow and the disk all raise their own
+            raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
+        return _rows_of(loaded, "test" if "test" in loaded else None, path)
+    if streaming:
+        raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} holds none: leave it out")
+    splits = (folder / "train", folder / "test") if (folder / "train").is_dir() else (folder,)
+    found = [[Item(str(f), f) for f in sorted(s.rglob("*")) if is_image_file(f)] for s in splits]
+    if not found[0]:
+        raise ValueError(f"train_data_dir={path!r} holds no image and no train*.parquet")
+    return found[0], found[1] if len(found) > 1 else [], None
+
+
+def _rows_of(loaded, held_out: str | None, name: str):
+    train = Rows(loaded["train"], name)
+    return train, Rows(loaded[held_out], f"{name} {held_out}") if held_out else [], train.label_names
+
+
+class Rows:
+    """Rows of a data set as `Item`s. Image and label are found by the types of their columns."""
+
+    def __init__(self, dataset, source: str):
+        import datasets
+
+        if dataset.features is None:  # a stream whose reader does not tell them before the first row
+            dataset = dataset._resolve_features()
+        features = dataset.features
+        columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if not columns:
+            raise ValueError(f"{source!r} has no column of images: its columns are {', '.join(features)}")
+        labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        self.image, self.label, self.source = columns[0], labels[0] if labels else None, source
+        self.label_names = features[self.label].names if labels else None
+        self.dataset = dataset.select_columns(columns[:1] + labels[:1])
+        self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False))
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, k) -> Item:
+        return self.item(k, self.dataset[k])
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self.item(k, row) for k, row in enumerate(self.dataset))
+
+    def item(self, k: int, row: dict) -> Item:
+        encoded = row[self.image] or {"bytes": None, "path": None}
+        source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
+        return Item(f"{self.source} row {k}", source, row[self.label] if self.label else None)
+
+
+class _Part:
+    """Some of a sequence, looked up when it is asked for."""
+
+    def __init__(self, whole, indices: list[int]):
+        self.whole, self.indices = whole, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __iter__(self):
+        return (self.whole[k] for k in self.indices)
+
+
+class Part:
+    """Some of a sequence, looked up when it is asked for."""
+
+    def __init__(self, whole, indices: list[int]):
+        self.whole, self.indices = whole, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __iter__(self):
+        return (self.whole[k] for k in self.indices)

@@ -1,0 +1,284 @@
+"""Images of every kind, and files that are none."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from ddpm_hf.decoding import ORIENTED, BadImage, Decoder, read_image
+
+HEIGHT, WIDTH = 5, 7
+rng = np.random.default_rng(0)
+GRAY = rng.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+RGB = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+RGBA = rng.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+DEEP = rng.integers(0, 65536, (HEIGHT, WIDTH), dtype=np.uint16)
+DEEP_RGB = rng.integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
+BANDS = rng.integers(0, 4096, (HEIGHT, WIDTH, 5), dtype=np.uint16)
+FLOATS = rng.standard_normal((HEIGHT, WIDTH)).astype(np.float32)
+
+
+def encoded(image: Image.Image, kind: str, **settings) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def tiff(array, **settings) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, **settings)
+    return file.getvalue()
+
+
+def png16(array) -> bytes:
+    import imagecodecs
+
+    return imagecodecs.png_encode(array)
+
+
+def array_file(path, array, **settings):
+    np.save(path / "a.npy", array, **settings)
+    return path / "a.npy"
+
+
+def as_pillow_reads(image: Image.Image, kind: str, **settings) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded(image, kind, **settings))).convert("RGB"))
+
+
+PALETTE = Image.fromarray(RGB).quantize(16)
+CMYK = Image.fromarray(RGB).convert("CMYK")
+KINDS = {  # content -> colours (H, W, C), whether there is opacity
+    "gray": (encoded(Image.fromarray(GRAY), "PNG"), GRAY[..., None], False),
+    "one bit": (encoded(Image.fromarray(GRAY > 99), "PNG"), (GRAY > 99)[..., None] * np.uint8(255), False),
+    "gray+alpha": (encoded(Image.fromarray(RGBA[..., :2].copy()), "PNG"), RGBA[..., :1], True),
+    "palette": (encoded(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB")), False),
+    "CMYK": (encoded(CMYK, "TIFF"), np.asarray(CMYK.convert("RGB")), False),
+    "RGB": (encoded(Image.fromarray(RGB), "PNG"), RGB, False),
+    "RGB TIFF": (tiff(RGB, photometric="rgb"), RGB, False),
+    "RGBA": (encoded(Image.fromarray(RGBA), "PNG"), RGBA[..., :3], True),
+    "16-bit PNG": (encoded(Image.fromarray(DEEP), "PNG"), DEEP[..., None], False),
+    "16-bit TIFF": (tiff(DEEP), DEEP[..., None], False),
+    "big-endian TIFF": (tiff(DEEP, byteorder=">"), DEEP[..., None], False),
+    "compressed TIFF": (tiff(DEEP_RGB, photometric="rgb", compression="lzw"), DEEP_RGB, False),
+    "16-bit RGB PNG": (png16(DEEP_RGB), DEEP_RGB, False),
+    "16-bit RGB TIFF": (tiff(DEEP_RGB, photometric="rgb"), DEEP_RGB, False),
+    "float TIFF": (tiff(FLOATS), FLOATS[..., None], False),
+    "5 bands": (tiff(BANDS, photometric="minisblack", planarconfig="contig"), BANDS, False),
+    "5 planes": (
+        tiff(np.moveaxis(BANDS, 2, 0).copy(), photometric="minisblack", planarconfig="separate"), BANDS, False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_read_as_it_is_stored(kind):
+    content, expected, has_opacity = KINDS[kind]
+    pixels, opacity = read_image(content, None)
+    assert pixels.dtype.newbyteorder("=") == expected.dtype
+    assert np.array_equal(pixels, expected)
+    assert (opacity is not None) == has_opacity
+    if has_opacity:
+        alpha = RGBA[..., -1:] if expected.shape[2] == 3 else RGBA[..., 1:2]
+        assert_close(opacity, alpha.astype(np.float32) / 255)
+
+
+def test_sixteen_bits_with_alpha():
+    deep = rng.integers(0, 65536, (HEIGHT, WIDTH, 4), dtype=np.uint16)
+    for content in (png16(deep), tiff(deep, photometric="rgb", extrasamples=["unassalpha"])):
+        pixels, opacity = read_image(content, None)
+        assert np.array_equal(pixels, deep[..., :3])
+        assert_close(opacity, deep[..., 3:].astype(np.float32) / 65535)
+
+
+def test_jpeg_of_four_inks_is_not_a_negative():
+    content = encoded(Image.new("RGB", (8, 8), (250, 120, 10)).convert("CMYK"), "JPEG")
+    pixels, _ = read_image(content, None)
+    assert np.abs(pixels.reshape(-1, 3).mean(0) - (250, 120, 10)).max() < 12
+
+
+@pytest.mark.parametrize("array", [GRAY, RGB, BANDS, FLOATS, BANDS.astype(np.int32), BANDS.astype(np.float64)])
+def test_arrays(tmp_path, array):
+    expected = array.reshape(HEIGHT, WIDTH, -1)
+    assert np.array_equal(read_image(array_file(tmp_path, array), None)[0], expected)
+    planes = np.moveaxis(expected, 2, 0)
+    assert np.array_equal(read_image(array_file(tmp_path, planes), None)[0], expected)
+    truth = read_image(array_file(tmp_path, GRAY > 99), None)[0]
+    assert np.array_equal(truth[..., 0], (GRAY > 99) * np.uint8(255))
+
+
+def test_which_axis_holds_the_channels_can_be_said(tmp_path):
+    path = array_file(tmp_path, np.zeros((5, 7, 5), np.uint8))
+    assert read_image(path, None)[0].shape == (5, 7, 5)
+    path = array_file(tmp_path, np.zeros((9, 4, 7), np.uint8))  # 9 bands of 4x7 or 7 of 9x4
+    assert read_image(path, None)[0].shape == (9, 4, 7)
+    assert read_image(path, 9)[0].shape == (4, 7, 9)
+    pages = tiff(np.moveaxis(BANDS, 2, 0).copy(), photometric="minisblack")  # five pages
+    assert np.array_equal(read_image(pages, 5)[0], BANDS)
+    assert np.array_equal(read_image(pages, None)[0], BANDS[..., :1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(orientation):
+    """Our own turning, used for 16 bits in colour, is Pillow's."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, _ = read_image(encoded(Image.fromarray(RGB), "PNG", exif=exif), None)
+    assert np.array_equal(pixels, ORIENTED.get(orientation, lambda a: a)(RGB))
+    deep = tiff(DEEP_RGB, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+    assert np.array_equal(read_image(deep, None)[0], ORIENTED.get(orientation, lambda a: a)(DEEP_RGB))
+
+
+# ---------------------------------------------------------------- channels
+
+
+def decoded(content, **settings) -> torch.Tensor:
+    settings = {"channels": None, "value_range": (0, 65535), **settings}
+    return torch.from_numpy(Decoder(**settings)(content).pixels)
+
+
+def of(array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 2, 0)))
+
+
+def test_channels_are_made_of_what_there_is():
+    gray, rgb, rgba, gray_alpha = (KINDS[k][0] for k in ("gray", "RGB", "RGBA", "gray+alpha"))
+    assert torch.equal(decoded(gray, channels=3), of(GRAY[..., None].repeat(3, 2)))
+    luminance = np.asarray(Image.fromarray(RGB).convert("L"), dtype=int)
+    assert np.abs(decoded(rgb, channels=1)[0].numpy() - luminance).max() <= 1
+    deep = decoded(KINDS["16-bit TIFF"][0], channels=3)
+    assert torch.equal(deep, of(DEEP[..., None].repeat(3, 2).astype(np.float32)))
+    settings = {"value_range": None}
+    assert torch.equal(decoded(rgba, **settings), of(RGBA))
+    assert torch.equal(decoded(gray_alpha, **settings), of(RGBA[..., :2]))
+    assert torch.equal(decoded(rgb, channels=4, **settings)[:3], of(RGB))
+    assert (decoded(rgb, channels=4, **settings)[3] == 255).all()
+    assert torch.equal(decoded(gray_alpha, channels=4, **settings)[2:], of(RGBA[..., :2]))
+
+
+def test_opacity_in_deep_images_fills_the_range():
+    content = png16(rng.integers(0, 4096, (4, 4, 3), dtype=np.uint16))
+    alpha = decoded(content, channels=4, value_range=(0, 4095))[3]
+    assert (alpha == 4095).all()
+
+
+@pytest.mark.parametrize(("background", "under"), [([0.0], 0), ([1.0], 255), ([0.2, 0.4, 0.6], (51, 102, 153))])
+def test_background(background, under):
+    image = decoded(KINDS["RGBA"][0], background=background, value_range=None)
+    alpha = RGBA[..., 3:] / 255
+    assert_close(
+        image, of((RGBA[..., :3] * alpha + np.array(under) * (1 - alpha)).round().astype(np.uint8)), rtol=0, atol=1
+    )
+    again = Image.new("RGB", (WIDTH, HEIGHT), under if isinstance(under, tuple) else (under,) * 3)
+    again.paste(Image.fromarray(RGBA), mask=Image.fromarray(RGBA[..., 3].copy()))
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.asarray(again)).max() <= 1
+
+
+def test_a_background_of_one_colour_serves_gray_too():
+    image = decoded(KINDS["gray+alpha"][0], background=[1.0], value_range=None)
+    alpha = RGBA[..., 1] / 255
+    assert np.abs(image[0].numpy() - (RGBA[..., 0] * alpha + 255 * (1 - alpha))).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("RGBA", {"channels": 3}, "alpha channel, which channels=3 would lose: give --channels 4, or --background"),
+        ("gray+alpha", {"channels": 1}, "would lose: give --channels 2, or --background"),
+        ("5 bands", {"channels": 3}, "has 5 channels, of which channels=3 can't be made"),
+        ("RGB", {"channels": 5}, "has 3 channels, of which channels=5 can't be made"),
+        ("RGBA", {"background": [0.0, 1.0]}, r"has 3 colours and background=\[0.0, 1.0\] has 2"),
+        ("float TIFF", {"value_range": None}, r"has more than 8 bits \(float32, values .*: say with --value_range"),
+        ("RGB", {"channels": 1, "channels_are_inferred": True}, "has colour and the first image has none"),
+    ],
+)
+def test_settings_that_fit_no_such_image(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        decoded(KINDS[kind][0], **settings)
+
+
+# ---------------------------------------------------------------- broken files
+
+
+def damaged(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+NOISE = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+PNG, JPEG = encoded(NOISE, "PNG"), encoded(NOISE, "JPEG")
+BOMB = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+
+
+def broken_files(folder) -> dict[str, str]:
+    """Write one of each; its name and what its reason must say."""
+    zero_wide = b"P5\n0 5\n255\n"
+    np.save(folder / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(folder / "whole.npy", np.zeros((64, 64)))
+    array = (folder / "whole.npy").read_bytes()
+    (folder / "whole.npy").unlink()
+    contents = {
+        "empty.png": (b"", "is empty"),
+        "empty.npy": (b"", "is empty"),
+        "truncated.jpg": (JPEG[: len(JPEG) // 2], "can't be read: .*truncated"),
+        "truncated.png": (PNG[: len(PNG) // 2], "can't be read: .*"),
+        "no_end.png": (PNG[:-12], "can't be read: .*"),
+        "crc.png": (damaged(PNG, PNG.index(b"IDAT") + 40), "can't be read: broken PNG file"),
+        "crc_alone.png": (damaged(PNG, PNG.index(b"IEND") - 5), "can't be read: broken PNG file"),
+        "crc_deep.png": (damaged(png16(DEEP_RGB), 60), "can't be read: broken PNG file"),
+        "text.png": (b"not an image", "is of no kind that can be read: it begins with b'not an image'"),
+        "page.jpg": (b"<!DOCTYPE html><html>", "is of no kind that can be read: it begins with b'<!DOCTYPE html"),
+        "zeros.png": (bytes(500), "is of no kind that can be read: it begins with b'\\\\x00"),
+        "magic.png": (b"\x88" + PNG[1:], "is of no kind that can be read"),
+        "truncated.tif": (tiff(np.zeros((64, 64), np.uint16))[:3000], "can't be read: .*"),
+        "truncated8.tif": (tiff(np.zeros((64, 64, 3), np.uint8), photometric="rgb")[:3000], "can't be read: .*"),
+        "bomb.png": (BOMB, "is refused: Image size .* exceeds limit"),
+        "zero_wide.pgm": (zero_wide, "can't be read|is 0x5 pixels"),
+        "corrupt.npy": (damaged(array, 20), "can't be read: .*"),
+        "truncated.npy": (array[:1000], "can't be read: .*"),
+        "magic.npy": (b"x" + array[1:], "can't be read: .*"),
+        "nan.tif": (tiff(np.full((4, 4), np.nan, np.float32)), "has values that are not finite"),
+    }
+    reasons = {"pickled.npy": "can't be read: .*Python objects"}
+    for name, (content, reason) in contents.items():
+        (folder / name).write_bytes(content)
+        reasons[name] = reason
+    np.save(folder / "zero_wide.npy", np.zeros((5, 0), np.uint8))
+    np.save(folder / "row.npy", np.zeros(5, np.uint8))
+    np.save(folder / "words.npy", np.array([["a", "b"]]))
+    with open(folder / "bomb.npy", "wb") as file:  # a header that lies
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (90_000, 90_000)})
+    return reasons | {
+        "zero_wide.npy": "is 0x5 pixels|can't be read",
+        "row.npy": r"is an array of shape \(5,\)",
+        "words.npy": "holds <U1, not numbers",
+        "bomb.npy": "can't be read|is refused",
+    }
+
+
+def test_every_broken_file_has_its_reason(tmp_path):
+    for name, expected in broken_files(tmp_path).items():
+        reason = Decoder(None, value_range=(0, 1))(tmp_path / name)
+        assert isinstance(reason, BadImage), name
+        assert re.search(expected, str(reason)), f"{name}: {reason}"
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    class Dangerous:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    np.save(tmp_path / "a.npy", np.array([Dangerous()], dtype=object), allow_pickle=True)
+    assert isinstance(Decoder(None)(tmp_path / "a.npy"), BadImage)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_a_large_array_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = array_file(tmp_path, np.zeros((100, 100), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9999)
+    for content in (path, tiff(np.zeros((100, 100), np.uint16))):
+        with pytest.raises(BadImage, match="is refused: 100x100 pixels are more than the limit of 9,999"):
+            read_image(content, None)
