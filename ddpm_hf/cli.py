@@ -34,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
 def train(args: list[str]) -> int:
     try:
         from ddpm_hf import hub, pictures, training
-        from ddpm_hf.config import EMBEDDED_DIGITS, parse_train_config
+        from ddpm_hf.config import parse_train_config
+        from ddpm_hf.data import has_embedded_digits
     except ImportError as error:
         raise ValueError(f"{error}: training needs more packages, `pip install ddpm-hf[train]`") from error
 
@@ -43,7 +44,7 @@ def train(args: list[str]) -> int:
     if config.push_to_hub:
         on_start.insert(0, hub.check_login)
         on_save.append(hub.push_when_finished)
-    if config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS:
+    if has_embedded_digits(config):
         on_save.append(tell_legibility)
     training.train(config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures)
     return 0

@@ -129,7 +129,7 @@ def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
         ValueError: a source that is missing, empty or of unequal images, or an image that the settings do not fit; it
             names the file and says what would be right.
     """
-    if config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS:
+    if has_embedded_digits(config):
         return _digits(config)
     train, test, label_names = source_of(config)
     if not len(test):
@@ -153,6 +153,10 @@ def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
             f"value_range={config.value_range} is for images of more than 8 bits, and these have 8: they are 0 ... 255"
         )
     return images, held_out
+
+
+def has_embedded_digits(config: TrainConfig) -> bool:
+    return config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS
 
 
 def decoder_of(config: TrainConfig) -> Decoder:

@@ -124,7 +124,7 @@ def draw_pictures(run: Run) -> None:
     """
     config, accelerator = run.config, run.accelerator
     steps, number, first = config.ddpm_num_inference_steps, config.eval_batch_size, run.output_dir / FIRST_SAMPLES
-    draws_raw = broadcast_object_list([not first.exists() and not run.finished])[0]
+    draws_raw = broadcast_object_list([not first.exists()])[0]
     frame_steps = tuple(range(0, steps - 1, max(1, steps // FILM_FRAMES))) if run.finished else ()
     run.pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
     *frames, samples = sample_together(accelerator, run.pipeline, number, steps, config.seed, frame_steps)

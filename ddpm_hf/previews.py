@@ -27,7 +27,7 @@ class Previews:
 
     def __init__(self, draw: Callable | None, share: float):
         self.draw, self.share = draw, share
-        self.spent, self.last, self.began = 0.0, None, time.monotonic()
+        self.spent, self.last, self.began, self.told = 0.0, None, time.monotonic(), False
 
     def after_save(self, run, images_per_second: float) -> None:
         """Draw or leave it; all processes come here together."""
@@ -37,12 +37,17 @@ class Previews:
         if expected is None and images_per_second:
             passes = 2 * run.config.eval_batch_size * run.config.ddpm_num_inference_steps  # averaged and raw
             expected = passes / ((1 + self.BACKWARD) * images_per_second)
-        allowed = self.share * (time.monotonic() - self.began) - self.spent
+        elapsed = time.monotonic() - self.began
+        allowed = self.share * elapsed - self.spent
         due = [run.finished or (expected is not None and expected <= allowed)]
         broadcast_object_list(due)  # each has a clock of its own
         if not due[0]:
-            if run.accelerator.is_main_process:
-                log.info(f"no preview at update {run.step}: about {expected} s, of which {allowed:.0f} are allowed")
+            if run.accelerator.is_main_process and not self.told:
+                log.warning(
+                    f"no preview at update {run.step}: it would take about {expected or 0:.0f} s, and "
+                    f"preview_time_share={self.share:g} of {elapsed:.0f} s has {max(0, allowed):.0f} s left; later then"
+                )
+                self.told = True
             return
         began = time.monotonic()
         try:

@@ -51,8 +51,9 @@ def _folder(path: str, streaming: bool):
         import datasets
 
         try:
-            files = {split: found for split, found in parquet.items() if found}
-            loaded = datasets.load_dataset("parquet", data_files=files, streaming=streaming)
+            # not load_dataset, which calls the Hub's server even for files that are here
+            kind = datasets.IterableDataset if streaming else datasets.Dataset
+            loaded = {split: kind.from_parquet(files) for split, files in parquet.items() if files}
         except Exception as error:  # datasets, pyarrow and the disk all raise their own
             raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
         return _rows_of(loaded, "test" if "test" in loaded else None, path)

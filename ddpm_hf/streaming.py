@@ -17,6 +17,7 @@ from ddpm_hf.data import (
     collect,
     decode_each,
     decoder_of,
+    has_embedded_digits,
     load_images,
     normalized,
     size_in_words,
@@ -57,7 +58,7 @@ class ImageStream:
         self.position = (0, 0)  # epoch and row of the next image
         self.images = None
         self.shape = self.held_out.shape if self.held_out else None
-        self.shape = tuple(self.first(1, config.seed).shape[1:])
+        self.shape = self.shape or tuple(self.first(1, config.seed).shape[1:])
         self.seen, self.reasons = 0, dict(bad)  # which looking ahead has counted
 
     def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ class ImageStream:
 
 def open_images(config: TrainConfig, process_index: int, num_processes: int):
     """Images to train on, as `ImageData` or `ImageStream`, and those held out (None: there are none)."""
-    if not config.streaming:
+    if not config.streaming or has_embedded_digits(config):
         return load_images(config)
     stream = ImageStream(config, process_index, num_processes)
     return stream, stream.held_out

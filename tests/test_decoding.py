@@ -236,7 +236,7 @@ def broken_files(folder) -> dict[str, str]:
         "truncated.tif": (tiff(np.zeros((64, 64), np.uint16))[:3000], "can't be read: .*"),
         "truncated8.tif": (tiff(np.zeros((64, 64, 3), np.uint8), photometric="rgb")[:3000], "can't be read: .*"),
         "bomb.png": (BOMB, "is refused: Image size .* exceeds limit"),
-        "zero_wide.pgm": (zero_wide, "can't be read|is 0x5 pixels"),
+        "zero_wide.pgm": (zero_wide, "is of no kind that can be read|is 0x5 pixels"),
         "corrupt.npy": (damaged(array, 20), "can't be read: .*"),
         "truncated.npy": (array[:1000], "can't be read: .*"),
         "magic.npy": (b"x" + array[1:], "can't be read: .*"),

@@ -1,17 +1,20 @@
 import functools
 import math
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_config, tiny_unet
+from conftest import TINY_UNET, tiny_config, tiny_unet
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -470,8 +473,10 @@ def test_weights_of_another_shape_are_refused(trained, tmp_path):
 
 TRAIN = """
 import sys; sys.path.insert(0, {tests!r})
+import torch
 from conftest import tiny_config
 from ddpm_hf.training import train
+torch.set_num_threads(1)  # two processes with two each would keep two cores waiting for one another
 train(tiny_config({out!r}, **{settings!r}))
 """
 
@@ -482,17 +487,36 @@ def script(tmp_path, out, **settings):
     return path
 
 
+def launch(path, processes=1, **settings) -> subprocess.Popen:
+    """The script in its own processes."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+    command = [sys.executable, *(several if processes > 1 else []), path]
+    return subprocess.Popen(command, env=environment, **settings)
+
+
+def finish(path, processes=1) -> None:
+    assert launch(path, processes).wait(timeout=300) == 0
+
+
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path):
-    train(tiny_config(tmp_path / "one", train_batch_size=16, max_train_steps=50))
-    path = script(tmp_path, tmp_path / "two", train_batch_size=8, max_train_steps=50)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29567", path]
-    subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_two_processes_do_what_one_does(tmp_path, dropout):
+    """With dropout they do what one does that accumulates as many micro-batches."""
+    unet = {**TINY_UNET, "dropout": dropout}
+    alone = {"train_batch_size": 8, "gradient_accumulation_steps": 2} if dropout else {"train_batch_size": 16}
+    train(tiny_config(tmp_path / "one", **alone, max_train_steps=50, unet=unet))
+    finish(script(tmp_path, tmp_path / "two", train_batch_size=8, max_train_steps=50, unet=unet), 2)
     one, two = (quietly(tmp_path / name) for name in ("one", "two"))
-    assert [row["step"] for row in two] == [row["step"] for row in one]
+    assert [row["step"] for row in two] == [10, 20, 30, 40, 50]
     assert [row["images_seen"] for row in two] == [row["images_seen"] for row in one]  # it was two, of half the batch
     for a, b in zip(one, two, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert a["learning_rate"] == b["learning_rate"]
+    assert abs(one[-1]["held_out_loss"] - two[-1]["held_out_loss"]) < 1e-5
 
 
 @pytest.mark.slow
@@ -512,18 +536,48 @@ def test_a_stopped_process_ends_cleanly(tmp_path, number):
     assert DDPMCustomPipeline.from_pretrained(tmp_path / "run")
 
 
+# One process, or two; 13 images an epoch's end; accumulated, with dropout and flips, so that all that is drawn counts.
+KILLED = {
+    "max_train_steps": 120,
+    "checkpointing_steps": 3,
+    "train_batch_size": 16,
+    "gradient_accumulation_steps": 2,
+    "unet": {**TINY_UNET, "dropout": 0.1},
+    "random_flip": True,
+    "lr_scheduler": "cosine",
+}
+
+
 @pytest.mark.slow
-def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
-    settings = {"max_train_steps": 60, "checkpointing_steps": 5}
-    subprocess.run([sys.executable, script(tmp_path, tmp_path / "whole", **settings)], check=True)
-    path = script(tmp_path, tmp_path / "killed", **settings)
-    process = subprocess.Popen([sys.executable, path])
-    while not Checkpoints(tmp_path / "killed", 9).found():
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    path = script(tmp_path, tmp_path / "killed", **settings, resume_from_checkpoint="latest")
-    subprocess.run([sys.executable, path], check=True)
-    assert_close(weights(tmp_path / "killed", "raw"), weights(tmp_path / "whole", "raw"), rtol=0, atol=0)
-    assert quietly(tmp_path / "killed") == quietly(tmp_path / "whole")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, processes):
+    """SIGKILL, five times, wherever it is: 120 updates of 32 or 64 images are more than 2 or 4 epochs."""
+    seed = random.randrange(10**6)
+    print(f"moments of seed {seed}")
+    moments, killed_at = random.Random(seed), []
+    whole = tmp_path / "whole"
+    finish(script(tmp_path, whole, **KILLED), processes)
+    path = script(tmp_path, tmp_path / "killed", **KILLED, resume_from_checkpoint="latest")
+    while len(killed_at) < 5:
+        process, last = (
+            launch(path, processes),
+            max([*map(Checkpoints._step, Checkpoints(tmp_path / "killed", 9).found()), 0]),
+        )
+        # Until it has got on by a checkpoint, and then for as long as a few updates and a save take
+        while max([*map(Checkpoints._step, Checkpoints(tmp_path / "killed", 9).found()), 0]) <= last:
+            time.sleep(0.005)
+            assert process.poll() is None
+        time.sleep(moments.uniform(0, 0.6))
+        assert process.poll() is None, f"ended before it was killed; seed {seed}"
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+        process.wait()
+        killed_at.append(len(read_log(tmp_path / "killed/log.csv")))
+    finish(path, processes)
+    assert killed_at == sorted(killed_at)
+    for name in FILES:
+        again, before = ((tmp_path / run / "checkpoint-120" / name).read_bytes() for run in ("killed", "whole"))
+        assert again == before, f"{name}, seed {seed}"
+    for file in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.raw.safetensors"):
+        assert (tmp_path / "killed/unet" / file).read_bytes() == (whole / "unet" / file).read_bytes()
+    assert quietly(tmp_path / "killed") == quietly(whole)

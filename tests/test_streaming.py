@@ -1,0 +1,128 @@
+"""Data sets that are read while training."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_UNET, tiny_config
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ddpm_hf.data import BadImages
+from ddpm_hf.streaming import ImageStream
+from ddpm_hf.training import train
+
+FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch):
+    """datasets waits for 5 s at the end of each pass."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05)
+
+
+def encoded(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.array([[value % 256, value // 256] * 4] * 8, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def value_of(image: torch.Tensor) -> int:
+    low, high = ((image[0, 0, :2] + 1) / 2 * 255).round().int().tolist()
+    return low + 256 * high
+
+
+def write(folder, n=300, shards=1, bad=(), test=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = [b"<html>" if k in bad else encoded(k) for k in range(n)]
+    for shard in range(shards):
+        part = contents[shard::shards]
+        rows = {"image": [{"bytes": c, "path": None} for c in part], "label": [0] * len(part)}
+        datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(folder / f"train-{shard}.parquet")
+    if test:
+        rows = {"image": [{"bytes": encoded(1000 + k), "path": None} for k in range(test)], "label": [0] * test}
+        datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def config(folder, out="out", **settings):
+    settings = {"train_data_dir": str(folder), "streaming": True, "max_train_steps": 20, **settings}
+    return tiny_config(folder / out, **settings)
+
+
+def values(stream, n):
+    return [value_of(image) for image in stream.of_update(0, 0, n, torch.arange(n))]
+
+
+def test_every_epoch_has_every_image_once_but_those_held_out(tmp_path):
+    stream = ImageStream(config(write(tmp_path)), 0, 1)
+    aside = {value_of(image) for image in stream.held_out.batch(torch.arange(len(stream.held_out)))}
+    assert 10 < len(aside) < 60
+    n = 300 - len(aside)
+    first, second = values(stream, n), values(stream, n)
+    assert set(first) == set(second) == set(range(300)) - aside
+    assert first != second
+    assert first != sorted(first)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_processes_share_the_stream(tmp_path, shards):
+    write(tmp_path, shards=shards, test=5)
+    streams = [ImageStream(config(tmp_path), k, 2) for k in (0, 1)]
+    seen = [values(stream, 150) for stream in streams]
+    assert sorted(seen[0] + seen[1]) == list(range(300))
+    for stream in streams:  # all measure on the same images
+        assert len(stream.held_out) == 5
+
+
+def test_a_stream_goes_on_where_it_was(tmp_path):
+    whole = ImageStream(config(write(tmp_path, bad={7, 250}), max_bad_fraction=0.1), 0, 1)
+    for before in (3, 100, 290, 600):
+        stream = ImageStream(config(tmp_path, max_bad_fraction=0.1), 0, 1)
+        values(stream, before)
+        state, expected = stream.state(), values(stream, 50)
+        whole.go_to(state)
+        assert values(whole, 50) == expected
+
+
+def test_bad_images_are_passed_over_and_told(tmp_path):
+    stream = ImageStream(config(write(tmp_path, bad={7}, test=3)), 0, 1)
+    assert 7 not in values(stream, 299)
+    ((name, reason),) = stream.bad
+    assert "of epoch 0" in name
+    assert reason == "is of no kind that can be read: it begins with b'<html>'"
+    stream = ImageStream(config(write(tmp_path / "worse", bad=set(range(0, 300, 4)), test=3)), 0, 1)
+    with pytest.raises(BadImages, match="2 of .* images can't be used, more than max_bad_fraction=0.01"):
+        values(stream, 100)
+
+
+def test_what_can_not_be_streamed(tmp_path):
+    with pytest.raises(ValueError, match="streaming=True needs max_train_steps"):
+        config(tmp_path, max_train_steps=None)
+    with pytest.raises(ValueError, match=r"streaming=True needs train\*.parquet, and train_data_dir=.* holds none"):
+        ImageStream(config(tmp_path), 0, 1)
+    with pytest.raises(ValueError, match="the embedded digits are 1,797 images"):
+        train(config(tmp_path, train_data_dir=None))
+
+
+def test_a_run_on_a_stream_goes_on_to_the_same_bytes(tmp_path):
+    write(tmp_path, bad={7})
+    settings = {"checkpointing_steps": 5, "train_batch_size": 32}  # an epoch has about 8 updates
+    train(config(tmp_path, "whole", **settings))
+
+    def stop(run):
+        if run.step == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, "cut", **settings), on_save=[stop])
+    train(config(tmp_path, "cut", **settings, resume_from_checkpoint="latest"))
+    for name in ("unet", "ema", "optimizer"):
+        a, b = (load_file(tmp_path / run / f"checkpoint-20/{name}.safetensors") for run in ("whole", "cut"))
+        assert_close(a, b, rtol=0, atol=0)
+    for run in ("whole", "cut"):
+        assert "it begins with b'<html>'" in (tmp_path / run / "quarantine.csv").read_text()
+    assert TINY_UNET  # the network of tiny_config has the 8x8 of these images
