@@ -10,17 +10,22 @@ import sys
 import threading
 import time
 
+import numpy as np
 import psutil
 import pytest
+import tifffile
 import torch
 from accelerate import Accelerator
 from conftest import TINY_UNET, tiny_config, tiny_unet
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, checkpoints, training
 from ddpm_hf.checkpoints import Checkpoints
+from ddpm_hf.data import ImageData
 from ddpm_hf.ema import EMA
+from ddpm_hf.pictures import draw_pictures
 from ddpm_hf.progress import Progress, read_log
 from ddpm_hf.training import Run, diffusion_loss, draw, held_out_loss, learning_rate, train
 
@@ -265,6 +270,121 @@ def test_a_log_that_ends_in_half_a_row_is_cut_back(trained, tmp_path):
         file.write("26,4")
     train(tiny_config(tmp_path / "run", max_train_steps=25, checkpointing_steps=10, resume_from_checkpoint="latest"))
     assert quietly(tmp_path / "run") == quietly(trained)
+
+
+# ---------------------------------------------------------------- images of all sorts
+
+
+def kinds(folder):
+    """A file of every kind that colour can be made of, of several sizes."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    deep = rng.integers(0, 65536, (20, 20), dtype=np.uint16)
+    deep_rgb = rng.integers(0, 65536, (20, 20, 3), dtype=np.uint16)
+    alpha = Image.fromarray(rng.integers(0, 256, (20, 20), dtype=np.uint8))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    colour.convert("L").save(folder / "gray.png")
+    colour.convert("1").save(folder / "bit.png")
+    Image.merge("LA", (colour.convert("L"), alpha)).save(folder / "gray_alpha.png")
+    colour.quantize(16).save(folder / "palette.png")
+    colour.quantize(16).save(folder / "transparent_palette.png", transparency=0)
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    colour.save(folder / "rgb.webp")
+    Image.merge("RGBA", (*colour.split(), alpha)).save(folder / "rgba.png")
+    Image.fromarray(deep).save(folder / "deep.png")
+    tifffile.imwrite(folder / "deep.tif", deep)
+    tifffile.imwrite(folder / "deep_rgb.tif", deep_rgb, photometric="rgb")
+    tifffile.imwrite(folder / "float.tif", deep.astype(np.float32))
+    np.save(folder / "array.npy", deep_rgb.astype(np.float64))
+    colour.crop((0, 0, 20, 12)).save(folder / "rotated.jpg", exif=rotated)
+    colour.crop((0, 0, 17, 11)).save(folder / "odd.png")
+    colour.resize((2, 3)).save(folder / "tiny.png")
+    colour.resize((2000, 1500)).save(folder / "huge.png")
+    return folder
+
+
+def test_a_folder_of_every_kind_trains(tmp_path):
+    folder = kinds(tmp_path / "in")
+    (folder / "broken.png").write_bytes(b"")
+    settings = {"channels": 3, "resolution": 8, "background": [0.5], "value_range": [0, 65535], "max_bad_fraction": 0.1}
+    run = train(tiny_config(tmp_path / "out", train_data_dir=str(folder), **settings))
+    assert len(run.images) + len(run.held_out) == len(list(folder.iterdir())) - 1
+    assert (tmp_path / "out/quarantine.csv").read_text().splitlines() == [
+        "path,reason",
+        f"{folder}/broken.png,is empty",
+    ]
+    assert read_log(tmp_path / "out/log.csv")[-1]["skipped_updates"] == 0
+    assert DDPMCustomPipeline.from_pretrained(tmp_path / "out")(1, num_inference_steps=2).images[0].mode == "RGB"
+
+
+def test_five_bands_train(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        bands = rng.integers(0, 4096, (8, 12, 5), dtype=np.uint16)
+        if k % 2:
+            np.save(tmp_path / f"{k}.npy", bands)
+        else:
+            tifffile.imwrite(tmp_path / f"{k}.tif", bands, photometric="minisblack", planarconfig="contig")
+    run = train(tiny_config(tmp_path / "out", train_data_dir=str(tmp_path), value_range=[0, 4095]))
+    assert run.images.shape == (5, 8, 12)
+    images = DDPMCustomPipeline.from_pretrained(tmp_path / "out")(2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 12, 5)
+
+
+def test_too_many_broken_files_stop_the_run_with_their_list(tmp_path):
+    for k in range(4):
+        Image.new("L", (8, 8), k).save(tmp_path / f"{k}.png")
+    (tmp_path / "4.png").write_text("<html>")
+    with pytest.raises(ValueError, match=r"1 of 5 images .*All are in .*quarantine.csv"):
+        train(tiny_config(tmp_path / "out", train_data_dir=str(tmp_path)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["quarantine.csv"]
+    assert (
+        "4.png,is of no kind that can be read: it begins with b'<html>'"
+        in (tmp_path / "out/quarantine.csv").read_text()
+    )
+    (tmp_path / "4.png").unlink()
+    train(tiny_config(tmp_path / "out", train_data_dir=str(tmp_path)))
+    assert not (tmp_path / "out/quarantine.csv").exists()  # they are mended
+
+
+@pytest.mark.parametrize(("images", "warned"), [(499, True), (500, False)])
+def test_few_images_are_warned_of(tmp_path, monkeypatch, caplog, images, warned):
+    data = ImageData(torch.zeros(images, 1, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(training, "open_images", lambda *args: (data, None))
+    train(tiny_config(tmp_path, max_train_steps=1))
+    assert ("499 images are fewer than 500: the network will learn them by heart" in caplog.text) == warned
+
+
+# ---------------------------------------------------------------- trackers and launchers
+
+
+def test_tensorboard_gets_the_log_and_the_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny_config(tmp_path, max_train_steps=20, logger="tensorboard"), preview=draw_pictures)
+    events = EventAccumulator(str(tmp_path / "ddpm_hf"))
+    events.Reload()
+    losses = [row["loss"] for row in read_log(tmp_path / "log.csv")]
+    assert_close([event.value for event in events.Scalars("loss")], losses)
+    assert [event.step for event in events.Scalars("loss")] == [10, 20]
+    assert events.Images("samples")[0].step == 20
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="logger='trackio' is not installed: `pip install trackio`"):
+        train(tiny_config(tmp_path / "run", logger="trackio"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_what_nobody_has_tested_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"^{name} has not been tested with this training loop, .* --multi_gpu`$"):
+        train(tiny_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- numbers that are none
