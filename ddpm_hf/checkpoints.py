@@ -15,6 +15,7 @@ from ddpm_hf.config import TrainConfig
 from ddpm_hf.ema import EMA
 
 WEIGHTS = ("unet", "ema", "optimizer")
+SAVING = ".saving-"
 log = logging.getLogger(__name__)
 
 
@@ -52,13 +53,15 @@ class Checkpoints:
     def restore(self, config: TrainConfig, unet, ema: EMA, optimizer) -> dict:
         """Load what `resume_from_checkpoint` names, or of `latest` the newest that is whole; what else was saved.
 
-        `step` in it is the update to go on from, 0 for a fresh start.
+        `step` in it is the update to go on from, 0 for a fresh start, and `kept` the one up to which what is in the
+        folder belongs to this run.
         """
         wanted, found = config.resume_from_checkpoint, self.found()
         if wanted == "latest":
             for path in reversed(found):
                 try:
-                    return self._load(path, unet, ema, optimizer)
+                    state = self._load(path, unet, ema, optimizer)
+                    return {**state, "kept": state["step"]}
                 except Damaged as error:
                     log.warning(f"{path} is damaged ({error}): taking the one before")
             if found:
@@ -66,7 +69,7 @@ class Checkpoints:
                     f"all checkpoints in {self.folder} are damaged; start anew with --overwrite_output_dir"
                 )
             log.warning(f"{self.folder} holds no checkpoint yet: starting from the beginning")
-            return {"step": 0}
+            return {"step": 0, "kept": 0}
         path = None
         if wanted is not None:
             path = Path(wanted) if Path(wanted).is_dir() else self.folder / wanted
@@ -79,9 +82,10 @@ class Checkpoints:
         if elsewhere and found and not config.overwrite_output_dir:
             self._check_finished(config, found[-1])
         try:
-            return {"step": 0} if path is None else self._load(path, unet, ema, optimizer)
+            state = {"step": 0} if path is None else self._load(path, unet, ema, optimizer)
         except Damaged as error:
             raise ValueError(f"{path} is damaged ({error}); name an earlier checkpoint") from error
+        return {**state, "kept": 0 if elsewhere else state["step"]}
 
     def _check_finished(self, config: TrainConfig, newest: Path) -> None:
         try:
@@ -126,10 +130,13 @@ class Checkpoints:
         return state
 
     def clear_after(self, step: int) -> None:
-        """Remove the checkpoints that this run is going to write anew."""
+        """Remove the checkpoints that this run is going to write anew, and what killed ones left half done."""
         for path in self.found():
             if self._step(path) > step:
                 self._remove(path)
+        for pattern in (".checkpoint-*", ".removed-*", f"{SAVING}*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
 
     def save(self, step: int, total_steps: int, unet, ema: EMA, optimizer, **more) -> None:
         """Write `checkpoint-<step>` and remove the oldest ones over the limit.
@@ -162,10 +169,22 @@ class Checkpoints:
                 os.fsync(file.fileno())
                 sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
         state = {"step": step, "total_steps": total_steps, "sha256": sums, **more}
-        (beside / "state.json").write_text(json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
+        with open(beside / "state.json", "w") as file:
+            file.write(json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, target)
+        _sync_folder(self.folder)  # before an older one goes
         for path in self.found()[: -self.limit]:
             self._remove(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk know the names in it."""
+    if hasattr(os, "O_DIRECTORY"):
+        number = os.open(folder, os.O_DIRECTORY)
+        os.fsync(number)
+        os.close(number)
 
 
 def _seal(state: dict) -> str:
@@ -188,7 +207,7 @@ def save_pipeline(run) -> None:
 
     It is written beside and moved file by file, so a reader never meets half a file.
     """
-    with tempfile.TemporaryDirectory(dir=run.output_dir, prefix=".saving-") as folder:
+    with tempfile.TemporaryDirectory(dir=run.output_dir, prefix=SAVING) as folder:
         run.pipeline.save_pretrained(folder)
         run.unet.save_pretrained(Path(folder) / "unet", variant="raw")
         for path in sorted(Path(folder).rglob("*")):

@@ -4,12 +4,15 @@ import collections
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -19,13 +22,12 @@ import torch
 from tqdm.auto import tqdm
 
 from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig
-from ddpm_hf.decoding import BadImage, Decoded, Decoder
+from ddpm_hf.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
 from ddpm_hf.sources import Item, Part, source_of
 
 HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
 MEMORY_SHARE = 0.5  # of what is free, for the images of all processes; beyond it they are mapped from the disk
 CHUNK = 16  # images a message to a worker
-EIGHT_BITS = (0.0, 255.0)
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +61,7 @@ class ImageData:
 
     def __post_init__(self):
         if self.pixels.dtype != torch.uint8 or self.value_range != EIGHT_BITS:
-            check_range("pixels", float(self.pixels.min()), float(self.pixels.max()), *self.value_range)
+            _check_range("pixels", float(self.pixels.min()), float(self.pixels.max()), *self.value_range)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -72,6 +74,14 @@ class ImageData:
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]."""
         return normalized(self.pixels[indices], self.value_range)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Other images have another: their number and a checksum of their pixels."""
+        checksum = 0
+        for part in self.pixels.split(1024):
+            checksum = zlib.crc32(part.numpy(), checksum)
+        return f"{len(self)} images {checksum:08x}"
 
     @property
     def num_images(self) -> int:
@@ -206,7 +216,7 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
     if not workers:
         yield from ((item, _decode(decoder, item)) for item in items)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker) as pool:
         ahead = collections.deque()
         try:
             while chunk := list(islice(items, CHUNK)):
@@ -220,6 +230,15 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
             raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps for want of memory") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread; to be stopped by the training process alone, and to end with it even if that is killed."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _decode_chunk(decoder: Decoder, items: list[Item]) -> list[Decoded | BadImage]:
@@ -257,20 +276,16 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
             bad.append((item.name, str(image)))
             continue
         shape = shape or image.pixels.shape
-        if image.pixels.shape != shape:
-            sizes = f"{size_in_words(image.pixels.shape)} and the first image {size_in_words(shape)}"
-            raise ValueError(f"{item.name} is {sizes}; give --resolution")
+        check_image(item.name, image, shape, (low, high))
         if pixels is None:
             pixels = _storage((len(items), *shape), image.pixels.dtype, output_dir)
         n = len(labels)
-        if image.deep:
-            check_range(item.name, image.least, image.most, low, high)
-            if pixels.dtype == np.uint8:  # the first deep one, after others: the 8 bits are brought to its range
-                shallow, pixels = pixels, _storage(pixels.shape, np.dtype(np.float32), output_dir)
-                for k in range(n):
-                    pixels[k] = stretched(shallow[k], low, high)
+        if image.deep and pixels.dtype == np.uint8:  # the first, after others, whose 8 bits are brought to its range
+            shallow, pixels = pixels, _storage(pixels.shape, np.dtype(np.float32), output_dir)
+            for k in range(n):
+                pixels[k] = _stretched(shallow[k], low, high)
         eight_bits += not image.deep
-        pixels[n] = image.pixels if image.deep or pixels.dtype == np.uint8 else stretched(image.pixels, low, high)
+        pixels[n] = image.pixels if image.deep or pixels.dtype == np.uint8 else _stretched(image.pixels, low, high)
         labels.append(item.label)
     if pixels is None:
         return None, bad
@@ -284,7 +299,7 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
     return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad
 
 
-def stretched(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+def _stretched(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     """8 bits brought to another range."""
     return (low + pixels.astype(np.float32) * ((high - low) / 255)).clip(low, high)
 
@@ -295,7 +310,7 @@ def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a machine holds the images
     if size * here <= MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, dtype)
-    folder = next(parent for parent in output_dir.absolute().parents if parent.is_dir())
+    folder = next(f for f in (output_dir.absolute(), *output_dir.absolute().parents) if f.is_dir())
     log.warning(f"the images take {size / 2**30:.1f} GiB and are kept in a file on the disk of {folder}")
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
@@ -303,8 +318,17 @@ def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def check_range(name: str, least: float, most: float, low: float, high: float) -> None:
-    if not (low <= least and most <= high):  # NaN fails too
+def check_image(name: str, image: Decoded, shape: tuple[int, int, int], value_range: tuple[float, float]) -> None:
+    """A ValueError that names the image if it has another shape than the first or leaves the range."""
+    if image.pixels.shape != shape:
+        sizes = f"{size_in_words(image.pixels.shape)} and the first image {size_in_words(shape)}"
+        raise ValueError(f"{name} is {sizes}; give --resolution")
+    if image.deep:
+        _check_range(name, image.least, image.most, *value_range)
+
+
+def _check_range(name: str, least: float, most: float, low: float, high: float) -> None:
+    if not (np.float32(low) <= np.float32(least) and np.float32(most) <= np.float32(high)):  # NaN fails too
         raise ValueError(f"{name} has values {least:g} ... {most:g}, outside value_range {low:g} ... {high:g}")
 
 

@@ -4,6 +4,7 @@ A reason (`BadImage`) is of the file: it is put aside and the run goes on withou
 which then fit no such file.
 """
 
+import errno
 import io
 import math
 import warnings
@@ -18,8 +19,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 ARRAY_SUFFIX = ".npy"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
+EIGHT_BITS = (0.0, 255.0)  # their black and white
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # errors of machine and network
 ORIENTED = {  # EXIF orientation -> the upright array
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -60,7 +63,7 @@ class Decoder:
 
     Args:
         channels: of the result; None: as in the image.
-        resolution: the shorter side is scaled to this and the middle square cut out; None: as it is.
+        resolution: the middle square is cut out and scaled to this; None: as it is.
         value_range: values of black and white; None: 0 and 255, and no image of more than 8 bits.
         background: 0 (black) ... 1 (white), one number or one a colour, to put under transparent images; None: opacity
             is a channel of its own.
@@ -87,12 +90,12 @@ class Decoder:
                 f"has more than 8 bits ({pixels.dtype}, values {least:g} ... {most:g}): "
                 "say with --value_range BLACK WHITE which values are black and white"
             )
-        image = self._fit(torch.from_numpy(self._combine(pixels.astype(np.float32), opacity)).permute(2, 0, 1))
+        value_range = self.value_range if deep else EIGHT_BITS
+        image = self._fit(torch.from_numpy(self._combine(pixels.astype(np.float32), opacity, *value_range)))
         return Decoded((image if deep else image.round().to(torch.uint8)).contiguous().numpy(), least, most)
 
-    def _combine(self, colours: np.ndarray, opacity: np.ndarray | None) -> np.ndarray:
-        """Colours (H, W, C) and opacity (H, W, 1) in 0 ... 1 -> (H, W, `channels`)."""
-        low, high = self.value_range or (0.0, 255.0)
+    def _combine(self, colours: np.ndarray, opacity: np.ndarray | None, low: float, high: float) -> np.ndarray:
+        """Colours (H, W, C) in low ... high and opacity (H, W, 1) in 0 ... 1 -> (H, W, `channels`)."""
         has, channels = colours.shape[2], self.channels
         if channels is None:
             channels = has + (opacity is not None and self.background is None)
@@ -122,23 +125,24 @@ class Decoder:
         return np.concatenate([colours, low + opacity * (high - low)], axis=2)
 
     def _fit(self, image: torch.Tensor) -> torch.Tensor:
-        """(C, H, W) scaled so that its shorter side is `resolution`, the middle square cut out."""
-        side = self.resolution
-        if side is None or image.shape[1:] == (side, side):
+        """(H, W, C) -> (C, H, W): the middle square, scaled to `resolution`."""
+        image, side = image.permute(2, 0, 1), self.resolution
+        if side is None:
             return image
-        scale = side / min(image.shape[1:])
-        size = [max(side, round(s * scale)) for s in image.shape[1:]]
+        square = min(image.shape[1:])
+        top, left = ((s - square) // 2 for s in image.shape[1:])
+        image = image[:, top : top + square, left : left + square]
+        if square == side:
+            return image
         # antialiased bilinear weights are positive: only their rounding could leave the range
-        scaled = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-        image = scaled.clamp(image.min(), image.max())
-        top, left = ((s - side) // 2 for s in size)
-        return image[:, top : top + side, left : left + side]
+        scaled = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
+        return scaled.clamp(image.min(), image.max())
 
 
 def is_image_file(path: Path) -> bool:
-    """By its name: of a kind that can be read, and not hidden (as the ._* files of macOS are)."""
+    """By its name: of a kind that can be read."""
     can_be_read = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {ARRAY_SUFFIX}
-    return path.suffix.lower() in can_be_read and not path.name.startswith(".")
+    return path.suffix.lower() in can_be_read
 
 
 def read_image(source: str | Path | bytes | np.ndarray, channels: int | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -162,6 +166,10 @@ def read_image(source: str | Path | bytes | np.ndarray, channels: int | None) ->
         raise BadImage(f"is refused: {error}") from error
     except BadImage:
         raise
+    except OSError as error:
+        if error.errno in NOT_OF_THE_FILE:
+            raise
+        raise BadImage(f"can't be read: {' '.join(str(error).split())}") from error
     except Exception as error:  # Pillow, tifffile, imagecodecs, NumPy and the disk raise all that there is
         raise BadImage(f"can't be read: {' '.join(str(error).split()) or type(error).__name__}") from error
     if pixels.size == 0:
@@ -173,7 +181,10 @@ def read_image(source: str | Path | bytes | np.ndarray, channels: int | None) ->
     if not has_opacity:
         return pixels, None
     opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
-    return pixels[..., :-1], pixels[..., -1:].astype(np.float32) / opaque
+    opacity = pixels[..., -1:].astype(np.float32) / opaque
+    if not (opacity.min() >= 0 and opacity.max() <= 1):
+        raise BadImage(f"has an opacity of {opacity.min():g} ... {opacity.max():g}, outside 0 ... 1")
+    return pixels[..., :-1], opacity
 
 
 def _read(source, channels) -> tuple[np.ndarray, bool]:
@@ -193,11 +204,13 @@ def _read(source, channels) -> tuple[np.ndarray, bool]:
     if image.format == "PNG":
         image.verify()  # which spoils it; reading alone does not look at every checksum
         image = Image.open(io.BytesIO(content))
+        if content[24] == 16 and "transparency" in image.info:
+            raise BadImage("has 16 bits and a transparent colour (a tRNS chunk), which is not supported")
         if content[24] == 16 and image.mode not in DEEP_MODES:  # Pillow would keep 8 of the 16 bits
             import imagecodecs
 
-            pixels = _channels_last(imagecodecs.png_decode(content), None)
-            return _upright(pixels, image), pixels.shape[2] in (2, 4)
+            pixels = imagecodecs.png_decode(content)
+            return _upright(pixels, image.getexif().get(0x0112)), pixels.shape[2] in (2, 4)
     if 0 in image.size:
         raise BadImage(f"is {image.size[0]}x{image.size[1]} pixels")
     image.load()
@@ -206,7 +219,8 @@ def _read(source, channels) -> tuple[np.ndarray, bool]:
         return np.asarray(image)[..., None], False
     opacity = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     colours = 1 if image.mode in ("1", "L", "LA", "La") else 3
-    return _channels_last(np.asarray(image.convert(MODES[colours + opacity])), None), opacity
+    pixels = np.asarray(image.convert(MODES[colours + opacity]))
+    return pixels.reshape(*pixels.shape[:2], -1), opacity
 
 
 def _read_array(path) -> np.ndarray:
@@ -222,35 +236,38 @@ def _read_array(path) -> np.ndarray:
 
 
 def _read_tiff(content: bytes, channels) -> tuple[np.ndarray, bool] | None:
-    """What Pillow can't: more than 8 bits in colour, or other than 1, 3 or 4 channels. None: Pillow can."""
+    """More than 8 bits, or bands that are neither colours nor opacity, which Pillow loses. None: Pillow can read it."""
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         page, pages = file.pages[0], len(file.pages)
-        samples = page.samplesperpixel
+        samples, extra = page.samplesperpixel, page.extrasamples
         if pages > 1 and samples == 1 and pages == channels:
             for each in file.pages:
                 _check_size(each.imagewidth, each.imagelength)
             return np.stack([each.asarray() for each in file.pages], axis=-1), False
-        if page.bitspersample <= 8 and page.dtype in (np.uint8, bool) and samples in (1, 2, 3, 4):
+        alpha = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+        has_opacity = len(extra) == 1 and extra[0] in alpha
+        kind = page.photometric.name
+        of_colours = {"RGB": 3, "YCBCR": 3, "CIELAB": 3, "SEPARATED": 4}.get(kind, 1)
+        interleaved = page.planarconfig == tifffile.PLANARCONFIG.CONTIG or samples == 1
+        if page.bitspersample <= 8 and interleaved and samples == of_colours + has_opacity:
             return None
+        if kind not in ("MINISBLACK", "RGB"):
+            raise BadImage(f"is a TIFF file of {samples} channels of {page.bitspersample} bits that are {kind}")
         _check_size(page.imagewidth, page.imagelength)
         pixels = page.asarray()
         if page.axes.startswith("S"):
             pixels = np.moveaxis(pixels, 0, -1)
         pixels = pixels.reshape(page.imagelength, page.imagewidth, samples)
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-            raise BadImage("has black and white exchanged (photometric MINISWHITE) in more than 8 bits")
-        alpha = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+        if has_opacity and extra[0] == tifffile.EXTRASAMPLE.ASSOCALPHA:
+            raise BadImage("has more than 8 bits and colours that are multiplied by their opacity")
         tag = page.tags.get("Orientation")
-        upright = ORIENTED.get(tag.value if tag else 1, lambda a: a)
-        return np.ascontiguousarray(upright(pixels)), samples in (2, 4) and page.extrasamples[-1:] in [
-            (a,) for a in alpha
-        ]
+        return _upright(pixels, tag.value if tag else 1), has_opacity
 
 
-def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(ORIENTED.get(image.getexif().get(0x0112), lambda a: a)(pixels))
+def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    return np.ascontiguousarray(ORIENTED[orientation](pixels)) if orientation in ORIENTED else pixels
 
 
 def _channels_last(array: np.ndarray, channels) -> np.ndarray:

@@ -1,29 +1,32 @@
 """What a run leaves to look at: grids of images, films, the loss curve."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm_hf.data import ImageData
+from ddpm_hf.data import ImageData, batch_indices
 from ddpm_hf.pipeline import PIL_MODES, DDPMCustomPipeline, to_output, to_pil
 from ddpm_hf.previews import sample_together
 from ddpm_hf.progress import read_log
-from ddpm_hf.training import Run
+from ddpm_hf.training import Run, draw
 
 FILM_FRAMES = 40
 FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
+CHUNK_BYTES = 2**26  # of images looked at at a time
+MEASURED = 10_000  # images whose mean and spread stand beside data.png
 
 
-def grid(images: np.ndarray, columns: int, scale: int = 1) -> Image.Image:
+def grid(images: np.ndarray, columns: int, scale: int = 1, modes=PIL_MODES) -> Image.Image:
     """(N, H, W, C) in [0, 1] -> one picture, row by row, one pixel between images and each pixel `scale` times.
 
-    Of images that are neither gray nor RGB, with or without alpha, the channels stand side by side in gray.
+    Images whose number of channels is not in `modes` are shown channel beside channel, in gray.
     """
-    if images.shape[-1] not in PIL_MODES:
+    if images.shape[-1] not in modes:
         images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
     n, height, width, _ = images.shape
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -74,34 +77,52 @@ def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
     width = max(picture.width, *(math.ceil(font.getlength(line)) + 12 for line in lines))
     canvas = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
     canvas.paste(picture.convert("RGB"), (0, 0))
-    draw = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     for k, line in enumerate(lines):
-        draw.text((6, picture.height + 4 + 17 * k), line, "black", font)
+        pen.text((6, picture.height + 4 + 17 * k), line, "black", font)
     return canvas
 
 
 def draw_data(run: Run) -> None:
     """Before the first update: data.png, what the network will see, decoded back from its input, and its numbers."""
     shown = run.images.first(64, run.config.seed)
-    scale = _scale(run)
-    picture = grid(to_output(shown, "np"), columns=math.ceil(math.sqrt(len(shown))), scale=scale)
+    flips = draw(run.config, run.pipeline.scheduler, shown.shape, 0)[2]
+    shown = torch.where(flips, shown.flip(3), shown)
+    columns = math.ceil(math.sqrt(len(shown)))
+    picture = grid(to_output(shown, "np"), columns, _scale(run), modes=(1, 3))  # opacity would not be seen
     channels, height, width = run.images.shape
     count = "a stream of" if run.images.num_images is None else f"{run.images.num_images:,}"
     lines = [f"{count} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}; {len(shown)} shown"]
     if isinstance(run.images, ImageData):
         low, high = run.images.value_range
         lines.append(f"{str(run.images.pixels.dtype).split('.')[-1]}: {low:g} becomes -1 and {high:g} becomes 1")
-        numbers = run.images.first(10_000, run.config.seed)
+        numbers = batch_indices(run.config.seed, 0, min(MEASURED, len(run.images)), len(run.images))
+        parts = (run.images.batch(part) for part in numbers.split(_chunk(run.images)))
     else:
-        numbers = shown
-    for c in range(channels):
-        x = numbers[:, c].double()
-        moments = f"mean {x.mean():.3f}, std {x.std():.3f}"
-        lines.append(f"channel {c} of {len(numbers):,}: {x.min():.3f} ... {x.max():.3f}, {moments}")
+        numbers, parts = shown, [shown]
+    for c, (least, most, mean, std) in enumerate(_moments(parts)):
+        lines.append(f"channel {c} of {len(numbers):,}: {least:.3f} ... {most:.3f}, mean {mean:.3f}, std {std:.3f}")
     run.output_dir.mkdir(parents=True, exist_ok=True)
     if not run.step:
         (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of a run before this one
     with_caption(picture, lines).save(run.output_dir / "data.png")
+
+
+def _moments(parts: Iterable[torch.Tensor]) -> list[tuple[float, float, float, float]]:
+    """Of images (B, C, H, W) in parts: least, most, mean and standard deviation of each channel."""
+    least, most, sums, squares, count = torch.tensor(math.inf), torch.tensor(-math.inf), 0.0, 0.0, 0
+    for x in parts:
+        x = x.transpose(0, 1).flatten(1).double()
+        least, most = torch.minimum(x.amin(1), least), torch.maximum(x.amax(1), most)
+        sums, squares, count = sums + x.sum(1), squares + x.square().sum(1), count + x.shape[1]
+    mean = sums / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return list(zip(*(column.tolist() for column in (least, most, mean, std)), strict=True))
+
+
+def _chunk(images: ImageData) -> int:
+    """How many images to look at at a time."""
+    return max(1, CHUNK_BYTES // (4 * images.pixels[0].numel()))
 
 
 def nearest(samples: torch.Tensor, images: ImageData, k: int) -> torch.Tensor:
@@ -109,7 +130,7 @@ def nearest(samples: torch.Tensor, images: ImageData, k: int) -> torch.Tensor:
     k = min(k, len(images))
     best = torch.full((len(samples), k), math.inf)
     which = torch.zeros((len(samples), k), dtype=torch.long)
-    for indices in torch.arange(len(images)).split(4096):
+    for indices in torch.arange(len(images)).split(_chunk(images)):
         distances = torch.cdist(samples.flatten(1), images.batch(indices).flatten(1))
         best, order = torch.cat([best, distances], dim=1).topk(k, largest=False)
         which = torch.cat([which, indices.expand(len(samples), -1)], dim=1).gather(1, order)

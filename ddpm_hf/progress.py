@@ -17,34 +17,38 @@ class Progress:
     """Counts and times the updates of a run.
 
     The columns of log.csv: `loss` is the mean since the row before, over the updates that were not skipped;
-    `loader_share` the part of the time that went into getting images.
+    `loader_share` the part of the time that went into getting images and drawing what is done to them.
+
+    Args:
+        run: a `Run`.
+        global_batch: images an update.
+        kept: the update up to which a log.csv that is there belongs to this run.
     """
 
     COUNTED = ("step", "images_seen", "loss", "held_out_loss", "learning_rate", "skipped_updates")
     CLOCKED = ("images_per_second", "loader_share", "seconds")
 
-    def __init__(self, run, global_batch: int):
+    def __init__(self, run, global_batch: int, kept: int):
         self.run, self.global_batch, self.accelerator = run, global_batch, run.accelerator
         self.path = run.output_dir / "log.csv"
         self.losses, self.skipped, self.logged_step = [], 0, run.step
         self.before = 0.0  # seconds that the run took before it was resumed
         self.images_per_second = 0.0
         if self.accelerator.is_main_process:
-            self._cut_back()
+            self._cut_back(kept)
         self.started = time.monotonic()
         self.restart_clock()
 
-    def _cut_back(self) -> None:
-        """Leave the rows of log.csv up to the update from which the run goes on."""
-        rows = read_log(self.path) if self.run.step and self.path.exists() else []
-        rows = [row for row in rows if row["step"] <= self.run.step]
-        self.before = rows[-1]["seconds"] if rows else 0.0
+    def _cut_back(self, step: int) -> None:
+        """Leave the rows of log.csv up to this update, as they are."""
+        header = ",".join(self.COUNTED + self.CLOCKED)
+        lines = _whole_lines(self.path) if step and self.path.exists() else []
+        lines = [line for line in lines[1:] if int(line.split(",")[0]) <= step]
         beside = self.path.with_name(".log.csv")
-        with open(beside, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.COUNTED + self.CLOCKED)
-            writer.writeheader()
-            writer.writerows(rows)
+        beside.write_text("".join(f"{line}\n" for line in [header, *lines]))
         os.replace(beside, self.path)
+        if lines:
+            self.before = read_log(self.path)[-1]["seconds"]
 
     def __enter__(self):
         self.bar = tqdm(
@@ -61,7 +65,7 @@ class Progress:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Around what gets the images of an update."""
+        """Around what gets an update its images, noise and timesteps."""
         began = time.monotonic()
         yield
         self.loaded += time.monotonic() - began
@@ -81,7 +85,7 @@ class Progress:
         if loss is None:
             self.skipped += 1
         else:
-            self.losses.append(loss)  # looked at every LOG_EVERY updates only: looking stops the device
+            self.losses.append(loss)
 
     def write_row(self, learning_rate: float, held_out: float | None = None) -> None:
         """A row of log.csv, if there was an update since the last one."""
@@ -108,7 +112,7 @@ class Progress:
         self.bar.set_postfix({**shown, "loader": f"{self.loaded / taken:.1%}"})
         if self.accelerator.is_main_process:
             with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, row).writerow(row)
+                csv.DictWriter(file, row, lineterminator="\n").writerow(row)
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
         self.losses, self.skipped, self.logged_step = [], 0, run.step
         self.restart_clock()
@@ -116,7 +120,9 @@ class Progress:
 
 def read_log(path) -> list[dict]:
     """Rows of log.csv, numbers as floats and empty cells as None. A last row that is half written is left out."""
-    with open(path, newline="") as file:
-        text = file.read()
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(whole)]
+    return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(_whole_lines(path))]
+
+
+def _whole_lines(path) -> list[str]:
+    text = Path(path).read_text()
+    return text[: text.rfind("\n") + 1].splitlines()

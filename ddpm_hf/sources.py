@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import numpy as np
 
 from ddpm_hf.config import TrainConfig
@@ -16,6 +17,7 @@ class Item(NamedTuple):
     name: str
     source: str | Path | bytes | np.ndarray | None
     label: int | None = None
+    position: tuple[int, int] | None = None  # in a stream: the epoch, and the rows read of it
 
 
 def source_of(config: TrainConfig, streaming: bool = False):
@@ -24,7 +26,7 @@ def source_of(config: TrainConfig, streaming: bool = False):
     The items have a length and an order, or, if `streaming`, are data sets to iterate over.
     """
     if config.train_data_dir is not None:
-        return _folder(config.train_data_dir, streaming)
+        return _folder(config, streaming)
     if config.dataset_name is None:
         raise ValueError(
             f"config={config.config!r} has no data set of its own: give --train_data_dir or --dataset_name"
@@ -42,8 +44,8 @@ def source_of(config: TrainConfig, streaming: bool = False):
     return _rows_of(loaded, held_out, name)
 
 
-def _folder(path: str, streaming: bool):
-    folder = Path(path)
+def _folder(config: TrainConfig, streaming: bool):
+    path, folder = config.train_data_dir, Path(config.train_data_dir)
     if not folder.is_dir():
         raise ValueError(f"train_data_dir={path!r} is not a folder; it must be one that holds images or train*.parquet")
     parquet = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in ("train", "test")}
@@ -60,7 +62,13 @@ def _folder(path: str, streaming: bool):
     if streaming:
         raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} holds none: leave it out")
     splits = (folder / "train", folder / "test") if (folder / "train").is_dir() else (folder,)
-    found = [[Item(str(f), f) for f in sorted(s.rglob("*")) if is_image_file(f)] for s in splits]
+    ours = Path(config.output_dir).resolve()  # whose pictures are no data
+
+    def belongs(file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        return is_image_file(file) and not hidden and ours not in file.resolve().parents
+
+    found = [[Item(str(f), f) for f in sorted(s.rglob("*")) if belongs(f)] for s in splits]
     if not found[0]:
         raise ValueError(f"train_data_dir={path!r} holds no image and no train*.parquet")
     return found[0], found[1] if len(found) > 1 else [], None
@@ -100,21 +108,12 @@ class Rows:
 
     def item(self, k: int, row: dict) -> Item:
         encoded = row[self.image] or {"bytes": None, "path": None}
-        source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
-        return Item(f"{self.source} row {k}", source, row[self.label] if self.label else None)
-
-
-class _Part:
-    """Some of a sequence, looked up when it is asked for."""
-
-    def __init__(self, whole, indices: list[int]):
-        self.whole, self.indices = whole, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __iter__(self):
-        return (self.whole[k] for k in self.indices)
+        path, source = encoded["path"], encoded["bytes"]
+        if source is None and path and "://" in path:  # of a stream: a file that is not here
+            with fsspec.open(path, "rb") as file:
+                source = file.read()
+        name = f"{self.source} row {k}" + (f" ({path})" if path else "")
+        return Item(name, path if source is None else source, row[self.label] if self.label else None)
 
 
 class Part:

@@ -1,6 +1,5 @@
 """Images of a data set too large to keep: read, shuffled in a buffer and decoded while training."""
 
-import collections
 import zlib
 from collections.abc import Iterator
 from itertools import islice
@@ -11,18 +10,16 @@ from datasets.distributed import split_dataset_by_node
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import (
-    EIGHT_BITS,
     BadImages,
-    check_range,
+    check_image,
     collect,
     decode_each,
     decoder_of,
     has_embedded_digits,
     load_images,
     normalized,
-    size_in_words,
 )
-from ddpm_hf.decoding import BadImage
+from ddpm_hf.decoding import EIGHT_BITS, BadImage
 from ddpm_hf.sources import Item, Rows, source_of
 
 HELD_OUT_ONE_IN, HELD_OUT_STREAMED = 10, 256
@@ -46,6 +43,7 @@ class ImageStream:
     def __init__(self, config: TrainConfig, process_index: int, num_processes: int):
         train, test, names = source_of(config, streaming=True)
         self.config, self.rows, self.seed = config, train, config.seed
+        self.process_index, self.fingerprint = process_index, "a stream"
         self.decoder, self.workers = decoder_of(config), config.dataloader_num_workers
         self.keeps_aside = not isinstance(test, Rows)
         aside = (item for item in train if self._is_aside(item)) if self.keeps_aside else test
@@ -59,7 +57,6 @@ class ImageStream:
         self.images = None
         self.shape = self.held_out.shape if self.held_out else None
         self.shape = self.shape or tuple(self.first(1, config.seed).shape[1:])
-        self.seen, self.reasons = 0, dict(bad)  # which looking ahead has counted
 
     def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
         """The next `len(rows)` images (B, C, H, W) in [-1, 1]; the stream stands where update `step` begins."""
@@ -71,11 +68,12 @@ class ImageStream:
 
     def first(self, n: int, seed: int) -> torch.Tensor:
         """The first `n` images (B, C, H, W) in [-1, 1]."""
-        images = self._read(0, 0)
+        images, counted = self._read(0, 0), (self.seen, dict(self.reasons))
         try:
             return torch.stack([image for _, image in islice(images, n)])
         finally:
             images.close()
+            self.seen, self.reasons = counted  # looking ahead does not count
 
     @property
     def bad(self) -> list[tuple[str, str]]:
@@ -97,18 +95,19 @@ class ImageStream:
 
     def _read(self, epoch: int, row: int) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
         """Position behind it and image, on and on."""
-        positions = collections.deque()
-        for item, image in decode_each(self._items(epoch, row, positions), self.decoder, self.workers):
+        for item, image in decode_each(self._items(epoch, row), self.decoder, self.workers):
             self.seen += 1
-            position = positions.popleft()
             if not isinstance(image, BadImage):
-                yield position, self._checked(item, image)
+                self.shape = self.shape or image.pixels.shape
+                check_image(item.name, image, self.shape, self.decoder.value_range)
+                value_range = self.decoder.value_range if image.deep else EIGHT_BITS
+                yield item.position, normalized(torch.from_numpy(image.pixels), value_range)
             else:
                 self.reasons[item.name] = str(image)
                 if len(self.bad) > self.config.max_bad_fraction * max(self.seen, FIRST_BAD):
                     raise BadImages(self.bad, self.seen, self.config.max_bad_fraction)
 
-    def _items(self, epoch: int, row: int, positions: collections.deque) -> Iterator[Item]:
+    def _items(self, epoch: int, row: int) -> Iterator[Item]:
         while True:
             self.dataset.set_epoch(epoch)
             empty = True
@@ -118,19 +117,11 @@ class ImageStream:
                     continue
                 item = self.rows.item(k, encoded)
                 if not self._is_aside(item):
-                    positions.append((epoch, k + 1))
-                    yield item._replace(name=f"{item.name} of epoch {epoch}")
+                    name = f"{item.name} of epoch {epoch}, process {self.process_index}"
+                    yield item._replace(name=name, position=(epoch, k + 1))
             if empty:
                 raise ValueError(f"{self.rows.source!r} has no image for one of the processes: use fewer")
             epoch, row = epoch + 1, 0
-
-    def _checked(self, item: Item, image) -> torch.Tensor:
-        if image.deep:
-            check_range(item.name, image.least, image.most, *self.decoder.value_range)
-        if self.shape is not None and image.pixels.shape != self.shape:
-            sizes = f"{size_in_words(image.pixels.shape)} and the first image {size_in_words(self.shape)}"
-            raise ValueError(f"{item.name} is {sizes}; give --resolution")
-        return normalized(torch.from_numpy(image.pixels), self.decoder.value_range if image.deep else EIGHT_BITS)
 
 
 def open_images(config: TrainConfig, process_index: int, num_processes: int):

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from ddpm_hf.unet import DDPMUNet
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
 FEW_IMAGES = 500
+QUARANTINE = "quarantine.csv"
 log = logging.getLogger(__name__)
 
 
@@ -135,14 +136,14 @@ def train(
     if accelerator.is_main_process:
         for callback in on_start:
             callback(run)
-        checkpoints.clear_after(run.step)
+        checkpoints.clear_after(state["kept"])
         run.output_dir.mkdir(parents=True, exist_ok=True)
         config.save(run.output_dir / "train_config.json")
         _write_quarantine(run.output_dir, images.bad)
     network, optimizer = accelerator.prepare(unet.train(), optimizer)
     ema.model.to(accelerator.device)
     _start_trackers(run)
-    progress, previews = Progress(run, global_batch), Previews(preview, config.preview_time_share)
+    progress, previews = Progress(run, global_batch, state["kept"]), Previews(preview, config.preview_time_share)
     # Of the global batch, micro-batch by micro-batch, what this process does
     micro_numbers = torch.arange(micros) * processes + accelerator.process_index
     rows = (micro_numbers[:, None] * micro_batch + torch.arange(micro_batch)).flatten()
@@ -153,7 +154,8 @@ def train(
         streams = gather_object([images.state()]) if config.streaming else None
         if accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            checkpoints.save(run.step, total_steps, unet, ema, optimizer, streams=streams, scaler=scaler)
+            more = {"images": images.fingerprint, "streams": streams, "scaler": scaler}
+            checkpoints.save(run.step, total_steps, unet, ema, optimizer, **more)
             if streams:
                 _write_quarantine(run.output_dir, [bad for stream in streams for bad in stream["bad"]])
             save_pipeline(run)
@@ -170,10 +172,9 @@ def train(
         if run.finished:  # resumed behind its end
             save()
         while not run.finished and not stop.received(accelerator):
-            noise, timesteps, flips = (
-                d[rows] for d in draw(config, scheduler, (global_batch, *images.shape), run.step)
-            )
-            with progress.loading():
+            with progress.loading(), _quarantining(config):
+                of_all = draw(config, scheduler, (global_batch, *images.shape), run.step)
+                noise, timesteps, flips = (d[rows] for d in of_all)
                 batch = images.of_update(config.seed, run.step, global_batch, rows)
                 batch = torch.where(flips, batch.flip(3), batch)
             for group in optimizer.param_groups:
@@ -243,13 +244,10 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 def _images(config: TrainConfig, accelerator: Accelerator):
     """Images to train on and to measure on; what can't be used is told."""
     main = accelerator.is_main_process
-    try:
+    with _quarantining(config):
         images, held_out = open_images(config, accelerator.process_index, accelerator.num_processes)
-    except BadImages as error:
-        if main:
-            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-            _write_quarantine(Path(config.output_dir), error.bad)
-        raise ValueError(f"{error}. All are in {Path(config.output_dir) / QUARANTINE}") from error
+    if len(set(gather_object([images.fingerprint]))) > 1:
+        raise ValueError("the processes have read different images: is the data set being changed?")
     if main and images.bad:
         log.warning(f"{len(images.bad)} images can't be used and are left out: {QUARANTINE} says why")
     if main and images.num_images is not None and images.num_images < FEW_IMAGES:
@@ -260,7 +258,15 @@ def _images(config: TrainConfig, accelerator: Accelerator):
     return images, held_out
 
 
-QUARANTINE = "quarantine.csv"
+@contextlib.contextmanager
+def _quarantining(config: TrainConfig) -> Iterator[None]:
+    """Around what decodes: if too many images can't be used, their list is written before that is told."""
+    try:
+        yield
+    except BadImages as error:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        _write_quarantine(Path(config.output_dir), error.bad)
+        raise ValueError(f"{error}. All are in {Path(config.output_dir) / QUARANTINE}") from error
 
 
 def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
@@ -274,6 +280,11 @@ def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
 def _go_on(state: dict, run: Run) -> None:
     """From what a checkpoint holds beside weights."""
     accelerator, streams = run.accelerator, state.get("streams")
+    if run.step and state["images"] != run.images.fingerprint and accelerator.is_main_process:
+        log.warning(
+            f"the images ({run.images.fingerprint}) are not those of the checkpoint ({state['images']}): "
+            "the run goes on, but not to the same bits"
+        )
     if state.get("scaler") and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     if run.config.streaming and run.step:

@@ -1,5 +1,11 @@
+import multiprocessing
+import subprocess
+import sys
+import time
+
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -256,7 +262,9 @@ def test_hidden_files_and_others_are_no_images(tmp_path):
     folder_of(tmp_path, pictures(3))
     for name in ("._000.png", "labels.csv", "paper.pdf", "clip.mp4"):
         (tmp_path / name).write_text("x")
-    train, held_out = load_images(config(tmp_path))
+    folder_of(tmp_path / ".thumbnails", pictures(1))
+    folder_of(tmp_path / "runs/mine", pictures(1, (99, 99)))  # what a run has drawn
+    train, held_out = load_images(config(tmp_path, output_dir=str(tmp_path / "runs/mine")))
     assert len(train) + len(held_out) == 3
 
 
@@ -271,10 +279,39 @@ def test_worker_processes_change_nothing(tmp_path):
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a.pixels, b.pixels)
         assert a.bad == b.bad
+    assert not multiprocessing.active_children()
     (tmp_path / "099.png").unlink()
     np.save(tmp_path / "099.npy", np.zeros((9, 9)))
     with pytest.raises(ValueError, match="099.npy has more than 8 bits"):
         load_images(config(tmp_path, resolution=8, max_bad_fraction=0.1, dataloader_num_workers=2))
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    folder_of(tmp_path, pictures(3))
+    script = (
+        "import sys, time, signal, os, psutil\n"
+        "from ddpm_hf.data import decode_each\nfrom ddpm_hf.decoding import Decoder\nfrom ddpm_hf.sources import Item\n"
+        "def items():\n    while True:\n        yield Item('a', sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    each = decode_each(items(), Decoder(None), 2)\n"
+        "    for _ in range(200):\n        next(each)\n"
+        "    workers = psutil.Process().children(recursive=True)\n"
+        "    print(*[p.pid for p in workers], flush=True)\n"
+        "    [p.send_signal(signal.SIGINT) for p in workers]\n"  # Ctrl-C reaches all of a terminal's processes
+        "    for _ in range(200):\n        next(each)\n"
+        "    print('goes on', flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, tmp_path / "script.py", str(tmp_path / "000.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[1] == "goes on", done.stderr
+    workers = [int(pid) for pid in done.stdout.splitlines()[0].split()]
+    assert len(workers) >= 2
+    until = time.monotonic() + 20
+    while any(map(psutil.pid_exists, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, workers))
 
 
 def test_what_does_not_fit_into_memory_is_mapped(tmp_path, monkeypatch, caplog):
@@ -289,6 +326,16 @@ def test_what_does_not_fit_into_memory_is_mapped(tmp_path, monkeypatch, caplog):
     indices = torch.tensor([3, 1, 20])
     assert torch.equal(mapped.batch(indices), memory.batch(indices))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]  # the file has no name
+
+
+def test_bounds_are_compared_as_the_images_are_stored(tmp_path):
+    """1.1 is no float32: the nearest one is a little larger."""
+    np.save(tmp_path / "a.npy", np.float32([[0, 1.1], [0.5, 1.0]]))
+    train, _ = load_images(config(tmp_path, value_range=[0, 1.1]))
+    assert_close(train.batch(torch.tensor([0])).max().item(), 1.0)
+    np.save(tmp_path / "a.npy", np.float32([[0, 1.1001], [0.5, 1.0]]))
+    with pytest.raises(ValueError, match="outside value_range 0 ... 1.1"):
+        load_images(config(tmp_path, value_range=[0, 1.1]))
 
 
 # ---------------------------------------------------------------- order

@@ -201,6 +201,46 @@ def test_settings_that_fit_no_such_image(kind, settings, message):
         decoded(KINDS[kind][0], **settings)
 
 
+def test_eight_bits_keep_their_range_among_deep_images():
+    """Whatever --value_range says of others: opacity and background do not wrap around."""
+    for value_range in ((0, 1), (0, 4095), (0, 65535)):
+        alone = decoded(KINDS["RGBA"][0], background=[1.0], value_range=None)
+        assert torch.equal(decoded(KINDS["RGBA"][0], background=[1.0], value_range=value_range), alone)
+        assert torch.equal(decoded(KINDS["RGBA"][0], channels=4, value_range=value_range), of(RGBA))
+        assert (decoded(KINDS["RGB"][0], channels=4, value_range=value_range)[3] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 1), (9, 2), (9, 3), (1, 9)])
+def test_images_of_few_rows_are_not_turned(size):
+    width, height = size
+    for channels in (1, 3, 4):
+        array = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        image = Image.fromarray(array[..., 0] if channels == 1 else array)
+        pixels, opacity = read_image(encoded(image, "PNG"), None)
+        assert np.array_equal(pixels, array[..., :3])
+        assert (opacity is not None) == (channels == 4)
+    deep = rng.integers(0, 65536, (height, width, 3), dtype=np.uint16)
+    assert np.array_equal(read_image(png16(deep), None)[0], deep)
+
+
+@pytest.mark.parametrize("bands", [2, 3, 4, 5])
+@pytest.mark.parametrize("planes", [False, True])
+def test_no_band_of_a_tiff_is_lost(bands, planes):
+    array = rng.integers(0, 256, (HEIGHT, WIDTH, bands), dtype=np.uint8)
+    stored = np.moveaxis(array, 2, 0).copy() if planes else array
+    settings = {"planarconfig": "separate" if planes else "contig"}
+    assert np.array_equal(read_image(tiff(stored, photometric="minisblack", **settings), None)[0], array)
+    if bands == 4:  # red, green, blue and near infrared
+        content = tiff(stored, photometric="rgb", extrasamples=["unspecified"], **settings)
+        pixels, opacity = read_image(content, None)
+        assert np.array_equal(pixels, array)
+        assert opacity is None
+        opaque = tiff(stored, photometric="rgb", extrasamples=["unassalpha"], **settings)
+        pixels, opacity = read_image(opaque, None)
+        assert np.array_equal(pixels, array[..., :3])
+        assert_close(opacity, array[..., 3:].astype(np.float32) / 255)
+
+
 # ---------------------------------------------------------------- broken files
 
 
@@ -240,6 +280,18 @@ def broken_files(folder) -> dict[str, str]:
         "corrupt.npy": (damaged(array, 20), "can't be read: .*"),
         "truncated.npy": (array[:1000], "can't be read: .*"),
         "magic.npy": (b"x" + array[1:], "can't be read: .*"),
+        "opacity.tif": (
+            tiff(np.full((4, 4, 4), 200, np.float32), photometric="rgb", extrasamples=["unassalpha"]),
+            "has an opacity of 200 ... 200, outside 0 ... 1",
+        ),
+        "premultiplied.tif": (
+            tiff(np.zeros((4, 4, 4), np.uint16), photometric="rgb", extrasamples=["assocalpha"]),
+            "more than 8 bits and colours that are multiplied by their opacity",
+        ),
+        "inks.tif": (
+            tiff(np.zeros((4, 4, 4), np.uint16), photometric="separated"),
+            "is a TIFF file of 4 channels of 16 bits that are SEPARATED",
+        ),
         "nan.tif": (tiff(np.full((4, 4), np.nan, np.float32)), "has values that are not finite"),
     }
     reasons = {"pickled.npy": "can't be read: .*Python objects"}
@@ -264,6 +316,16 @@ def test_every_broken_file_has_its_reason(tmp_path):
         reason = Decoder(None, value_range=(0, 1))(tmp_path / name)
         assert isinstance(reason, BadImage), name
         assert re.search(expected, str(reason)), f"{name}: {reason}"
+
+
+def test_errors_of_the_machine_are_not_the_file_s(tmp_path, monkeypatch):
+    """An image that is left out because a disk failed for a moment would change the order of all."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    monkeypatch.setattr(
+        type(tmp_path), "read_bytes", lambda self: (_ for _ in ()).throw(OSError(24, "Too many open files"))
+    )
+    with pytest.raises(OSError, match="Too many open files"):
+        Decoder(None)(tmp_path / "a.png")
 
 
 def test_a_pickle_is_never_opened(tmp_path):
