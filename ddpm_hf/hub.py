@@ -10,8 +10,10 @@ from huggingface_hub.utils import validate_repo_id
 from ddpm_hf.progress import read_log
 from ddpm_hf.training import Run
 
-# What belongs into a model's repository; checkpoints do not.
-UPLOADED = ["README.md", "model_index.json", "unet/*", "scheduler/*", "*.png", "*.gif", "log.csv", "train_config.json"]
+# What belongs into a model's repository. Checkpoints do not, and neither do the pictures that show images of the data,
+# which may not be one's own to publish: data.png, forward.png, neighbours.png.
+UPLOADED = ["README.md", "model_index.json", "unet/*", "scheduler/*", "log.csv", "train_config.json"]
+UPLOADED += ["samples.png", "first_samples.png", "denoising.gif", "loss.png"]
 
 
 def check_login(run: Run) -> None:

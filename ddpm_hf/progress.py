@@ -70,6 +70,13 @@ class Progress:
         yield
         self.loaded += time.monotonic() - began
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is no part of the speed of the training."""
+        began = time.monotonic()
+        yield
+        self.logged_at += time.monotonic() - began
+
     def restart_clock(self) -> None:
         """What was done since the last row is no part of the speed of the training."""
         self.logged_at, self.loaded = time.monotonic(), 0.0

@@ -149,8 +149,9 @@ def train(
     rows = (micro_numbers[:, None] * micro_batch + torch.arange(micro_batch)).flatten()
 
     def save(with_previews=True):
-        row = learning_rate(config, run.step - 1, total_steps), held_out_loss(run) if with_previews else None
-        progress.write_row(*row)
+        with progress.pause():
+            held_out = held_out_loss(run) if with_previews else None
+        progress.write_row(learning_rate(config, run.step - 1, total_steps), held_out)
         streams = gather_object([images.state()]) if config.streaming else None
         if accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler else None

@@ -103,7 +103,7 @@ def test_a_finished_run_is_uploaded(hub, tmp_path):
     assert set(hub.files) == {
         "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv",
         "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors",
-        "samples.png", "forward.png", "loss.png", "denoising.gif", "train_config.json",
+        "samples.png", "first_samples.png", "loss.png", "denoising.gif", "train_config.json",
     }  # fmt: skip
     out = tmp_path / "runs/digits"
     assert all(content == (out / name).read_bytes() for name, content in hub.files.items())

@@ -107,9 +107,7 @@ def test_bad_images_are_passed_over_and_told(tmp_path):
 def test_files_that_are_elsewhere_are_read(tmp_path):
     """A streamed data set of files has their addresses."""
     (tmp_path / "a.png").write_bytes(encoded(300))
-    rows = Rows(
-        datasets.Dataset.from_dict({"image": [{"bytes": None, "path": None}]}, features=FEATURES_OF_IMAGE), "it"
-    )
+    rows = Rows(datasets.Dataset.from_dict({"image": [encoded(1)]}, features=FEATURES_OF_IMAGE), "it")
     item = rows.item(5, {"image": {"bytes": None, "path": f"file://{tmp_path}/a.png"}})
     assert item.source == encoded(300)
     assert item.name == f"it row 5 (file://{tmp_path}/a.png)"
