@@ -216,20 +216,19 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
     if not workers:
         yield from ((item, _decode(decoder, item)) for item in items)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker) as pool:
-        ahead = collections.deque()
-        try:
-            while chunk := list(islice(items, CHUNK)):
-                ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
-                if len(ahead) > 2 * workers:
-                    chunk, results = ahead.popleft()
-                    yield from zip(chunk, results.result())
-            for chunk, results in ahead:
+    pool, ahead = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker), collections.deque()
+    try:
+        while chunk := list(islice(items, CHUNK)):
+            ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
+            if len(ahead) > 2 * workers:
+                chunk, results = ahead.popleft()
                 yield from zip(chunk, results.result())
-        except BrokenProcessPool as error:
-            raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps for want of memory") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for chunk, results in ahead:
+            yield from zip(chunk, results.result())
+    except BrokenProcessPool as error:
+        raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps for want of memory") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:
