@@ -226,11 +226,12 @@ def _read(source, channels) -> tuple[np.ndarray, bool]:
 def _read_array(path) -> np.ndarray:
     """An array as NumPy saved it. One of objects is a pickle, and that is never opened."""
     with open(path, "rb") as file:
-        if not file.peek(1):
-            raise BadImage("is empty")
+        head = file.read(16)
+    if not head:
+        raise BadImage("is empty")
+    if not head.startswith(np.lib.format.MAGIC_PREFIX):  # np.load would take it for a pickle, and say how to open that
+        raise BadImage(f"is no .npy file: it begins with {head!r}")
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
-    if not isinstance(array, np.ndarray):
-        raise BadImage("is no .npy file")
     _check_size(*(sorted(array.shape)[-2:] if array.ndim > 1 else (array.size, 1)))
     return np.array(array)
 

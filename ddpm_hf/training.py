@@ -120,11 +120,8 @@ def train(
         weight_decay=config.adam_weight_decay,
         fused=True,
     )
-    micro_batch, micros, processes = (
-        config.train_batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.num_processes,
-    )
+    micro_batch, micros = config.train_batch_size, config.gradient_accumulation_steps
+    processes = accelerator.num_processes
     global_batch = micro_batch * processes * micros
     total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
     run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
