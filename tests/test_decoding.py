@@ -279,7 +279,7 @@ def broken_files(folder) -> dict[str, str]:
         "zero_wide.pgm": (zero_wide, "is of no kind that can be read|is 0x5 pixels"),
         "corrupt.npy": (damaged(array, 20), "can't be read: .*"),
         "truncated.npy": (array[:1000], "can't be read: .*"),
-        "magic.npy": (b"x" + array[1:], "is no .npy file: it begins with b'xNUMPY"),
+        "magic.npy": (b"x" + array[1:], "is no .npy file: it begins with b.xNUMPY"),
         "opacity.tif": (
             tiff(np.full((4, 4, 4), 200, np.float32), photometric="rgb", extrasamples=["unassalpha"]),
             "has an opacity of 200 ... 200, outside 0 ... 1",
