@@ -96,6 +96,9 @@ def draw_data(run: Run) -> None:
     if isinstance(run.images, ImageData):
         low, high = run.images.value_range
         lines.append(f"{str(run.images.pixels.dtype).split('.')[-1]}: {low:g} becomes -1 and {high:g} becomes 1")
+        if run.images.label_names:
+            names = run.images.label_names
+            lines.append(f"{len(names)} classes: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
         numbers = batch_indices(run.config.seed, 0, min(MEASURED, len(run.images)), len(run.images))
         parts = (run.images.batch(part) for part in numbers.split(_chunk(run.images)))
     else:
