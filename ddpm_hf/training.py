@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from ddpm_hf.unet import DDPMUNet
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
 FEW_IMAGES = 500
+# Seconds. With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets
+# go of the last tensor it sent while Python ends makes the process abort, all being saved.
+GLOO_LETS_GO = 0.3
 QUARANTINE = "quarantine.csv"
 log = logging.getLogger(__name__)
 
@@ -211,6 +215,8 @@ def train(
             "the same command with --resume_from_checkpoint latest goes on from there"
         )
     accelerator.end_training()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        time.sleep(GLOO_LETS_GO)
     return run
 
 

@@ -169,6 +169,7 @@ try:
     sample_together(accelerator, pipeline, 5, 4, 7)
 except RuntimeError as error:
     open(f"{out}/{{accelerator.process_index}}.txt", "w").write(str(error))
+accelerator.end_training()
 """
 
 
