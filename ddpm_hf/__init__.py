@@ -1,16 +1,16 @@
 """Denoising diffusion probabilistic models that plug into diffusers: `DDPMUNet`, `LinearNoiseScheduler`,
-`DDPMCustomPipeline`."""
+`CosineNoiseScheduler`, `DDPMCustomPipeline`."""
 
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 
 from ddpm_hf.pipeline import DDPMCustomPipeline
-from ddpm_hf.scheduler import LinearNoiseScheduler
+from ddpm_hf.scheduler import CosineNoiseScheduler, LinearNoiseScheduler
 from ddpm_hf.unet import DDPMUNet
 
 __version__ = "0.1.0"
-__all__ = ["DDPMCustomPipeline", "DDPMUNet", "LinearNoiseScheduler"]
+__all__ = ["CosineNoiseScheduler", "DDPMCustomPipeline", "DDPMUNet", "LinearNoiseScheduler"]
 
 
 def _register_with_diffusers() -> None:
@@ -29,7 +29,7 @@ def _register_with_diffusers() -> None:
             "SchedulerMixin": ["save_pretrained", "from_pretrained"],
         },
     )
-    for cls in (DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler):
+    for cls in (DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, CosineNoiseScheduler):
         setattr(diffusers, cls.__name__, cls)
 
 

@@ -90,4 +90,6 @@ def tell_legibility(run) -> None:
     if run.finished and run.pipeline.unet.config.sample_size == 8:  # what the classifier can look at
         from ddpm_hf.evaluation import digits_legibility
 
-        print(digits_legibility(run.pipeline, run.config.ddpm_num_inference_steps, run.config.seed), flush=True)
+        config = run.config
+        steps, guidance = config.ddpm_num_inference_steps, config.guidance_scale
+        print(digits_legibility(run.pipeline, steps, config.seed, guidance_scale=guidance), flush=True)

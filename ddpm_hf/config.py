@@ -14,6 +14,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from ddpm_hf.scheduler import PREDICTION_TYPES
+
 EMBEDDED_DIGITS = "digits"
 
 
@@ -56,13 +58,22 @@ class TrainConfig:
     )
     dataloader_num_workers: int = _setting("processes that decode the images; 0: the training process", 0)
     random_flip: bool = _setting("mirror each image left to right with probability 1/2", False)
+    class_conditional: bool = _setting(
+        "learn the classes too: those of the ClassLabel column, or a folder a class", False
+    )
+    label_dropout: float = _setting("hide the class of this part of the images, which guidance needs", 0.1)
     # model
     pretrained_model_name_or_path: str | None = _setting(
         "start from this pipeline's network and scheduler (a folder or a Hub id) in place of the recipe's"
     )
     unet: dict | str | None = _setting("arguments of DDPMUNet as JSON; they are added to the recipe's", {})
     scheduler: dict | str | None = _setting(
-        "arguments of LinearNoiseScheduler as JSON; they are added to the recipe's", {}
+        "arguments of LinearNoiseScheduler, or with beta_schedule squaredcos_cap_v2 of CosineNoiseScheduler, as JSON; "
+        "they are added to the recipe's",
+        {},
+    )
+    prediction_type: str | None = _setting(
+        "what the network predicts: epsilon, sample or v_prediction; default: as scheduler says, or epsilon"
     )
     # optimisation
     train_batch_size: int = _setting("images a process and a micro-batch", 64)
@@ -78,6 +89,10 @@ class TrainConfig:
     adam_epsilon: float = _setting("AdamW: epsilon", 1e-8)
     max_grad_norm: float = _setting("clip the norm of the gradient to this", 1.0)
     ema_max_decay: float = _setting("decay of the moving average of the weights, which warms up to it", 0.9999)
+    snr_gamma: float | None = _setting("weight the loss by min-SNR-gamma with this gamma; the paper's is 5")
+    antithetic_timesteps: bool = _setting(
+        "spread the timesteps of an update evenly, from one random offset, in place of drawing each", False
+    )
     mixed_precision: str | None = _setting("no, bf16, or fp16 (CUDA only); default: as `accelerate launch` says, or no")
     seed: int = _setting("of weights, order of the data, noise, timesteps and samples", 0)
     # saving and looking
@@ -86,6 +101,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = _setting("`latest`, or the folder of a checkpoint")
     eval_batch_size: int = _setting("images in the grid of samples", 64)
     ddpm_num_inference_steps: int = _setting("steps in which they are sampled", 50)
+    guidance_scale: float = _setting("classifier-free guidance of the samples of classes; 1: none", 1.0)
     preview_time_share: float = _setting(
         "part of the training time that previews may take; the last is always drawn", 0.05
     )
@@ -106,17 +122,30 @@ class TrainConfig:
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("max_train_steps", "resolution", "channels"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "must be at least 1")
-        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
+        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "guidance_scale"):
             self._check(name, getattr(self, name) >= 0, "must be at least 0")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            self._check(name, 0 < getattr(self, name) < math.inf, "must be greater than 0 and finite")
+        self._check("guidance_scale", self.guidance_scale < math.inf, "must be finite")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma"):
+            self._check(
+                name,
+                getattr(self, name) is None or 0 < getattr(self, name) < math.inf,
+                "must be greater than 0 and finite",
+            )
         self._check("seed", 0 <= self.seed < 2**63, "must lie in 0 ... 2^63 - 1")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "max_bad_fraction", "preview_time_share"):
+        for name in (
+            "adam_beta1",
+            "adam_beta2",
+            "ema_max_decay",
+            "max_bad_fraction",
+            "preview_time_share",
+            "label_dropout",
+        ):
             self._check(name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
         under = self.background
         self._check("background", under is None or (under and all(0 <= v <= 1 for v in under)), "must lie in 0 ... 1")
         self._check_choice("logger", (None, "tensorboard", "wandb", "trackio"))
         self._check("streaming", not self.streaming or self.max_train_steps is not None, "needs max_train_steps")
+        self._check_choice("prediction_type", (None, *PREDICTION_TYPES))
         self._check_choice("lr_scheduler", ("constant", "cosine", "linear"))
         self._check_choice("mixed_precision", (None, "no", "bf16", "fp16"))
         black_white = self.value_range
@@ -197,7 +226,7 @@ def resolve(flags: dict) -> TrainConfig:
     """The configuration that these settings make on top of the recipe that `flags["config"]` names."""
     recipe = load_recipe(flags.get("config", "digits"))
     if "pretrained_model_name_or_path" in flags:
-        recipe.update(unet={}, scheduler={})  # they come with the weights
+        recipe.update(unet={}, scheduler={}, prediction_type=None)  # they come with the weights
     if "num_epochs" in flags:
         recipe.pop("max_train_steps", None)  # which would take its place
     merged = {**recipe, **flags, "config": recipe["config"]}

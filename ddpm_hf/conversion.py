@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ddpm_hf.config import YamlLoader
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, make_scheduler
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, scheduler_class
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.unet import DDPMUNet
 
@@ -407,6 +407,7 @@ def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
         "upsample_type": "nearest", "project_every_shortcut": False, "attention_norm": True,
         "time_embedding_dim": 4 * widths[0], "time_table_size": None, "dropout_channels": False,
     }  # fmt: skip
+    _require(config, "num_classes", config["num_classes"] is None, "can't be expressed by diffusers' DDPMPipeline")
     config |= {k: list(config[k]) for k in ("mid_block_out_channels", "up_block_out_channels")}
     for key, value in wanted.items():
         _require(config, key, config[key] == value, f"can't be expressed by UNet2DModel; it would have to be {value!r}")
@@ -672,13 +673,13 @@ def _scheduler_of(file: Path):
         theirs = json.loads(file.read_text())
         name = theirs.get("_class_name", "DDPMScheduler")
         try:
-            scheduler = make_scheduler(theirs)
+            scheduler = scheduler_class(theirs).from_config(theirs)
         except ValueError:  # a setting that ours refuses
             scheduler = diffusers.DDPMScheduler.from_config(theirs)
     except Exception as error:  # not JSON, not a configuration, or one of another kind of process
         raise ValueError(f"{file} makes no scheduler: {_first_line(error)}") from error
     notes = [f"scheduler: {type(scheduler).__name__} with the settings of {file.name}"]
-    if name not in ("DDPMScheduler", "LinearNoiseScheduler"):
+    if name not in ("DDPMScheduler", "LinearNoiseScheduler", "CosineNoiseScheduler"):
         notes.append(f"scheduler: the folder samples with {name}; this pipeline takes its betas and all steps of DDPM")
     return scheduler, notes
 

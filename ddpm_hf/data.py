@@ -77,8 +77,8 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Other images have another: their number and a checksum of their pixels."""
-        checksum = 0
+        """Other images, or other classes, have another: their number and a checksum."""
+        checksum = 0 if self.labels is None else zlib.crc32(self.labels.numpy())
         for part in self.pixels.split(1024):
             checksum = zlib.crc32(part.numpy(), checksum)
         return f"{len(self)} images {checksum:08x}"
@@ -91,9 +91,10 @@ class ImageData:
         """The first `n` that a run with this seed sees (fewer, if there are fewer), as `batch` gives them."""
         return self.batch(batch_indices(seed, 0, min(n, len(self)), len(self)))
 
-    def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
-        """These rows of the global batch of update `step`, as `batch` gives them."""
-        return self.batch(batch_indices(seed, step, batch_size, len(self))[rows])
+    def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+        """These rows of the global batch of update `step`, as `batch` gives them, and their labels (B,) or None."""
+        indices = batch_indices(seed, step, batch_size, len(self))[rows]
+        return self.batch(indices), None if self.labels is None else self.labels[indices]
 
 
 def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:

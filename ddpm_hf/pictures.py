@@ -11,13 +11,14 @@ from PIL import Image, ImageDraw, ImageFont
 from ddpm_hf.data import ImageData, batch_indices
 from ddpm_hf.pipeline import PIL_MODES, DDPMCustomPipeline, to_output, to_pil
 from ddpm_hf.previews import sample_together
-from ddpm_hf.progress import read_log
+from ddpm_hf.progress import Progress, read_log
 from ddpm_hf.training import Run, draw
 
 FILM_FRAMES = 40
 FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 CHUNK_BYTES = 2**26  # of images looked at at a time
+LONGEST_NAME = 24  # letters
 MEASURED = 10_000  # images whose mean and spread stand beside data.png
 
 
@@ -55,19 +56,25 @@ def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> np.nd
 
 
 def loss_curve(log: list[dict], path) -> None:
-    """Training and held-out loss against updates, as a PNG."""
+    """Training and held-out loss against updates, and the training loss against timesteps, as a PNG."""
     from matplotlib.figure import Figure  # takes half a second; without pyplot it needs no display and no backend
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes, by_timestep = figure.subplots(1, 2, width_ratios=(2, 1))
     train = [(row["step"], row["loss"]) for row in log if row["loss"] is not None]
     held_out = [(row["step"], row["held_out_loss"]) for row in log if row["held_out_loss"] is not None]
     axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training (raw weights)")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="C3", label="held out (averaged weights)")
     axes.set(xlabel="update", ylabel="mean squared error", yscale="log")
-    axes.grid(alpha=0.3, which="both")
     axes.legend()
+    lately = log[-max(1, len(log) // 10) :]
+    columns = [[row[name] for row in lately if row[name] is not None] for name in Progress.BY_TIMESTEP]
+    means = [sum(column) / len(column) if column else math.nan for column in columns]
+    by_timestep.stairs(means, [k / len(means) for k in range(len(means) + 1)], color="C0")
+    by_timestep.set(xlabel="timestep / T", yscale="log", title=f"of the last {len(lately)} rows of log.csv")
+    for each in (axes, by_timestep):
+        each.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
 
 
@@ -80,6 +87,19 @@ def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     for k, line in enumerate(lines):
         pen.text((6, picture.height + 4 + 17 * k), line, "black", font)
+    return canvas
+
+
+def with_row_names(picture: Image.Image, names: list[str]) -> Image.Image:
+    """The picture with a name left of each of its equally high rows."""
+    font = ImageFont.load_default(size=13)
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in names]
+    margin = max(math.ceil(font.getlength(name)) for name in names) + 12
+    canvas = Image.new("RGB", (margin + picture.width, picture.height), "white")
+    canvas.paste(picture.convert("RGB"), (margin, 0))
+    pen, height = ImageDraw.Draw(canvas), picture.height / len(names)
+    for k, name in enumerate(names):
+        pen.text((6, (k + 0.5) * height), name, "black", font, anchor="lm")
     return canvas
 
 
@@ -147,28 +167,38 @@ def draw_pictures(run: Run) -> None:
     forward.png, denoising.gif and neighbours.png, samples beside the images of the data that are most like them.
     """
     config, accelerator = run.config, run.accelerator
-    steps, number, first = config.ddpm_num_inference_steps, config.eval_batch_size, run.output_dir / FIRST_SAMPLES
+    steps, first = config.ddpm_num_inference_steps, run.output_dir / FIRST_SAMPLES
+    labels, number, columns = _layout(run)
     draws_raw = broadcast_object_list([not first.exists()])[0]
     frame_steps = tuple(range(0, steps - 1, max(1, steps // FILM_FRAMES))) if run.finished else ()
     run.pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
-    *frames, samples = sample_together(accelerator, run.pipeline, number, steps, config.seed, frame_steps)
+    classes = {"class_labels": labels, "guidance_scale": config.guidance_scale}
+    *frames, samples = sample_together(accelerator, run.pipeline, number, steps, config.seed, frame_steps, **classes)
     if draws_raw:
         pipeline = DDPMCustomPipeline(run.unet.eval(), run.pipeline.scheduler)
         pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
         try:
-            (raw,) = sample_together(accelerator, pipeline, number, steps, config.seed)
+            (raw,) = sample_together(accelerator, pipeline, number, steps, config.seed, **classes)
         finally:
             run.unet.train()
     if not accelerator.is_main_process:
         return
-    scale, columns = _scale(run), math.ceil(math.sqrt(number))
-    picture = grid(samples, columns, scale)
+    scale = _scale(run)
+
+    def arranged(images: np.ndarray) -> Image.Image:
+        picture = grid(images, columns, scale)
+        if labels is None:
+            return picture
+        names = run.images.label_names
+        return with_row_names(picture, [names[label] for label in labels[::columns]])
+
+    picture = arranged(samples)
     picture.save(run.output_dir / "samples.png")
     show(run, "samples", picture)
     loss_curve(read_log(run.output_dir / "log.csv"), run.output_dir / "loss.png")
     if draws_raw:
         halves = [
-            with_caption(grid(of, columns, scale), [f"{name} weights, update {run.step}"])
+            with_caption(arranged(of), [f"{name} weights, update {run.step}"])
             for name, of in (("averaged", samples), ("raw", raw))
         ]
         both = Image.new("RGB", (halves[0].width + 8 + halves[1].width, halves[0].height), "white")
@@ -176,12 +206,23 @@ def draw_pictures(run: Run) -> None:
         both.paste(halves[1], (halves[0].width + 8, 0))
         both.save(first)
     if run.finished:
-        save_gif([grid(frame, columns, scale) for frame in [*frames, samples]], run.output_dir / "denoising.gif")
+        save_gif([arranged(frame) for frame in [*frames, samples]], run.output_dir / "denoising.gif")
         shown = run.images.first(4, config.seed)
         row = forward_process(shown, run.pipeline.scheduler)
         grid(row, len(row) // len(shown), scale).save(run.output_dir / "forward.png")
         if isinstance(run.images, ImageData):
-            _draw_neighbours(run, samples[:NEIGHBOURS_SHOWN], scale)
+            some = np.linspace(0, number - 1, min(number, NEIGHBOURS_SHOWN)).astype(int)
+            _draw_neighbours(run, samples[some], scale)
+
+
+def _layout(run: Run) -> tuple[list[int] | None, int, int]:
+    """Labels of the samples, or None, their number, and the columns of their grid: one row a class, if it has any."""
+    number = run.config.eval_batch_size
+    if not run.config.class_conditional:
+        return None, number, math.ceil(math.sqrt(number))
+    rows = min(number, run.pipeline.unet.config.num_classes)
+    columns = number // rows
+    return [row for row in range(rows) for _ in range(columns)], rows * columns, columns
 
 
 def _draw_neighbours(run: Run, samples: np.ndarray, scale: int) -> None:

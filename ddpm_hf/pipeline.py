@@ -1,17 +1,18 @@
 """From noise to images: `DDPMCustomPipeline`."""
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from PIL import Image
 
-from ddpm_hf.scheduler import LinearNoiseScheduler, draw_noise
+from ddpm_hf.scheduler import COSINE_SCHEDULE, CosineNoiseScheduler, LinearNoiseScheduler, NoiseScheduler, draw_noise
 from ddpm_hf.unet import DDPMUNet
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -19,17 +20,19 @@ PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class DDPMCustomPipeline(DiffusionPipeline):
-    """Unconditional sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2).
+    """Sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2), of classes if the network knows some.
 
     Args:
         unet: the network that predicts the noise (or x_0, or v, as the scheduler's `prediction_type` says).
-        scheduler: `LinearNoiseScheduler`, or any of diffusers' that is built from its config.
+        scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, or any of diffusers' that is built from their config.
     """
 
     model_cpu_offload_seq = "unet"
 
     def __init__(
-        self, unet: UNet2DModel | DDPMUNet, scheduler: LinearNoiseScheduler | KarrasDiffusionSchedulers
+        self,
+        unet: UNet2DModel | DDPMUNet,
+        scheduler: LinearNoiseScheduler | CosineNoiseScheduler | KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -37,17 +40,19 @@ class DDPMCustomPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["DDPMCustomPipeline", int, torch.Tensor, dict], dict | None] | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Sample images of the network's `sample_size`.
 
         Args:
-            batch_size: images to make.
+            batch_size: images to make; `None`: one a label, or one.
             generator: one generator, from which noise for the whole batch is drawn, or a list of one an image: an
                 image then does not depend on the batch it is in.
             num_inference_steps: steps of the walk, 1 ... T; `None`: all T.
@@ -57,6 +62,11 @@ class DDPMCustomPipeline(DiffusionPipeline):
             callback_on_step_end: called after step i with (pipeline, i, timestep, {"sample": x, "pred_original_sample":
                 the x_0 that the step assumed, or None where the scheduler does not tell}); a `"sample"` in the dict
                 that it returns takes the place of x.
+            class_labels: what to make, of a class-conditional network and of no other: labels or names of classes, one
+                for all images or one an image.
+            guidance_scale: of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6, where it is
+                1 + w): the prediction without a class plus this many times what the class changes in it. 1: the class
+                as it is; more: clearer and less diverse; 0: any class.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple of it.
@@ -65,6 +75,9 @@ class DDPMCustomPipeline(DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = scheduler.config.num_train_timesteps
         self._check_inputs(batch_size, num_inference_steps, output_type)
+        labels = self._labels(class_labels, batch_size, guidance_scale)
+        if batch_size is None:
+            batch_size = 1 if labels is None else len(labels)
         scheduler.set_timesteps(num_inference_steps, device=device)
         # Some solvers of diffusers draw noise, others would not take a generator.
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -79,7 +92,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
 
         for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             model_input = scheduler.scale_model_input(sample, timestep)
-            model_output = unet(model_input.to(unet.dtype), timestep).sample.to(state_dtype)
+            model_output = self._predict(model_input.to(unet.dtype), timestep, labels, guidance_scale, state_dtype)
             output = scheduler.step(model_output, timestep, sample, **step_kwargs)
             sample = output.prev_sample
             if callback_on_step_end is not None:
@@ -90,8 +103,55 @@ class DDPMCustomPipeline(DiffusionPipeline):
         images = to_output(sample, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _predict(self, sample, timestep, labels, guidance_scale: float, dtype) -> torch.Tensor:
+        """The network's output in `dtype`, guided.
+
+        At one x_t the noise, x_0 and v are affine in one another, so it is all the same of which of them this mixture
+        is made; the scheduler clamps the x_0 of the mixture.
+        """
+        if labels is None:
+            return self.unet(sample, timestep).sample.to(dtype)
+        if guidance_scale == 1:
+            return self.unet(sample, timestep, class_labels=labels).sample.to(dtype)
+        null = torch.full_like(labels, self.unet.config.num_classes)
+        both = self.unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
+        of_class, of_none = both.to(dtype).chunk(2)
+        return of_none + guidance_scale * (of_class - of_none)
+
+    def _labels(self, class_labels, batch_size: int | None, guidance_scale) -> torch.Tensor | None:
+        """int64 (batch_size,) on the device, or None for an unconditional network."""
+        classes = self.unet.config.get("num_classes")
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError(f"class_labels={class_labels!r}: this model is unconditional; leave them out")
+            if guidance_scale != 1:
+                raise ValueError(f"guidance_scale={guidance_scale!r}: this model is unconditional; leave it out")
+            return None
+        names = self.unet.config.class_names or []
+        choices = f"labels 0 ... {classes - 1}"
+        if names:
+            choices += f" or names {', '.join(names[:10])}{' ...' if classes > 10 else ''}"
+        if class_labels is None:
+            raise ValueError(
+                f"class_labels: this model is class-conditional; give one for all or one an image, {choices}"
+            )
+        if not isinstance(guidance_scale, int | float) or not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale={guidance_scale!r} must be a number of at least 0; 1 is no guidance")
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
+            class_labels = class_labels.tolist()
+        given = class_labels if isinstance(class_labels, list | tuple) else [class_labels] * (batch_size or 1)
+        if not given or batch_size not in (None, len(given)):
+            raise ValueError(
+                f"class_labels: {len(given)} for batch_size={batch_size}; give one for all or one an image"
+            )
+        labels = [names.index(label) if label in names else label for label in given]
+        for label in labels:
+            if not isinstance(label, Integral) or not 0 <= label < classes:
+                raise ValueError(f"class_labels={class_labels!r}: {label!r} is no class; there are {choices}")
+        return torch.tensor(labels, dtype=torch.int64, device=self._execution_device)
+
     def _check_inputs(self, batch_size, num_inference_steps, output_type) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
         most = self.scheduler.config.num_train_timesteps  # beyond it diffusers' solvers give noise and no error
         if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= most:
@@ -103,13 +163,9 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(f"output_type='pil' shows 1 to 4 channels, not {channels}: use output_type='np' or 'pt'")
 
 
-def make_scheduler(config: dict):
-    """`LinearNoiseScheduler` of a configuration of ours or of diffusers' DDPM scheduler.
-
-    The squared-cosine schedule, which ours has not, gets diffusers' own `DDPMScheduler`.
-    """
-    cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
-    return (DDPMScheduler if cosine else LinearNoiseScheduler).from_config(config)
+def scheduler_class(config: dict) -> type[NoiseScheduler]:
+    """Ours that a configuration, of ours or of diffusers' DDPM scheduler, asks for by its `beta_schedule`."""
+    return CosineNoiseScheduler if config.get("beta_schedule") == COSINE_SCHEDULE else LinearNoiseScheduler
 
 
 def load_pipeline(source: str, name: str) -> DDPMCustomPipeline:

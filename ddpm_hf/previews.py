@@ -66,6 +66,8 @@ def sample_together(
     num_inference_steps: int,
     seed: int,
     frame_steps: tuple[int, ...] = (),
+    class_labels: list[int] | None = None,
+    guidance_scale: float = 1.0,
 ) -> np.ndarray:
     """The same images however many processes there are and however large a batch their memory has room for.
 
@@ -74,6 +76,8 @@ def sample_together(
 
     Args:
         frame_steps: numbers of the steps, counted from 0, whose x_t are given besides.
+        class_labels: one an image, for a class-conditional network.
+        guidance_scale: as the pipeline has it.
 
     Returns:
         (frames + 1, num_images, H, W, C) in [0, 1], the last of the frames being the samples, in all processes.
@@ -82,8 +86,9 @@ def sample_together(
         RuntimeError: a process could not; all of them raise it.
     """
     mine = list(range(accelerator.process_index, num_images, accelerator.num_processes))
+    guided = {} if class_labels is None else {"guidance_scale": guidance_scale}
     try:
-        made = list(zip(mine, _sample(pipeline, mine, num_inference_steps, seed, frame_steps)))
+        made = list(zip(mine, _sample(pipeline, mine, num_inference_steps, seed, frame_steps, class_labels, guided)))
     except Exception as error:  # the others wait for what this one has, so it gives the reason
         made = [(None, f"{type(error).__name__}: {error}")]
     made = dict(gather_object(made))
@@ -92,7 +97,9 @@ def sample_together(
     return np.stack([made[k] for k in range(num_images)], axis=1)
 
 
-def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps) -> list[np.ndarray]:
+def _sample(
+    pipeline, numbers: list[int], steps: int, seed: int, frame_steps, class_labels, settings
+) -> list[np.ndarray]:
     """(frames + 1, H, W, C) of each image."""
     done, batch_size = [], len(numbers)
     while len(done) < len(numbers):
@@ -104,6 +111,7 @@ def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps) ->
                 frames.append(to_output(tensors["sample"], "np"))
 
         generators = [torch.Generator().manual_seed(stream_seed(seed, "sample", k)) for k in batch]
+        classes = {} if class_labels is None else {"class_labels": [class_labels[k] for k in batch]}
         try:
             samples = pipeline(
                 len(batch),
@@ -111,6 +119,8 @@ def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps) ->
                 num_inference_steps=steps,
                 output_type="np",
                 callback_on_step_end=keep,
+                **classes,
+                **settings,
             ).images
         except Exception as error:
             if batch_size == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):

@@ -11,13 +11,15 @@ import torch
 from tqdm.auto import tqdm
 
 LOG_EVERY = 10  # updates a row of log.csv
+PARTS = 10  # of 0 ... T-1, for each of which the loss is logged
 
 
 class Progress:
     """Counts and times the updates of a run.
 
     The columns of log.csv: `loss` is the mean since the row before, over the updates that were not skipped;
-    `loader_share` the part of the time that went into getting images and drawing what is done to them.
+    `loss_t30` the same of timesteps in 0.3 T ... 0.4 T alone, not weighted; `loader_share` the part of the time that
+    went into getting images and drawing what is done to them.
 
     Args:
         run: a `Run`.
@@ -25,13 +27,14 @@ class Progress:
         kept: the update up to which a log.csv that is there belongs to this run.
     """
 
-    COUNTED = ("step", "images_seen", "loss", "held_out_loss", "learning_rate", "skipped_updates")
+    BY_TIMESTEP = tuple(f"loss_t{100 * k // PARTS:02d}" for k in range(PARTS))
+    COUNTED = ("step", "images_seen", "loss", "held_out_loss", "learning_rate", "skipped_updates", *BY_TIMESTEP)
     CLOCKED = ("images_per_second", "loader_share", "seconds")
 
     def __init__(self, run, global_batch: int, kept: int):
         self.run, self.global_batch, self.accelerator = run, global_batch, run.accelerator
         self.path = run.output_dir / "log.csv"
-        self.losses, self.skipped, self.logged_step = [], 0, run.step
+        self._begin_row()
         self.before = 0.0  # seconds that the run took before it was resumed
         self.images_per_second = 0.0
         if self.accelerator.is_main_process:
@@ -43,6 +46,9 @@ class Progress:
         """Leave the rows of log.csv up to this update, as they are."""
         header = ",".join(self.COUNTED + self.CLOCKED)
         lines = _whole_lines(self.path) if step and self.path.exists() else []
+        if lines and lines[0] != header:  # of a version that had other columns
+            rows, columns = csv.DictReader(lines), header.split(",")
+            lines = [header, *(",".join(row.get(column) or "" for column in columns) for row in rows)]
         lines = [line for line in lines[1:] if int(line.split(",")[0]) <= step]
         beside = self.path.with_name(".log.csv")
         beside.write_text("".join(f"{line}\n" for line in [header, *lines]))
@@ -86,6 +92,16 @@ class Progress:
         """Of this run, those before it was resumed included."""
         return self.before + time.monotonic() - self.started
 
+    def observe(self, timesteps: torch.Tensor, errors: torch.Tensor) -> None:
+        """Of images at these timesteps (B,) the prediction has these mean squared errors (B,)."""
+        parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
+        counted = torch.stack([errors.nan_to_num(0, 0), errors.isfinite()])
+        self.by_timestep = self.by_timestep.to(errors.device).index_add(1, parts, counted)
+
+    def _begin_row(self) -> None:
+        self.losses, self.skipped, self.logged_step = [], 0, self.run.step
+        self.by_timestep = torch.zeros(2, PARTS)  # sum and number
+
     def update(self, loss: torch.Tensor | None) -> None:
         """An update has been done with this loss, or skipped (None)."""
         self.bar.update()
@@ -102,6 +118,8 @@ class Progress:
         loss = None
         if self.losses:  # in all processes or in none
             loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        sums, counts = self.accelerator.reduce(self.by_timestep, "sum").cpu()
+        by_timestep = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist(), strict=True)]
         taken = now - self.logged_at
         self.images_per_second = (run.step - self.logged_step) * self.global_batch / taken
         row = {
@@ -111,6 +129,7 @@ class Progress:
             "held_out_loss": held_out,
             "learning_rate": learning_rate,
             "skipped_updates": self.skipped,
+            **dict(zip(self.BY_TIMESTEP, by_timestep, strict=True)),
             "images_per_second": round(self.images_per_second, 1),
             "loader_share": round(self.loaded / taken, 4),
             "seconds": round(self.seconds, 2),
@@ -121,7 +140,7 @@ class Progress:
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, row, lineterminator="\n").writerow(row)
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
-        self.losses, self.skipped, self.logged_step = [], 0, run.step
+        self._begin_row()
         self.restart_clock()
 
 

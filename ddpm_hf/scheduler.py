@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
 BETA_SCHEDULES = ("linear", "scaled_linear")
+COSINE_SCHEDULE = "squaredcos_cap_v2"
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
@@ -23,7 +24,6 @@ INTERCHANGE_ONLY = {
     "thresholding": False,
     "dynamic_thresholding_ratio": 0.995,
     "sample_max_value": 1.0,
-    "rescale_betas_zero_snr": False,
 }
 
 
@@ -46,69 +46,46 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torc
     return noise.to(device=device, dtype=dtype)
 
 
-class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
-    """The forward process q(x_t | x_0) and the reverse step p(x_{t-1} | x_t) of a DDPM.
+class NoiseScheduler(SchedulerMixin, ConfigMixin):
+    """The forward process q(x_t | x_0) and the reverse step p(x_{t-1} | x_t), whatever the betas are.
 
     It has the interface and the config keys of diffusers' schedulers, so `DDIMScheduler.from_config(ours.config)` and
-    `LinearNoiseScheduler.from_config(theirs.config)` both work.
-
-    Args:
-        num_train_timesteps: T.
-        beta_start, beta_end: the ends of the schedule beta_0 ... beta_{T-1}.
-        beta_schedule: `"linear"` in beta (the paper, section 4) or `"scaled_linear"`, linear in sqrt(beta).
-        trained_betas: the T betas themselves, each in (0, 1), in place of the three arguments above.
-        variance_type: variance of p(x_{t-1} | x_t): `"fixed_small"`, the posterior's (equation 7), or
-            `"fixed_large"`, beta_t (section 3.2).
-        clip_sample: clamp the predicted x_0 to [-clip_sample_range, clip_sample_range] before the posterior mean is
-            formed (the authors' code). Without it `pred_original_sample` is returned unclamped too.
-        prediction_type: what the network predicts: `"epsilon"` (the noise), `"sample"` (x_0) or `"v_prediction"`
-            (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
-        timestep_spacing: which timesteps a walk of fewer steps visits: `"leading"`, `"trailing"`, `"linspace"` as in
-            diffusers, or `"quadratic"` (Song et al. 2021, arXiv:2010.02502, appendix D.2, denser near the image;
-            known to this class alone).
-        steps_offset: added to the timesteps of `"leading"`.
-        thresholding, dynamic_thresholding_ratio, sample_max_value, rescale_betas_zero_snr: there for interchange
-            only; any value but the default is a ValueError.
+    `LinearNoiseScheduler.from_config(theirs.config)` both work. `LinearNoiseScheduler` and `CosineNoiseScheduler` add
+    the betas.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1  # one call of the network a step
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        variance_type: str = "fixed_small",
-        clip_sample: bool = True,
-        clip_sample_range: float = 1.0,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "leading",
-        steps_offset: int = 0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        rescale_betas_zero_snr: bool = False,
-    ):
+    def _set_up(self) -> None:
+        """Check the registered settings and compute the tables."""
+        config = self.config
         # diffusers drops what was left at its default when it builds another scheduler from a config; the other may
         # have another default, as Heun's has for the betas. Nothing counts as left at its default here.
         self.register_to_config(_use_default_values=[])
-        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
-        _check_choice("variance_type", variance_type, VARIANCE_TYPES)
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        _check_choice("variance_type", config.variance_type, VARIANCE_TYPES)
+        _check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
+        _check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
         for key, default in INTERCHANGE_ONLY.items():
-            if self.config[key] != default:
-                raise ValueError(f"{key}={self.config[key]!r} is not supported; it must be {default!r}")
-        if not isinstance(steps_offset, Integral) or steps_offset < 0:
-            raise ValueError(f"steps_offset={steps_offset!r} must be an integer of at least 0")
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range={clip_sample_range!r} must be greater than 0")
+            if config[key] != default:
+                raise ValueError(f"{key}={config[key]!r} is not supported; it must be {default!r}")
+        if not isinstance(config.steps_offset, Integral) or config.steps_offset < 0:
+            raise ValueError(f"steps_offset={config.steps_offset!r} must be an integer of at least 0")
+        if not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range={config.clip_sample_range!r} must be greater than 0")
+        if not isinstance(config.num_train_timesteps, Integral) or config.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={config.num_train_timesteps!r} must be an integer of at least 1")
 
         betas = self._make_betas()
+        if config.rescale_betas_zero_snr:
+            if config.num_train_timesteps == 1:
+                raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2")
+            if config.prediction_type == "epsilon":
+                raise ValueError(
+                    "rescale_betas_zero_snr=True with prediction_type='epsilon' gives black images: x_{T-1} is nothing "
+                    "but noise then, and to predict that says nothing of the image; use prediction_type='v_prediction'"
+                )
+            betas = _with_zero_terminal_snr(betas)
         self._alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         # What diffusers' own training code reads; our own computations start from the float64 table.
         self.betas = betas.float()
@@ -119,30 +96,12 @@ class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
         self._make_walk()
 
     def _make_betas(self) -> torch.Tensor:
-        config = self.config
-        if not isinstance(config.num_train_timesteps, Integral) or config.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={config.num_train_timesteps!r} must be an integer of at least 1")
-        if config.trained_betas is not None:
-            betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
-            if betas.shape != (config.num_train_timesteps,):
-                raise ValueError(
-                    f"trained_betas has shape {tuple(betas.shape)}; num_train_timesteps={config.num_train_timesteps} "
-                    f"asks for ({config.num_train_timesteps},)"
-                )
-        else:
-            power = 1.0 if config.beta_schedule == "linear" else 0.5
-            ends = config.beta_start, config.beta_end
-            if not 0 < ends[0] <= ends[1] < 1:
-                raise ValueError(f"beta_start={ends[0]!r}, beta_end={ends[1]!r}: must be 0 < start <= end < 1")
-            steps = config.num_train_timesteps
-            betas = torch.linspace(ends[0] ** power, ends[1] ** power, steps, dtype=torch.float64) ** (1 / power)
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("trained_betas: each must lie between 0 and 1, ends excluded")
-        return betas
+        """beta_0 ... beta_{T-1}, float64 (T,), each in (0, 1)."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -163,6 +122,26 @@ class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
         """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D); arguments as `add_noise`."""
         signal, sigma = self._signal_and_noise_at(timesteps, sample)
         return (signal * noise - sigma * sample).to(sample.dtype)
+
+    def target(self, original_samples, noise, timesteps) -> torch.Tensor:
+        """What the network should predict, by `prediction_type`: the noise, x_0 or v; arguments as `add_noise`."""
+        if self.config.prediction_type == "epsilon":
+            return noise
+        if self.config.prediction_type == "sample":
+            return original_samples
+        return self.get_velocity(original_samples, noise, timesteps)
+
+    def min_snr_weight(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Weight of the squared error of the prediction at `timesteps` (B,): float32 (B,).
+
+        Min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, section 3.4): min(SNR, gamma) for the error of x_0, where
+        SNR = abar_t / (1 - abar_t). The same mistake, squared, is SNR times as large in epsilon and SNR + 1 times as
+        large in v, so there the weight is divided by that.
+        """
+        abar = self._alphas_cumprod
+        snr = abar / (1 - abar)
+        per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
+        return (snr.clamp(max=gamma) / per).float().to(timesteps.device)[timesteps]
 
     def _signal_and_noise_at(self, timesteps, sample):
         timesteps = torch.as_tensor(timesteps)
@@ -292,6 +271,111 @@ class LinearNoiseScheduler(SchedulerMixin, ConfigMixin):
         return super().extract_init_dict(dict(config_dict), **kwargs)
 
 
+class LinearNoiseScheduler(NoiseScheduler):
+    """A DDPM whose betas grow linearly, or their square roots do (Ho et al. 2020, section 4).
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end: the ends of the schedule beta_0 ... beta_{T-1}.
+        beta_schedule: `"linear"` in beta (the paper, section 4) or `"scaled_linear"`, linear in sqrt(beta).
+        trained_betas: the T betas themselves, each in (0, 1), in place of the three arguments above.
+        variance_type: variance of p(x_{t-1} | x_t): `"fixed_small"`, the posterior's (equation 7), or
+            `"fixed_large"`, beta_t (section 3.2).
+        clip_sample: clamp the predicted x_0 to [-clip_sample_range, clip_sample_range] before the posterior mean is
+            formed (the authors' code). Without it `pred_original_sample` is returned unclamped too.
+        prediction_type: what the network predicts: `"epsilon"` (the noise), `"sample"` (x_0) or `"v_prediction"`
+            (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+        timestep_spacing: which timesteps a walk of fewer steps visits: `"leading"`, `"trailing"`, `"linspace"` as in
+            diffusers, or `"quadratic"` (Song et al. 2021, arXiv:2010.02502, appendix D.2, denser near the image;
+            known to this class alone).
+        steps_offset: added to the timesteps of `"leading"`.
+        rescale_betas_zero_snr: have no image left in x_{T-1} (Lin et al. 2023, arXiv:2305.08891, algorithm 1), for
+            `"sample"` and `"v_prediction"`; a walk should begin there, as `"trailing"` and `"linspace"` do. Of
+            diffusers' solvers, DDIM, DDPM, DPM-Solver, UniPC and Euler know it; others silently take other betas.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: there for interchange only; any value but the
+            default is a ValueError.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        others = f" ({COSINE_SCHEDULE} is CosineNoiseScheduler's)"
+        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES, others)
+        self._set_up()
+
+    def _make_betas(self) -> torch.Tensor:
+        config = self.config
+        if config.trained_betas is not None:
+            betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+            if betas.shape != (config.num_train_timesteps,):
+                raise ValueError(
+                    f"trained_betas has shape {tuple(betas.shape)}; num_train_timesteps={config.num_train_timesteps} "
+                    f"asks for ({config.num_train_timesteps},)"
+                )
+        else:
+            power = 1.0 if config.beta_schedule == "linear" else 0.5
+            ends = config.beta_start, config.beta_end
+            if not 0 < ends[0] <= ends[1] < 1:
+                raise ValueError(f"beta_start={ends[0]!r}, beta_end={ends[1]!r}: must be 0 < start <= end < 1")
+            steps = config.num_train_timesteps
+            betas = torch.linspace(ends[0] ** power, ends[1] ** power, steps, dtype=torch.float64) ** (1 / power)
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError("trained_betas: each must lie between 0 and 1, ends excluded")
+        return betas
+
+
+class CosineNoiseScheduler(NoiseScheduler):
+    """A DDPM whose abar_t falls like a squared cosine: slowly at both ends (Nichol & Dhariwal 2021, arXiv:2102.09672).
+
+    abar_t = f(t + 1) / f(0), f(i) = cos^2((i / T + s) / (1 + s) * pi / 2) with s = 0.008 (equation 17); no beta is
+    larger than 0.999.
+
+    Args:
+        beta_schedule: diffusers' name of this schedule, so that a solver built from the config has it too.
+        num_train_timesteps and all others: as `LinearNoiseScheduler`'s.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_schedule: str = COSINE_SCHEDULE,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        _check_choice("beta_schedule", beta_schedule, (COSINE_SCHEDULE,))
+        self._set_up()
+
+    def _make_betas(self) -> torch.Tensor:
+        T, s = self.config.num_train_timesteps, 0.008
+        f = (((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s)) * math.pi / 2).cos() ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
 class _ConfigForOursAlone(FrozenDict):
     """A config that refuses to build any scheduler but ours.
 
@@ -302,12 +386,19 @@ class _ConfigForOursAlone(FrozenDict):
     def get(self, key, default=None):
         if key == "_use_default_values":
             raise ValueError(
-                "timestep_spacing='quadratic' is known to LinearNoiseScheduler alone: build another scheduler from "
+                "timestep_spacing='quadratic' is known to ddpm_hf alone: build another scheduler from "
                 "{**scheduler.config, 'timestep_spacing': 'leading'}"
             )
         return super().get(key, default)
 
 
-def _check_choice(name: str, value, choices) -> None:
+def _check_choice(name: str, value, choices, hint: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}")
+        raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}{hint}")
+
+
+def _with_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """sqrt(abar_t), shifted to end at 0 and stretched to begin as before (Lin et al. 2023, algorithm 1)."""
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()
+    abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+    return 1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])

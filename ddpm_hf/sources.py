@@ -68,10 +68,23 @@ def _folder(config: TrainConfig, streaming: bool):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         return is_image_file(file) and not hidden and ours not in file.resolve().parents
 
-    found = [[Item(str(f), f) for f in sorted(s.rglob("*")) if belongs(f)] for s in splits]
+    found = [[f for f in sorted(s.rglob("*")) if belongs(f)] for s in splits]
     if not found[0]:
         raise ValueError(f"train_data_dir={path!r} holds no image and no train*.parquet")
-    return found[0], found[1] if len(found) > 1 else [], None
+    names = _classes(found[0], splits[0])
+    labels = {name: k for k, name in enumerate(names or [])}
+    items = [
+        [Item(str(f), f, labels.get(f.relative_to(split).parts[0])) for f in files]
+        for files, split in zip(found, splits, strict=True)
+    ]
+    return items[0], items[1] if len(items) > 1 else [], names
+
+
+def _classes(files: list[Path], folder: Path) -> list[str] | None:
+    """Names of the folders right under `folder`, if there are several and every file is in one of them."""
+    parts = [file.relative_to(folder).parts for file in files]
+    names = sorted({first for first, *_ in parts})
+    return names if len(names) > 1 and all(len(p) > 1 for p in parts) else None
 
 
 def _rows_of(loaded, held_out: str | None, name: str):
@@ -113,7 +126,10 @@ class Rows:
             with fsspec.open(path, "rb") as file:
                 source = file.read()
         name = f"{self.source} row {k}" + (f" ({path})" if path else "")
-        return Item(name, path if source is None else source, row[self.label] if self.label else None)
+        label = row[self.label] if self.label else None
+        if label is not None and label < 0:  # how data sets say that they keep it to themselves
+            label = None
+        return Item(name, path if source is None else source, label)
 
 
 class Part:

@@ -52,19 +52,20 @@ class ImageStream:
         )
         shuffled = train.dataset.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
         self.dataset = split_dataset_by_node(shuffled, process_index, num_processes)
-        self.reasons, self.seen = dict(bad), 0
+        self.label_names, self.reasons, self.seen = names, dict(bad), 0
         self.position = (0, 0)  # epoch and row of the next image
         self.images = None
         self.shape = self.held_out.shape if self.held_out else None
         self.shape = self.shape or tuple(self.first(1, config.seed).shape[1:])
 
-    def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
-        """The next `len(rows)` images (B, C, H, W) in [-1, 1]; the stream stands where update `step` begins."""
+    def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+        """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), or None if an image has none; the
+        stream stands where update `step` begins."""
         if self.images is None:
             self.images = self._read(*self.position)
         batch = list(islice(self.images, len(rows)))
-        self.position = batch[-1][0]
-        return torch.stack([image for _, image in batch])
+        self.position, labels = batch[-1][0].position, [item.label for item, _ in batch]
+        return torch.stack([image for _, image in batch]), None if None in labels else torch.tensor(labels)
 
     def first(self, n: int, seed: int) -> torch.Tensor:
         """The first `n` images (B, C, H, W) in [-1, 1]."""
@@ -93,15 +94,15 @@ class ImageStream:
         content = item.source if isinstance(item.source, bytes) else str(item.source).encode()
         return self.keeps_aside and zlib.crc32(content) % HELD_OUT_ONE_IN == 0
 
-    def _read(self, epoch: int, row: int) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
-        """Position behind it and image, on and on."""
+    def _read(self, epoch: int, row: int) -> Iterator[tuple[Item, torch.Tensor]]:
+        """Item, with the position behind it, and image, on and on."""
         for item, image in decode_each(self._items(epoch, row), self.decoder, self.workers):
             self.seen += 1
             if not isinstance(image, BadImage):
                 self.shape = self.shape or image.pixels.shape
                 check_image(item.name, image, self.shape, self.decoder.value_range)
                 value_range = self.decoder.value_range if image.deep else EIGHT_BITS
-                yield item.position, normalized(torch.from_numpy(image.pixels), value_range)
+                yield item, normalized(torch.from_numpy(image.pixels), value_range)
             else:
                 self.reasons[item.name] = str(image)
                 if len(self.bad) > self.config.max_bad_fraction * max(self.seen, FIRST_BAD):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -23,10 +22,10 @@ from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData, seeded_generator, stream_seed
 from ddpm_hf.ema import EMA
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, make_scheduler
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, scheduler_class
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
-from ddpm_hf.scheduler import LinearNoiseScheduler
+from ddpm_hf.scheduler import NoiseScheduler
 from ddpm_hf.streaming import ImageStream, open_images
 from ddpm_hf.unet import DDPMUNet
 
@@ -71,21 +70,21 @@ class Run:
         return self.step >= self.total_steps
 
 
-def diffusion_loss(network, scheduler, images, noise, timesteps) -> torch.Tensor:
-    """L_simple, the mean squared error of the prediction (Ho et al. 2020, equation 14).
+def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=None) -> torch.Tensor:
+    """L_simple of each image, the mean squared error of the prediction (Ho et al. 2020, equation 14).
 
     Args:
         images, noise: (B, C, H, W); images in [-1, 1].
         timesteps: (B,).
+        class_labels: (B,), for a class-conditional network.
+
+    Returns:
+        float32 (B,)
     """
     noisy = scheduler.add_noise(images, noise, timesteps)
-    if scheduler.config.prediction_type == "epsilon":
-        target = noise
-    elif scheduler.config.prediction_type == "sample":
-        target = images
-    else:
-        target = scheduler.get_velocity(images, noise, timesteps)
-    return F.mse_loss(network(noisy, timesteps).sample.float(), target)
+    classes = {} if class_labels is None else {"class_labels": class_labels}
+    prediction = network(noisy, timesteps, **classes).sample.float()
+    return (prediction - scheduler.target(images, noise, timesteps)).square().mean(dim=(1, 2, 3))
 
 
 def train(
@@ -96,9 +95,10 @@ def train(
 ) -> Run:
     """Train as `config` says (Ho et al. 2020, algorithm 1) and leave a pipeline folder in `config.output_dir`.
 
-    Order, noise, timesteps and flips are functions of (seed, update, position in the global batch), dropout of (seed,
-    update, position of the micro-batch), so a resumed run continues as if it had not been interrupted, and several
-    processes do what one does. SIGTERM and Ctrl-C save a checkpoint and the pipeline and end the run before its time.
+    Order, noise, timesteps, flips and hidden classes are functions of (seed, update, position in the global batch),
+    dropout of (seed, update, position of the micro-batch), so a resumed run continues as if it had not been
+    interrupted, and several processes do what one does. SIGTERM and Ctrl-C save a checkpoint and the pipeline and end
+    the run before its time.
 
     Args:
         on_start: called with the `Run` by the main process once all has been checked and before anything is written.
@@ -114,7 +114,7 @@ def train(
         raise ValueError(f"output_dir={config.output_dir!r} is a file; it must be a folder or not be there yet")
     accelerator = _accelerator(config)
     images, held_out = _images(config, accelerator)
-    unet, scheduler = _model(config, images.shape)
+    unet, scheduler = _model(config, images)
     ema = EMA(unet, config.ema_max_decay)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -176,20 +176,25 @@ def train(
         while not run.finished and not stop.received(accelerator):
             with progress.loading(), _quarantining(config):
                 of_all = draw(config, scheduler, (global_batch, *images.shape), run.step)
-                noise, timesteps, flips = (d[rows] for d in of_all)
-                batch = images.of_update(config.seed, run.step, global_batch, rows)
+                noise, timesteps, flips, hidden = (d[rows] for d in of_all)
+                batch, labels = images.of_update(config.seed, run.step, global_batch, rows)
                 batch = torch.where(flips, batch.flip(3), batch)
+                labels = _labels(run, labels, hidden)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, total_steps)
             loss = 0.0
             for micro, number in enumerate(micro_numbers.tolist()):
                 this = slice(micro * micro_batch, (micro + 1) * micro_batch)
                 x, z, t = (d[this].to(accelerator.device) for d in (batch, noise, timesteps))
+                y = None if labels is None else labels[this].to(accelerator.device)
                 torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
                 with accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext():
-                    micro_loss = diffusion_loss(network, scheduler, x, z, t) / micros
+                    errors = diffusion_loss(network, scheduler, x, z, t, y)
+                    weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
+                    micro_loss = (weights * errors).mean() / micros
                     accelerator.backward(micro_loss)
                 loss = loss + micro_loss.detach()
+                progress.observe(t, errors.detach())
             norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
             finite = _all_finite(accelerator, loss, norm)
             if finite or accelerator.scaler:  # float16's scaler learns from what it skips
@@ -252,6 +257,12 @@ def _images(config: TrainConfig, accelerator: Accelerator):
         images, held_out = open_images(config, accelerator.process_index, accelerator.num_processes)
     if len(set(gather_object([images.fingerprint]))) > 1:
         raise ValueError("the processes have read different images: is the data set being changed?")
+    unlabelled = images.label_names is None or (isinstance(images, ImageData) and images.labels is None)
+    if config.class_conditional and unlabelled:
+        raise ValueError(
+            f"class_conditional=True: not all images of {config.train_data_dir or config.dataset_name!r} have a class; "
+            "they need a column of type ClassLabel, or folders, one a class"
+        )
     if main and images.bad:
         log.warning(f"{len(images.bad)} images can't be used and are left out: {QUARANTINE} says why")
     if main and images.num_images is not None and images.num_images < FEW_IMAGES:
@@ -334,42 +345,79 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def _model(config: TrainConfig, shape: tuple[int, int, int]):
-    """The network and the scheduler that `config` asks for, made for images of (C, H, W)."""
-    channels, height, width = shape
+def _model(config: TrainConfig, images: ImageData | ImageStream):
+    """The network and the scheduler that `config` asks for, made for these images."""
+    channels, height, width = images.shape
     torch.manual_seed(config.seed)
     source = config.pretrained_model_name_or_path
-    unknown = sorted(config.scheduler.keys() - inspect.signature(LinearNoiseScheduler.__init__).parameters.keys())
+    settings = {**config.scheduler, **({"prediction_type": config.prediction_type} if config.prediction_type else {})}
+    kind = scheduler_class(settings)
+    unknown = sorted(settings.keys() - inspect.signature(kind.__init__).parameters.keys())
     if unknown:
-        raise ValueError(f"scheduler={config.scheduler!r}: LinearNoiseScheduler has no {', '.join(unknown)}")
+        raise ValueError(f"scheduler={config.scheduler!r}: {kind.__name__} has no {', '.join(unknown)}")
     if source is not None and config.unet:
         raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     try:
         if source is None:
             size = height if height == width else (height, width)
-            unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **config.unet})
-            scheduler = make_scheduler(config.scheduler)
+            names = images.label_names if config.class_conditional else None
+            classes = {"num_classes": len(names), "class_names": names} if names else {}
+            unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **classes, **config.unet})
+            scheduler = kind.from_config(settings)
         else:
             pipeline = load_pipeline(source, "pretrained_model_name_or_path")
             unet = pipeline.unet
-            scheduler = make_scheduler({**pipeline.scheduler.config, **config.scheduler})
+            settings = {**pipeline.scheduler.config, **settings}
+            scheduler = scheduler_class(settings).from_config(settings)
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
         raise ValueError(f"unet={config.unet!r}, scheduler={config.scheduler!r}: {error}") from error
     if unet.config.in_channels != channels:
         of = "unet" if source is None else f"pretrained_model_name_or_path={source!r}"
         made_for = unet.config.in_channels
         raise ValueError(f"{of} is made for {made_for} channels and the images have {channels}: set channels")
+    _check_classes(config, unet, images.label_names)
     scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
     return unet, scheduler
 
 
-def draw(config: TrainConfig, scheduler, shape, step: int):
-    """noise (B, C, H, W), timesteps (B,) and flips (B, 1, 1, 1) of the global batch of update `step`."""
-    generator = seeded_generator(config.seed, "noise", step)
+def _check_classes(config: TrainConfig, unet, names: list[str] | None) -> None:
+    classes = unet.config.get("num_classes")
+    if not config.class_conditional:
+        if classes is not None:
+            raise ValueError(f"the network has {classes} classes (num_classes): set class_conditional")
+    elif classes != len(names) or (unet.config.class_names or names) != names:
+        made_for = (
+            "none" if classes is None else f"{classes} ({', '.join(unet.config.class_names or ['nameless'])[:80]})"
+        )
+        of_images = f"{len(names)} classes ({', '.join(names)[:80]})"
+        raise ValueError(f"class_conditional=True: the images have {of_images} and the network has {made_for}")
+
+
+def _labels(run: Run, labels: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """What the network is told of the classes (B,): the null label for those that are hidden, None if it has none."""
+    if not run.config.class_conditional:
+        return None
+    if labels is None:
+        raise ValueError("class_conditional=True: an image without a class has come up")
+    return torch.where(hidden, run.unet.config.num_classes, labels)
+
+
+def draw(config: TrainConfig, scheduler: NoiseScheduler, shape, step: int):
+    """noise (B, C, H, W), timesteps (B,), flips (B, 1, 1, 1) and hidden labels (B,) of the global batch of an update.
+
+    Antithetic timesteps are T ((u + i / B) mod 1), rounded down, with one u for all i (Kingma et al. 2021,
+    arXiv:2107.00630, appendix I.1): each alone is uniform in 0 ... T-1, and together they leave no part of it out.
+    """
+    generator, B, T = seeded_generator(config.seed, "noise", step), shape[0], len(scheduler)
     noise = torch.randn(shape, generator=generator)
-    timesteps = torch.randint(len(scheduler), shape[:1], generator=generator)
-    flips = torch.rand(shape[0], 1, 1, 1, generator=generator) < (0.5 if config.random_flip else 0.0)
-    return noise, timesteps, flips
+    if config.antithetic_timesteps:
+        offset = torch.rand(1, generator=generator, dtype=torch.float64)
+        timesteps = ((offset + torch.arange(B) / B) % 1 * T).long()
+    else:
+        timesteps = torch.randint(T, (B,), generator=generator)
+    flips = torch.rand(B, 1, 1, 1, generator=generator) < (0.5 if config.random_flip else 0.0)
+    hidden = torch.rand(B, generator=generator) < config.label_dropout
+    return noise, timesteps, flips, hidden
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -386,7 +434,8 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 def held_out_loss(run: Run) -> float:
     """`diffusion_loss` of the averaged network on the held-out images, at timesteps spread evenly over 0 ... T-1.
 
-    Noise and timesteps are the same each time and in every run, so that only the network makes the difference.
+    It is not weighted, and held-out images without a class are predicted without one. Noise and timesteps are the same
+    each time and in every run, so that only the network makes the difference.
     """
     if run.held_out is None:
         return math.nan
@@ -399,7 +448,11 @@ def held_out_loss(run: Run) -> float:
         z = torch.randn((len(indices), *run.held_out.shape), generator=generator)
         if k % accelerator.num_processes == accelerator.process_index:
             x, z, t = (d.to(unet.device) for d in (run.held_out.batch(indices), z, timesteps[indices]))
-            total += diffusion_loss(unet, scheduler, x, z, t) * len(indices)
+            y = None
+            if run.config.class_conditional:
+                nobody = torch.full(indices.shape, unet.config.num_classes)
+                y = (nobody if run.held_out.labels is None else run.held_out.labels[indices]).to(unet.device)
+            total += diffusion_loss(unet, scheduler, x, z, t, y).sum()
     return accelerator.reduce(total, "sum").item() / n
 
 

@@ -205,7 +205,7 @@ class UpStage(nn.Module):
 
 
 class DDPMUNet(ModelMixin, ConfigMixin):
-    """The network of a DDPM: noisy images and their timesteps in, a prediction of the same shape out.
+    """The network of a DDPM: noisy images, their timesteps and perhaps classes in, a prediction of their shape out.
 
     The defaults are the network of the ExplainingAI tutorial for MNIST (10.2 M parameters). Any height and width will
     do, whatever `sample_size` says: what the stages can't halve is padded inside (the last row and column repeated)
@@ -246,6 +246,9 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         norm_eps: epsilon of all normalisations.
         dropout: probability, inside the residual blocks.
         dropout_channels: drop whole channels.
+        num_classes: classes whose labels are 0 ... num_classes - 1; one label more, `num_classes`, stands for none of
+            them (the null label of Ho & Salimans 2022, arXiv:2207.12598). `None`: unconditional.
+        class_names: what the classes are called, in the order of their labels.
     """
 
     _supports_gradient_checkpointing = True
@@ -285,6 +288,8 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         dropout_channels: bool = False,
+        num_classes: int | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
         config = self.config
@@ -323,12 +328,15 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
         self.norm_out = nn.GroupNorm(norm_num_groups_out or norm_num_groups, width, norm_eps)
         self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
+        # (B,) -> (B, E), added to the time embedding; the last row is that of the null label
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, config.time_embedding_dim)
 
-    def forward(self, sample: torch.Tensor, timestep, return_dict: bool = True):
+    def forward(self, sample: torch.Tensor, timestep, class_labels=None, return_dict: bool = True):
         """
         Args:
             sample: (B, in_channels, H, W).
             timestep: int or float, or a tensor of shape (), (1,) or (B,).
+            class_labels: int64 (B,), each in 0 ... num_classes; of a class-conditional network, and of no other.
 
         Returns:
             `DDPMUNetOutput` with `sample` (B, in_channels, H, W), or the tuple of it.
@@ -340,6 +348,9 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         if len(timesteps) not in (1, B):
             raise ValueError(f"timestep has {len(timesteps)} elements for a batch of {B}; it must be 1 or {B}")
         time = self.time_embedding(timesteps.expand(B))
+        self._check_labels(class_labels, B)
+        if class_labels is not None:
+            time = time + self.class_embedding(class_labels)
 
         pad_h, pad_w = -H % self.size_factor, -W % self.size_factor
         if pad_h or pad_w:
@@ -357,6 +368,26 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         x = self.conv_out(F.silu(self.norm_out(x)))[:, :, :H, :W]
 
         return DDPMUNetOutput(sample=x) if return_dict else (x,)
+
+    def _check_labels(self, labels, batch_size: int) -> None:
+        classes = self.config.num_classes
+        if classes is None:
+            if labels is not None:
+                raise ValueError("class_labels: this network is unconditional (num_classes=None); leave them out")
+            return
+        if labels is None:
+            raise ValueError(
+                f"class_labels: this network wants them, in 0 ... {classes - 1}; {classes} is for no class"
+            )
+        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (batch_size,):
+            what = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
+            raise ValueError(f"class_labels={what} must be an int64 tensor of shape ({batch_size},)")
+        if labels.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # looking at the values would stop the device, or break the graph
+        if not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
+            raise ValueError(
+                f"class_labels={labels.tolist()} must lie in 0 ... {classes - 1}, or be {classes} for none"
+            )
 
     def _run(self, stage, *args):
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -408,6 +439,10 @@ def _check(config) -> None:
     require("dropout", isinstance(config.dropout, int | float) and 0 <= config.dropout < 1, "must lie in [0, 1)")
     heads = "num_attention_heads" if config.attention_head_dim is None else "attention_head_dim"
     require(heads, type(config[heads]) is int and config[heads] >= 1, "must be an integer of at least 1")
+    classes, names = config.num_classes, config.class_names
+    require("num_classes", classes is None or (type(classes) is int and classes >= 1), "must be at least 1, or None")
+    holds = names is None or (is_list_of(str, names) and len(set(names)) == len(names) == classes)
+    require("class_names", holds, f"must be as many names as num_classes={classes}, no two of them the same")
     for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
         widths = [config[name]] if isinstance(config[name], int) else config[name]
         holds = not any(width % config.norm_num_groups for width in widths)

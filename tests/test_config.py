@@ -38,12 +38,14 @@ def test_the_flags_are_frozen():
     assert [f.name for f in dataclasses.fields(TrainConfig)] == [
         "config", "output_dir", "overwrite_output_dir", "dataset_name", "dataset_config_name", "train_data_dir",
         "resolution", "channels", "value_range", "background", "max_bad_fraction", "streaming",
-        "dataloader_num_workers", "random_flip", "pretrained_model_name_or_path", "unet", "scheduler",
+        "dataloader_num_workers", "random_flip", "class_conditional", "label_dropout", "pretrained_model_name_or_path",
+        "unet", "scheduler", "prediction_type",
         "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
         "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-        "max_grad_norm", "ema_max_decay", "mixed_precision", "seed", "checkpointing_steps",
-        "checkpoints_total_limit", "resume_from_checkpoint", "eval_batch_size", "ddpm_num_inference_steps",
-        "preview_time_share", "logger", "push_to_hub", "hub_model_id", "hub_private_repo",
+        "max_grad_norm", "ema_max_decay", "snr_gamma", "antithetic_timesteps", "mixed_precision", "seed",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "eval_batch_size",
+        "ddpm_num_inference_steps", "guidance_scale", "preview_time_share", "logger",
+        "push_to_hub", "hub_model_id", "hub_private_repo",
     ]  # fmt: skip
 
 

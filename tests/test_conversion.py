@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
+from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.conversion import _diffusers_settings, _from_diffusers_weights, load_checked, to_diffusers
 
@@ -215,7 +215,7 @@ def test_a_cosine_schedule_stays_and_variants_are_left_alone(tmp_path):
         save_file(wrong, tmp_path / f"theirs/unet/diffusion_pytorch_model.{variant}.safetensors")
     assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "out")]) == 0
     pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / "out"))
-    assert type(pipeline.scheduler) is diffusers.DDPMScheduler
+    assert type(pipeline.scheduler) is CosineNoiseScheduler
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     assert_close(to_diffusers(pipeline.unet).state_dict(), unet.state_dict(), rtol=0, atol=0)
 

@@ -56,6 +56,43 @@ def test_a_folder_of_images(tmp_path):
     assert_close((x + 1) / 2 * 255, train.pixels[3:4].float(), rtol=0, atol=1e-4)
 
 
+def test_folders_are_classes(tmp_path):
+    for split, folders in (("train", ["dog", "cat", "cat/persian"]), ("test", ["cat", "mouse"])):
+        for folder in folders:
+            folder_of(tmp_path / split / folder, pictures(3))
+    train, held_out = load_images(config(tmp_path))
+    assert train.label_names == ["cat", "dog"]
+    assert train.labels.tolist() == [0] * 6 + [1] * 3
+    assert held_out.labels is None  # nobody has told what a mouse is
+    folder_of(tmp_path / "train", pictures(1))  # an image of no class
+    assert load_images(config(tmp_path))[0].label_names is None
+
+
+def test_one_folder_is_no_class(tmp_path):
+    folder_of(tmp_path / "images", pictures(3))
+    assert load_images(config(tmp_path))[0].label_names is None
+
+
+def test_a_label_of_minus_1_is_none(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for split, labels in (("train", [0, 1, 1]), ("test", [-1, -1, -1])):
+        rows = {"image": pictures(3), "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    train, held_out = load_images(config(tmp_path))
+    assert (train.labels.tolist(), train.label_names) == ([0, 1, 1], ["a", "b"])
+    assert held_out.labels is None
+
+
+def test_labels_go_with_their_images():
+    train, _ = load_images(TrainConfig())
+    images, labels = train.of_update(5, 3, 100, torch.arange(20, 60))
+    stored = {tuple(p.flatten().tolist()): label for p, label in zip(train.pixels, train.labels.tolist(), strict=True)}
+    of_images = [stored[tuple(((image + 1) * 8).round().int().flatten().tolist())] for image in images]
+    assert labels.tolist() == of_images
+    other = ImageData(train.pixels, train.value_range, 9 - train.labels, train.label_names)
+    assert other.fingerprint != train.fingerprint
+
+
 def test_train_and_test_folders(tmp_path):
     folder_of(tmp_path / "train" / "a", pictures(3))
     folder_of(tmp_path / "train" / "b", pictures(2))

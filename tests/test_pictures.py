@@ -5,6 +5,7 @@ from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
 from ddpm_hf.pictures import forward_process, grid, loss_curve, save_gif
+from ddpm_hf.progress import Progress
 
 
 def test_grid_places_each_image():
@@ -46,6 +47,7 @@ def test_gif(tmp_path):
 
 
 def test_loss_curve(tmp_path):
-    log = [{"step": k, "loss": 1 / (k + 1), "held_out_loss": 0.5 if k == 4 else None} for k in range(5)]
+    parts = {name: 0.1 * k if k else None for k, name in enumerate(Progress.BY_TIMESTEP)}
+    log = [{"step": k, "loss": 1 / (k + 1), "held_out_loss": 0.5 if k == 4 else None, **parts} for k in range(5)]
     loss_curve(log, tmp_path / "loss.png")
-    assert Image.open(tmp_path / "loss.png").size == (840, 480)
+    assert Image.open(tmp_path / "loss.png").size == (1200, 480)

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from conftest import tiny_unet
 from torch.testing import assert_close
 
-from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
+from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 
 
 def tiny_pipeline(**settings) -> DDPMCustomPipeline:
@@ -99,7 +100,124 @@ def test_any_solver_of_diffusers_samples_gaussian_data(name):
     assert abs(sample.mean()) < 0.05
 
 
+# ---------------------------------------------------------------- classes
+
+
+def of_classes(**settings) -> DDPMCustomPipeline:
+    pipeline = tiny_pipeline(num_classes=3, class_names=["cat", "dog", "7"], **settings)
+    pipeline.unet.class_embedding.weight.data *= 3  # so that a network that has learnt nothing tells them apart
+    return pipeline
+
+
+def test_labels_may_be_numbers_or_names_and_one_or_many():
+    pipeline = of_classes()
+    settings = {"num_inference_steps": 3, "output_type": "pt"}
+    generators = [seeded(0) for _ in range(4)]
+    expected = pipeline(4, generators, class_labels=[1, 1, 2, 0], **settings).images
+    for a, b in ((0, 2), (0, 3), (2, 3)):
+        assert not torch.allclose(expected[a], expected[b], atol=1e-3)
+    same = [["dog", "dog", "7", "cat"], torch.tensor([1, 1, 2, 0]), np.array([1, 1, 2, 0]), ("dog", 1, 2, "cat")]
+    for labels in same:
+        generators = [seeded(0) for _ in range(4)]
+        assert_close(pipeline(None, generators, class_labels=labels, **settings).images, expected, rtol=0, atol=0)
+    for label in ("dog", 1, torch.tensor(1), np.int64(1)):
+        two = pipeline(2, [seeded(0), seeded(0)], class_labels=label, **settings).images
+        assert_close(two, expected[:2], rtol=0, atol=1e-5)
+        assert pipeline(generator=seeded(0), class_labels=label, **settings).images.shape == (1, 1, 8, 8)
+
+
+def test_guidance_is_one_batch_of_both():
+    pipeline, seen = of_classes(), []
+    pipeline.unet.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append((len(args[0]), kwargs["class_labels"].tolist())), with_kwargs=True
+    )
+    samples = {}
+    for scale in (1, 0, 2.5):
+        samples[scale] = pipeline(class_labels=[0, 2], guidance_scale=scale, num_inference_steps=2, generator=seeded(0))
+    assert seen == [(2, [0, 2])] * 2 + [(4, [0, 2, 3, 3])] * 4
+
+
+CLASS_MEANS, VARIANCE = (-0.6, 0.1, 0.9, 0.0), 0.09  # of the data of each class, and of the null label
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("clip_sample", [False, True])
+@pytest.mark.parametrize("kind", [LinearNoiseScheduler, CosineNoiseScheduler])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_is_right_for_every_prediction_type(prediction_type, clip_sample, kind, scale):
+    """With perfect networks for Gaussian classes, against the mixture of x_0 and the posterior written out here."""
+    scheduler = kind(prediction_type=prediction_type, clip_sample=clip_sample)
+    abar, means, size, steps = scheduler._alphas_cumprod, torch.tensor(CLASS_MEANS).double(), (3, 1, 8, 8), 20
+
+    def optimal_x0(x, t, labels):
+        mean = means[labels].reshape(-1, 1, 1, 1)
+        gain = abar[t].sqrt() * VARIANCE / (abar[t] * VARIANCE + 1 - abar[t])
+        return mean + gain * (x - abar[t].sqrt() * mean)
+
+    def perfect(sample, timestep, class_labels):
+        t, x = int(timestep), sample
+        x0 = optimal_x0(x, t, class_labels)
+        epsilon = (x - abar[t].sqrt() * x0) / (1 - abar[t]).sqrt()
+        output = {"epsilon": epsilon, "sample": x0, "v_prediction": scheduler.get_velocity(x0, epsilon, t)}
+        return type("Output", (), {"sample": output[prediction_type]})
+
+    pipeline = DDPMCustomPipeline(tiny_unet(num_classes=3).double(), scheduler)
+    pipeline.unet.forward = perfect
+    pipeline.set_progress_bar_config(disable=True)
+    got = pipeline(3, seeded(0), steps, "latent", class_labels=[2, 0, 1], guidance_scale=scale).images
+
+    generator, labels, none = seeded(0), torch.tensor([2, 0, 1]), torch.tensor([3, 3, 3])
+    x = torch.randn(size, generator=generator, dtype=torch.float64)
+    for t in range(1000 - 1000 // steps, -1, -1000 // steps):
+        before = abar[t - 1000 // steps] if t else torch.tensor(1.0).double()
+        without = optimal_x0(x, t, none)
+        x0 = without + scale * (optimal_x0(x, t, labels) - without)
+        x0 = x0.clamp(-1, 1) if clip_sample else x0
+        beta = 1 - abar[t] / before
+        x = (before.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - before) * x) / (1 - abar[t])
+        if t:
+            noise = torch.randn(size, generator=generator, dtype=torch.float64)
+            x = x + (beta * (1 - before) / (1 - abar[t])).sqrt() * noise
+    assert_close(got, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, "class_labels: this model is class-conditional; give .* labels 0 ... 2 or names cat, dog, 7"),
+        ({"class_labels": 3}, "class_labels=3: 3 is no class; there are labels 0 ... 2 or names cat, dog, 7"),
+        ({"class_labels": [0, -1]}, "-1 is no class"),
+        ({"class_labels": "mouse"}, "class_labels='mouse': 'mouse' is no class; there are labels 0 ... 2 or names"),
+        ({"class_labels": 1.0}, "1.0 is no class"),
+        ({"class_labels": []}, "class_labels: 0 for batch_size=None"),
+        ({"class_labels": [0, 1], "batch_size": 3}, "class_labels: 2 for batch_size=3; give one for all or one an"),
+        ({"class_labels": 0, "guidance_scale": -1}, "guidance_scale=-1 must be a number of at least 0"),
+        ({"class_labels": 0, "guidance_scale": "2"}, "guidance_scale='2' must be a number of at least 0"),
+        ({"class_labels": 0, "guidance_scale": float("nan")}, "guidance_scale=nan must be a number of at least 0"),
+    ],
+)
+def test_classes_that_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message):
+        of_classes()(num_inference_steps=2, **call)
+
+
+def test_an_unconditional_model_takes_no_classes():
+    for call in ({"class_labels": [0]}, {"guidance_scale": 2.0}):
+        with pytest.raises(ValueError, match=rf"{next(iter(call))}=.*: this model is unconditional; leave"):
+            tiny_pipeline()(num_inference_steps=2, **call)
+
+
 # ---------------------------------------------------------------- saving and loading
+
+
+def test_a_folder_saved_before_there_were_classes_loads_and_samples_as_it_did():
+    """Saved, with what it sampled, by version 0.1.0 of 2026-11-22."""
+    folder = Path(__file__).parent / "unconditional_pipeline"
+    assert "num_classes" not in (folder / "unet/config.json").read_text()
+    pipeline = DDPMCustomPipeline.from_pretrained(folder)
+    images = pipeline(2, seeded(0), 10, output_type="np").images
+    assert_close(images, np.load(folder / "samples.npy"), rtol=0, atol=1e-5)
+
 
 LOAD_AND_SAMPLE = """
 import sys, torch, numpy

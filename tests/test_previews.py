@@ -147,6 +147,26 @@ def test_the_pictures_of_a_run(tmp_path):
     }
 
 
+def test_the_samples_of_classes_have_a_row_each(tmp_path, monkeypatch):
+    asked = []
+    sample = DDPMCustomPipeline.__call__
+
+    def note(self, *args, **settings):
+        asked.append((settings["class_labels"], settings["guidance_scale"]))
+        return sample(self, *args, **settings)
+
+    monkeypatch.setattr(DDPMCustomPipeline, "__call__", note)
+    settings = {"class_conditional": True, "guidance_scale": 3.0, "eval_batch_size": 25}
+    train(tiny_config(tmp_path, **settings), preview=draw_pictures)
+    two_each = [k // 2 for k in range(20)]
+    assert asked == [(two_each, 3.0), (two_each, 3.0)]  # averaged and raw
+    picture = Image.open(tmp_path / "samples.png")
+    assert picture.height == 10 * 65 - 1
+    assert 2 * 65 - 1 + 12 < picture.width < 2 * 65 + 30  # and the names
+    margin = np.asarray(picture.convert("L"))[:, : picture.width - 2 * 65]
+    assert all((margin[65 * k : 65 * k + 64] < 128).any() for k in range(10))
+
+
 PROCESSES = """
 import sys; sys.path.insert(0, {tests!r})
 import numpy as np

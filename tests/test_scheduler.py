@@ -1,3 +1,4 @@
+import json
 import math
 
 import diffusers
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_hf import LinearNoiseScheduler
+from ddpm_hf import CosineNoiseScheduler, LinearNoiseScheduler
 from ddpm_hf.scheduler import draw_noise
 
 F64 = torch.float64
@@ -101,9 +102,11 @@ def test_sampling_gaussian_data_gives_its_variance():
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-def test_every_prediction_type_makes_the_same_samples(prediction_type):
+@pytest.mark.parametrize("clip_sample", [False, True])
+@pytest.mark.parametrize("kind", [LinearNoiseScheduler, CosineNoiseScheduler])
+def test_every_prediction_type_makes_the_same_samples(prediction_type, clip_sample, kind):
     """The optimal networks of all three predict the same x_0."""
-    schedulers = [LinearNoiseScheduler(prediction_type=p, clip_sample=False) for p in ("epsilon", prediction_type)]
+    schedulers = [kind(prediction_type=p, clip_sample=clip_sample) for p in ("epsilon", prediction_type)]
     samples = []
     for scheduler in schedulers:
         scheduler.set_timesteps(50)
@@ -118,6 +121,75 @@ def test_every_prediction_type_makes_the_same_samples(prediction_type):
             x = scheduler.step(output, t, x, generator).prev_sample
         samples.append(x)
     assert_close(*samples, rtol=0, atol=1e-10)
+
+
+def test_constants_of_the_cosine_schedule(tmp_path):
+    scheduler = CosineNoiseScheduler()
+    for t, abar in {0: 9.9995871578e-1, 499: 4.9384359044e-1, 999: 2.4287669070e-9}.items():  # computed independently
+        assert_close(float(scheduler._alphas_cumprod[t]), abar, rtol=1e-9, atol=0)
+    scheduler.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["beta_schedule"] == "squaredcos_cap_v2"
+    loaded = CosineNoiseScheduler.from_pretrained(tmp_path)
+    for built_from in (scheduler.config, loaded.config):
+        ddim = diffusers.DDIMScheduler.from_config(built_from)
+        assert_close(ddim.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-5, atol=1e-9)
+    again = CosineNoiseScheduler.from_config(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
+    assert torch.equal(again._alphas_cumprod, scheduler._alphas_cumprod)
+    with pytest.raises(ValueError, match="beta_schedule='linear'; choose from squaredcos_cap_v2"):
+        CosineNoiseScheduler.from_config(LinearNoiseScheduler().config)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "UniPCMultistep",
+                                  "EulerDiscrete", "HeunDiscrete", "PNDM"])  # fmt: skip
+def test_solvers_built_from_the_cosine_schedule_have_it(name):
+    solver = getattr(diffusers, f"{name}Scheduler").from_config(CosineNoiseScheduler().config)
+    assert_close(solver.alphas_cumprod, CosineNoiseScheduler().alphas_cumprod, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [LinearNoiseScheduler, CosineNoiseScheduler])
+def test_zero_terminal_snr(kind):
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    plain, scheduler = kind(), kind(**settings, clip_sample=False)
+    assert scheduler._alphas_cumprod[-1] == 0
+    assert_close(scheduler._alphas_cumprod[0], plain._alphas_cumprod[0])
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
+    assert_close(ddim.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    # Bright images: N(0.8, 0.01). Their mean is found although the walk begins with nothing but noise.
+    scheduler.set_timesteps(500)
+    assert scheduler.timesteps[0] == 999
+    generator = torch.Generator().manual_seed(0)
+    x = draw_noise((20_000, 1), generator, dtype=F64)
+    for t in scheduler.timesteps:
+        signal, sigma = scheduler._signal_and_noise[t]
+        total = signal**2 * 0.01 + sigma**2
+        epsilon = sigma * (x - signal * 0.8) / total
+        x0 = 0.8 + signal * 0.01 * (x - signal * 0.8) / total
+        x = scheduler.step(signal * epsilon - sigma * x0, t, x, generator).prev_sample
+    assert abs(x.mean() - 0.8) < 5 * math.sqrt(0.01 / 20_000)
+    assert 0.008 < x.var() < 0.0105
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 1e9])
+def test_min_snr_weights(gamma):
+    """Against the formula with SNRs that were computed independently, and as one error in three guises."""
+    snr = {0: 9.9990000000e3, 1: 4.5463576575e3, 99: 8.7104485694, 499: 8.5289944463e-2, 999: 4.0359926512e-5}
+    t = torch.tensor(list(snr))
+    r = torch.tensor(list(snr.values()), dtype=F64)
+    per = {"epsilon": r, "sample": 1.0, "v_prediction": r + 1}
+    x0, noise, wrong = torch.randn(3, len(t), 4, dtype=F64, generator=torch.Generator().manual_seed(0)).unbind()
+    losses = []
+    for prediction_type, divisor in per.items():
+        scheduler = LinearNoiseScheduler(prediction_type=prediction_type)
+        weights = scheduler.min_snr_weight(t, gamma)
+        assert weights.dtype == torch.float32
+        assert_close(weights.double(), r.clamp(max=gamma) / divisor, rtol=1e-6, atol=0)
+        # a wrong x_0 and the noise that goes with it, so that x_t is the same
+        signal, sigma = scheduler._signal_and_noise[t].unbind(1)
+        noise_of_wrong = noise + (signal / sigma)[:, None] * (x0 - wrong)
+        error = scheduler.target(wrong, noise_of_wrong, t) - scheduler.target(x0, noise, t)
+        losses.append(weights * error.square().mean(1))
+    assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    assert_close(losses[2], losses[1], rtol=1e-5, atol=0)
 
 
 def test_one_step_chain_equals_the_jump():
@@ -352,7 +424,7 @@ def test_quadratic_spacing_builds_no_other_solver(tmp_path):
     ours = LinearNoiseScheduler.from_pretrained(tmp_path)
     assert LinearNoiseScheduler.from_config(ours.config).config.timestep_spacing == "quadratic"
     for name in SOLVERS:
-        with pytest.raises(ValueError, match="'quadratic' is known to LinearNoiseScheduler alone"):
+        with pytest.raises(ValueError, match="'quadratic' is known to ddpm_hf alone"):
             getattr(diffusers, name).from_config(ours.config)
     diffusers.DDIMScheduler.from_config({**ours.config, "timestep_spacing": "leading"})
 
@@ -362,7 +434,7 @@ def test_quadratic_spacing_builds_no_other_solver(tmp_path):
     [
         (
             {"beta_schedule": "squaredcos_cap_v2"},
-            "beta_schedule='squaredcos_cap_v2'; choose from linear, scaled_linear",
+            "beta_schedule='squaredcos_cap_v2'; choose from linear, scaled_linear .* CosineNoiseScheduler's",
         ),
         ({"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'; choose from fixed_small, fixed_large"),
         ({"prediction_type": "x0"}, "prediction_type='x0'; choose from epsilon, sample, v_prediction"),
@@ -370,7 +442,14 @@ def test_quadratic_spacing_builds_no_other_solver(tmp_path):
         ({"thresholding": True}, "thresholding=True is not supported; it must be False"),
         ({"sample_max_value": 1.5}, "sample_max_value=1.5 is not supported"),
         ({"dynamic_thresholding_ratio": 0.9}, "dynamic_thresholding_ratio=0.9 is not supported"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not supported"),
+        (
+            {"rescale_betas_zero_snr": True},
+            "with prediction_type='epsilon' gives black images: .* use .*'v_prediction'",
+        ),
+        (
+            {"rescale_betas_zero_snr": True, "prediction_type": "sample", "num_train_timesteps": 1},
+            "rescale_betas_zero_snr=True needs num_train_timesteps of at least 2",
+        ),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0 must be"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5, beta_end=0.1: must be 0 < start <= end < 1"),
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\); num_train_timesteps=1000"),

@@ -55,7 +55,7 @@ def config(folder, out="out", **settings):
 
 
 def values(stream, n):
-    return [value_of(image) for image in stream.of_update(0, 0, n, torch.arange(n))]
+    return [value_of(image) for image in stream.of_update(0, 0, n, torch.arange(n))[0]]
 
 
 def test_every_epoch_has_every_image_once_but_those_held_out(tmp_path):
@@ -141,3 +141,21 @@ def test_a_run_on_a_stream_goes_on_to_the_same_bytes(tmp_path, workers):
         assert a == b
     for run in ("whole", "cut"):
         assert "it begins with b'<html>'" in (tmp_path / run / "quarantine.csv").read_text()
+
+
+def test_a_stream_has_the_labels_of_its_images(tmp_path):
+    rows = {"image": [{"bytes": encoded(k), "path": None} for k in range(100)], "label": [k % 2 for k in range(100)]}
+    datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(tmp_path / "train.parquet")
+    stream = ImageStream(config(tmp_path), 0, 1)
+    images, labels = stream.of_update(0, 0, 40, torch.arange(40))
+    assert labels.tolist() == [value_of(image) % 2 for image in images]
+    assert stream.label_names == ["a", "b"]
+    run = train(config(tmp_path, class_conditional=True, max_train_steps=3))
+    assert run.pipeline.unet.config.class_names == ["a", "b"]
+
+
+def test_an_image_without_a_class_ends_a_stream_that_needs_them(tmp_path):
+    rows = {"image": [{"bytes": encoded(k), "path": None} for k in range(100)], "label": [-1] * 100}
+    datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="class_conditional=True: an image without a class has come up"):
+        train(config(tmp_path, class_conditional=True, max_train_steps=3))

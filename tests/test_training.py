@@ -57,15 +57,15 @@ def test_the_loss_is_zero_for_the_right_answer_only(prediction_type):
 
         return forward
 
-    assert diffusion_loss(network(0.0), scheduler, images, noise, t) == 0
-    assert_close(diffusion_loss(network(0.5), scheduler, images, noise, t), torch.tensor(0.25))
+    assert (diffusion_loss(network(0.0), scheduler, images, noise, t) == 0).all()
+    assert_close(diffusion_loss(network(0.5), scheduler, images, noise, t), torch.full((5,), 0.25))
 
 
 def test_the_draw_is_a_function_of_seed_and_update(tmp_path):
     config, scheduler = tiny_config(tmp_path, random_flip=True), LinearNoiseScheduler()
     shape = (4000, 1, 4, 4)
-    noise, timesteps, flips = draw(config, scheduler, shape, 3)
-    for a, b in zip(draw(config, scheduler, shape, 3), (noise, timesteps, flips), strict=True):
+    noise, timesteps, flips, hidden = draw(config, scheduler, shape, 3)
+    for a, b in zip(draw(config, scheduler, shape, 3), (noise, timesteps, flips, hidden), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(draw(config, scheduler, shape, 4)[0], noise)
     assert not torch.equal(draw(tiny_config(tmp_path, seed=1), scheduler, shape, 3)[0], noise)
@@ -75,6 +75,22 @@ def test_the_draw_is_a_function_of_seed_and_update(tmp_path):
     assert timesteps.max() > 989
     assert abs(flips.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(4000)
     assert not draw(tiny_config(tmp_path), scheduler, shape, 3)[2].any()
+    assert abs(hidden.double().mean() - 0.1) < 5 * math.sqrt(0.09 / 4000)
+    assert not draw(tiny_config(tmp_path, label_dropout=0), scheduler, shape, 3)[3].any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1500])
+def test_antithetic_timesteps_are_even_over_the_batch_and_uniform_alone(tmp_path, batch_size):
+    config, scheduler = tiny_config(tmp_path, antithetic_timesteps=True), LinearNoiseScheduler()
+    drawn = torch.stack([draw(config, scheduler, (batch_size, 1, 1, 1), step)[1] for step in range(300)])
+    gaps = drawn.sort(1).values.diff(dim=1)
+    assert ((gaps - 1000 / batch_size).abs() <= 1).all()
+    assert ((drawn >= 0) & (drawn < 1000)).all()
+    for place in {0, batch_size // 2}:
+        quarters = torch.bincount(drawn[:, place] // 250, minlength=4)
+        assert (quarters - 75).abs().max() < 5 * math.sqrt(300 * 3 / 16)
+    plain = draw(tiny_config(tmp_path), scheduler, (batch_size, 1, 1, 1), 0)
+    assert torch.equal(draw(config, scheduler, (batch_size, 1, 1, 1), 0)[0], plain[0])  # the noise is what it was
 
 
 def test_learning_rate(tmp_path):
@@ -422,6 +438,122 @@ def test_what_nobody_has_tested_is_refused(tmp_path, monkeypatch, name):
     assert not (tmp_path / "run").exists()
 
 
+# ---------------------------------------------------------------- classes and objectives
+
+
+def test_a_run_of_classes_learns_them(tmp_path):
+    """The loss with the right label is smaller than with the next, and the null label is learnt too."""
+    run = train(tiny_config(tmp_path, class_conditional=True, max_train_steps=400, train_batch_size=64))
+    unet, scheduler = run.pipeline.unet, run.pipeline.scheduler
+    assert (unet.config.num_classes, unet.config.class_names) == (10, [str(k) for k in range(10)])
+    x, labels, n = run.held_out.batch(torch.arange(180)), run.held_out.labels, 180
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((n,), 400)
+    with torch.no_grad():
+        right, wrong, none = (
+            diffusion_loss(unet, scheduler, x, noise, t, y).mean()
+            for y in (labels, (labels + 1) % 10, torch.full((n,), 10))
+        )
+    assert right < none < wrong
+    assert_close(held_out_loss(run), read_log(tmp_path / "log.csv")[-1]["held_out_loss"])
+
+
+def test_hidden_labels_become_the_null_label(tmp_path, monkeypatch):
+    seen = []
+
+    def loss(network, scheduler, images, noise, timesteps, labels):
+        seen.append(labels)
+        return diffusion_loss(network, scheduler, images, noise, timesteps, labels)
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+    monkeypatch.setattr(training, "held_out_loss", lambda run: None)
+    config = tiny_config(tmp_path, class_conditional=True, label_dropout=0.3, max_train_steps=3)
+    run = train(config)
+    for step, labels in enumerate(seen):
+        hidden = draw(config, run.pipeline.scheduler, (16, 1, 8, 8), step)[3]
+        of_images = run.images.of_update(0, step, 16, torch.arange(16))[1]
+        assert labels.tolist() == torch.where(hidden, 10, of_images).tolist()
+    assert (torch.cat(seen) == 10).sum() > 3
+
+
+def test_a_run_of_classes_resumes_to_the_same_bytes(tmp_path):
+    settings = {"class_conditional": True, "checkpointing_steps": 3, "antithetic_timesteps": True, "snr_gamma": 5}
+    train(tiny_config(tmp_path / "whole", max_train_steps=6, **settings))
+    train(tiny_config(tmp_path / "parts", max_train_steps=3, **settings))
+    train(tiny_config(tmp_path / "parts", max_train_steps=6, resume_from_checkpoint="latest", **settings))
+    for variant in (None, "raw"):
+        assert_close(weights(tmp_path / "parts", variant), weights(tmp_path / "whole", variant), rtol=0, atol=0)
+
+
+def test_a_model_of_classes_is_trained_on(tmp_path):
+    train(tiny_config(tmp_path / "a", class_conditional=True))
+    again = {"pretrained_model_name_or_path": str(tmp_path / "a"), "unet": {}}
+    train(tiny_config(tmp_path / "b", class_conditional=True, **again))
+    assert DDPMCustomPipeline.from_pretrained(tmp_path / "b")(class_labels="7", num_inference_steps=2).images
+    with pytest.raises(ValueError, match=r"the network has 10 classes \(num_classes\): set class_conditional"):
+        train(tiny_config(tmp_path / "c", **again))
+    for folder in ("x", "y"):
+        (tmp_path / "two" / folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "two" / folder / "a.png")
+    with pytest.raises(ValueError, match=r"images have 2 classes \(x, y\) and the network has 10 \(0, 1, 2, 3"):
+        train(tiny_config(tmp_path / "c", class_conditional=True, train_data_dir=str(tmp_path / "two"), **again))
+    assert not (tmp_path / "c").exists()
+
+
+def test_classes_that_are_not_there(tmp_path):
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        Image.new("L", (8, 8), k).save(tmp_path / f"images/{k}.png")
+    with pytest.raises(
+        ValueError, match="class_conditional=True: not all images of .* have a class; they need a column"
+    ):
+        train(tiny_config(tmp_path / "run", class_conditional=True, train_data_dir=str(tmp_path / "images")))
+    with pytest.raises(ValueError, match="with prediction_type='epsilon' gives black images"):
+        train(tiny_config(tmp_path / "run", scheduler={"rescale_betas_zero_snr": True}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [
+    {"prediction_type": "sample"},
+    {"prediction_type": "v_prediction", "scheduler": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}},
+    {"scheduler": {"beta_schedule": "squaredcos_cap_v2"}, "snr_gamma": 5, "antithetic_timesteps": True},
+])  # fmt: skip
+def test_objectives_are_trained_and_saved(tmp_path, settings):
+    train(tiny_config(tmp_path, max_train_steps=200, **settings))
+    pipeline = DDPMCustomPipeline.from_pretrained(tmp_path)
+    assert pipeline.scheduler.config.prediction_type == settings.get("prediction_type", "epsilon")
+    for key, value in settings.get("scheduler", {}).items():
+        assert pipeline.scheduler.config[key] == value
+    losses = [row["loss"] for row in read_log(tmp_path / "log.csv")]
+    assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
+    assert pipeline(2, num_inference_steps=5, output_type="pt").images.isfinite().all()
+
+
+def test_min_snr_weights_the_loss_and_not_what_is_logged_beside_it(tmp_path):
+    """After one update from the same start: the weighted loss, and the plain errors, by hand."""
+    rows, one = {}, {}
+    for gamma in (None, 0.01):
+        folder = tmp_path / str(gamma)
+        seen = {}
+        train(tiny_config(folder, max_train_steps=1, snr_gamma=gamma), on_start=[lambda run, s=seen: s.update(run=run)])
+        rows[gamma], one = read_log(folder / "log.csv")[-1], seen
+    run = one["run"]
+    torch.manual_seed(0)
+    start = tiny_unet().train()
+    noise, t, _, _ = draw(run.config, run.pipeline.scheduler, (16, 1, 8, 8), 0)
+    x = run.images.of_update(0, 0, 16, torch.arange(16))[0]
+    errors = diffusion_loss(start, run.pipeline.scheduler, x, noise, t)
+    snr = run.pipeline.scheduler.alphas_cumprod[t] / (1 - run.pipeline.scheduler.alphas_cumprod[t])
+    assert_close(rows[None]["loss"], errors.mean().item(), rtol=1e-5, atol=0)
+    assert_close(rows[0.01]["loss"], (snr.clamp(max=0.01) / snr * errors).mean().item(), rtol=1e-3, atol=0)
+    for k in range(10):
+        part = errors[t // 100 == k]
+        expected = part.mean().item() if len(part) else None
+        for row in rows.values():
+            got = row[f"loss_t{10 * k:02d}"]
+            assert (got is None) if expected is None else abs(got - expected) < 1e-5 * expected
+
+
 # ---------------------------------------------------------------- numbers that are none
 
 
@@ -737,7 +869,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, proce
         assert (tmp_path / "killed/unet" / file).read_bytes() == (whole / "unet" / file).read_bytes()
     assert quietly(tmp_path / "killed") == quietly(whole)
     texts = [
-        [line.split(",")[:6] for line in (path / "log.csv").read_text().splitlines()]
+        [line.split(",")[: len(Progress.COUNTED)] for line in (path / "log.csv").read_text().splitlines()]
         for path in (tmp_path / "killed", whole)
     ]
     assert texts[0] == texts[1]

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import diffusers
 import pytest
 import torch
@@ -263,3 +265,57 @@ def test_the_presets_are_what_the_converter_makes_of_the_sources_defaults():
     for name in ("labml-mnist", "learnopencv-mnist", "learnopencv-flowers"):
         like = "labml-celeba" if "labml" in name else "learnopencv-cifar10"
         assert resolve({"config": name}).unet == resolve({"config": like}).unet
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_classes_are_told_apart():
+    unet, x = tiny_unet(num_classes=3), noisy(2, 1, 8, 8)
+    assert sum(p.numel() for p in unet.parameters()) == sum(p.numel() for p in tiny_unet().parameters()) + 4 * 16
+    told = [unet(x, 5, torch.full((2,), label)).sample for label in range(4)]  # 3 is the null label
+    for a, b in combinations(told, 2):
+        assert not torch.allclose(a, b, atol=1e-4)
+    mixed = unet(x, 5, class_labels=torch.tensor([2, 0])).sample
+    assert_close(mixed[:1], told[2][:1])
+    assert_close(mixed[1:], told[0][1:])
+
+
+def test_an_unconditional_network_is_what_it_was():
+    """The same seed gives the same weights whether or not there are classes, which come last."""
+    with_classes = tiny_unet(num_classes=3).state_dict()
+    assert with_classes.pop("class_embedding.weight").shape == (4, 16)
+    assert_close(with_classes, tiny_unet().state_dict(), rtol=0, atol=0)
+
+
+def test_class_names_are_saved(tmp_path):
+    tiny_unet(num_classes=2, class_names=["cat", "dog"]).save_pretrained(tmp_path)
+    config = DDPMUNet.from_pretrained(tmp_path).config
+    assert (config.num_classes, config.class_names) == (2, ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "message"),
+    [
+        (None, torch.tensor([0, 1]), r"class_labels: this network is unconditional \(num_classes=None\)"),
+        (3, None, "class_labels: this network wants them, in 0 ... 2; 3 is for no class"),
+        (3, torch.tensor([0, 4]), r"class_labels=\[0, 4\] must lie in 0 ... 2, or be 3 for none"),
+        (3, torch.tensor([0, -1]), r"class_labels=\[0, -1\] must lie in 0 ... 2"),
+        (3, torch.tensor([0]), r"class_labels=torch.int64 \(1,\) must be an int64 tensor of shape \(2,\)"),
+        (3, torch.tensor([0.0, 1.0]), r"class_labels=torch.float32 \(2,\) must be an int64 tensor of shape \(2,\)"),
+        (3, [0, 1], r"class_labels=\[0, 1\] must be an int64 tensor of shape \(2,\)"),
+    ],
+)
+def test_labels_that_cannot_be(classes, labels, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_unet(num_classes=classes)(noisy(2, 1, 8, 8), 5, labels)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_classes": 0}, {"num_classes": 2.0}, {"class_names": ["a"]}, {"num_classes": 2, "class_names": ["a"]},
+     {"num_classes": 2, "class_names": ["a", "a"]}, {"num_classes": 2, "class_names": [0, 1]}],
+)  # fmt: skip
+def test_classes_that_cannot_be(settings):
+    with pytest.raises(ValueError, match=r"(num_classes|class_names)=.* must be"):
+        tiny_unet(**settings)
