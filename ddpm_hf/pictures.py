@@ -71,7 +71,7 @@ def loss_curve(log: list[dict], path) -> None:
     lately = log[-max(1, len(log) // 10) :]
     columns = [[row[name] for row in lately if row[name] is not None] for name in Progress.BY_TIMESTEP]
     means = [sum(column) / len(column) if column else math.nan for column in columns]
-    by_timestep.stairs(means, [k / len(means) for k in range(len(means) + 1)], color="C0")
+    by_timestep.stairs(means, [k / len(means) for k in range(len(means) + 1)], color="C0", baseline=None)
     by_timestep.set(xlabel="timestep / T", yscale="log", title=f"of the last {len(lately)} rows of log.csv")
     for each in (axes, by_timestep):
         each.grid(alpha=0.3, which="both")

@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import TINY_UNET
+from conftest import TINY_UNET, tiny_config
+
+from ddpm_hf.hub import model_card
+from ddpm_hf.training import train as train_here
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,10 +111,20 @@ def test_a_finished_run_is_uploaded(hub, tmp_path):
     out = tmp_path / "runs/digits"
     assert all(content == (out / name).read_bytes() for name, content in hub.files.items())
     card = hub.files["README.md"].decode()
+    assert "pipeline_tag: unconditional-image-generation" in card
     assert 'from_pretrained("me/digits-model")' in card
     assert "3 updates, 24 images seen" in card
     assert "$" not in card
     assert not [name for name, content in hub.files.items() if b"secret" in content]
+
+
+def test_the_card_of_a_model_of_classes_says_how_to_ask(tmp_path):
+    run = train_here(tiny_config(tmp_path, class_conditional=True, guidance_scale=1.5))
+    card = model_card(run, "me/digits")
+    assert """from_pretrained("me/digits")(class_labels=['0', '1', '2', '3'], guidance_scale=1.5)""" in card
+    assert "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9;" in card
+    assert "pipeline_tag: other" in card
+    assert "unconditional" not in card
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
