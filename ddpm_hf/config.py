@@ -99,7 +99,7 @@ class TrainConfig:
     checkpointing_steps: int = _setting("save, measure the held-out loss and draw samples every so many updates", 1000)
     checkpoints_total_limit: int = _setting("checkpoints to keep", 2)
     resume_from_checkpoint: str | None = _setting("`latest`, or the folder of a checkpoint")
-    eval_batch_size: int = _setting("images in the grid of samples", 64)
+    eval_batch_size: int = _setting("images in the grid of samples; of classes at least one each", 64)
     ddpm_num_inference_steps: int = _setting("steps in which they are sampled", 50)
     guidance_scale: float = _setting("classifier-free guidance of the samples of classes; 1: none", 1.0)
     preview_time_share: float = _setting(
@@ -125,6 +125,9 @@ class TrainConfig:
         for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers", "guidance_scale"):
             self._check(name, getattr(self, name) >= 0, "must be at least 0")
         self._check("guidance_scale", self.guidance_scale < math.inf, "must be finite")
+        guided = self.guidance_scale != 1
+        self._check("guidance_scale", self.class_conditional or not guided, "needs class_conditional")
+        self._check("label_dropout", self.label_dropout or not guided, "must be greater than 0 for guidance_scale")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma"):
             self._check(
                 name,
@@ -146,6 +149,9 @@ class TrainConfig:
         self._check_choice("logger", (None, "tensorboard", "wandb", "trackio"))
         self._check("streaming", not self.streaming or self.max_train_steps is not None, "needs max_train_steps")
         self._check_choice("prediction_type", (None, *PREDICTION_TYPES))
+        also = self.scheduler.get("prediction_type", self.prediction_type)
+        same = self.prediction_type in (None, also)
+        self._check("prediction_type", same, f"and scheduler has the prediction_type {also!r}: give one of them")
         self._check_choice("lr_scheduler", ("constant", "cosine", "linear"))
         self._check_choice("mixed_precision", (None, "no", "bf16", "fp16"))
         black_white = self.value_range
@@ -231,7 +237,10 @@ def resolve(flags: dict) -> TrainConfig:
         recipe.pop("max_train_steps", None)  # which would take its place
     merged = {**recipe, **flags, "config": recipe["config"]}
     for name in ("unet", "scheduler"):
-        merged[name] = {**_as_dict(name, recipe.get(name)), **_as_dict(name, flags.get(name))}
+        recipes, flag = _as_dict(name, recipe.get(name)), _as_dict(name, flags.get(name))
+        if "beta_schedule" in flag:  # the recipe's ends are those of its own schedule
+            recipes = {key: value for key, value in recipes.items() if key not in ("beta_start", "beta_end")}
+        merged[name] = {**recipes, **flag}
     return TrainConfig(**merged)
 
 

@@ -407,7 +407,7 @@ def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
         "upsample_type": "nearest", "project_every_shortcut": False, "attention_norm": True,
         "time_embedding_dim": 4 * widths[0], "time_table_size": None, "dropout_channels": False,
     }  # fmt: skip
-    _require(config, "num_classes", config["num_classes"] is None, "can't be expressed by diffusers' DDPMPipeline")
+    _require(config, "num_classes", config["num_classes"] is None, "can't be: diffusers' DDPMPipeline knows no classes")
     config |= {k: list(config[k]) for k in ("mid_block_out_channels", "up_block_out_channels")}
     for key, value in wanted.items():
         _require(config, key, config[key] == value, f"can't be expressed by UNet2DModel; it would have to be {value!r}")

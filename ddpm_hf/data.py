@@ -49,7 +49,8 @@ class ImageData:
     Args:
         pixels: (N, C, H, W), uint8 or float32.
         value_range: the pixel values that become -1 (black) and 1 (white).
-        labels: (N,) int64, the classes, where the data set has them; `label_names` are what they are called.
+        labels: (N,) int64, the classes, where the data set has them, -1 of an image without one; `label_names` are what
+            they are called.
         bad: (name, reason) of the images that were left out, the held-out ones among them.
     """
 
@@ -77,8 +78,8 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Other images, or other classes, have another: their number and a checksum."""
-        checksum = 0 if self.labels is None else zlib.crc32(self.labels.numpy())
+        """Other images have another: their number and a checksum of their pixels."""
+        checksum = 0
         for part in self.pixels.split(1024):
             checksum = zlib.crc32(part.numpy(), checksum)
         return f"{len(self)} images {checksum:08x}"
@@ -295,7 +296,7 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
             f"taken for the {low:g} ... {high:g} of the latter"
         )
     value_range = EIGHT_BITS if pixels.dtype == np.uint8 else (low, high)
-    classes = torch.tensor(labels) if label_names and None not in labels else None
+    classes = torch.tensor([-1 if label is None else label for label in labels]) if label_names else None
     return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad
 
 

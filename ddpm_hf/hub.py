@@ -59,7 +59,7 @@ def model_card(run: Run, repo_id: str) -> str:
     """The card of a finished run: what was done and measured, nothing else."""
     last, unet = read_log(run.output_dir / "log.csv")[-1], run.pipeline.unet
     channels, height, width = run.images.shape
-    names, guidance = unet.config.get("class_names"), run.config.guidance_scale
+    names, guidance = unet.config.get("class_names"), run.config.guidance_scale  # all that have classes have names
     packages = ("ddpm-hf", "torch", "diffusers", "accelerate")
     return Template(
         resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text()
@@ -71,7 +71,7 @@ def model_card(run: Run, repo_id: str) -> str:
         num_images="a stream of them" if run.images.num_images is None else f"{run.images.num_images:,}",
         task="unconditional-image-generation" if names is None else "other",  # the Hub has no name for it
         call="batch_size=16" if names is None else f"class_labels={names[:4]}, guidance_scale={guidance:g}",
-        classes="none" if names is None else f"{len(names)}: {', '.join(names)[:200]}; samples.png has a row of each",
+        classes="none" if names is None else f"{len(names)}: {', '.join(names)[:200]}",
         network=type(unet).__name__,
         parameters=f"{sum(p.numel() for p in unet.parameters()):,}",
         steps=f"{run.step:,}",

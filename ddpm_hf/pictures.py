@@ -18,7 +18,7 @@ FILM_FRAMES = 40
 FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 CHUNK_BYTES = 2**26  # of images looked at at a time
-LONGEST_NAME = 24  # letters
+LONGEST_NAME, MOST_ROWS = 24, 100  # letters, classes
 MEASURED = 10_000  # images whose mean and spread stand beside data.png
 
 
@@ -55,15 +55,24 @@ def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> np.nd
     return to_output(torch.stack([images, *noisy], dim=1).flatten(0, 1), "np")
 
 
-def loss_curve(log: list[dict], path) -> None:
-    """Training and held-out loss against updates, and the training loss against timesteps, as a PNG."""
+def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
+    """Training and held-out loss against updates, and the training loss against timesteps, as a PNG.
+
+    Args:
+        weighted: that the training loss is, unlike the others.
+    """
     from matplotlib.figure import Figure  # takes half a second; without pyplot it needs no display and no backend
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes, by_timestep = figure.subplots(1, 2, width_ratios=(2, 1))
     train = [(row["step"], row["loss"]) for row in log if row["loss"] is not None]
     held_out = [(row["step"], row["held_out_loss"]) for row in log if row["held_out_loss"] is not None]
-    axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training (raw weights)")
+    axes.plot(
+        *zip(*train, strict=True),
+        color="0.6",
+        linewidth=1,
+        label=f"training (raw weights{', min-SNR weighted' if weighted else ''})",
+    )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="C3", label="held out (averaged weights)")
     axes.set(xlabel="update", ylabel="mean squared error", yscale="log")
@@ -95,8 +104,9 @@ def with_row_names(picture: Image.Image, names: list[str]) -> Image.Image:
     font = ImageFont.load_default(size=13)
     names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in names]
     margin = max(math.ceil(font.getlength(name)) for name in names) + 12
-    canvas = Image.new("RGB", (margin + picture.width, picture.height), "white")
-    canvas.paste(picture.convert("RGB"), (margin, 0))
+    mode = "RGBA" if picture.mode in ("LA", "RGBA") else "RGB"
+    canvas = Image.new(mode, (margin + picture.width, picture.height), "white")
+    canvas.paste(picture.convert(mode), (margin, 0))
     pen, height = ImageDraw.Draw(canvas), picture.height / len(names)
     for k, name in enumerate(names):
         pen.text((6, (k + 0.5) * height), name, "black", font, anchor="lm")
@@ -195,7 +205,8 @@ def draw_pictures(run: Run) -> None:
     picture = arranged(samples)
     picture.save(run.output_dir / "samples.png")
     show(run, "samples", picture)
-    loss_curve(read_log(run.output_dir / "log.csv"), run.output_dir / "loss.png")
+    weighted = config.snr_gamma is not None
+    loss_curve(read_log(run.output_dir / "log.csv"), run.output_dir / "loss.png", weighted)
     if draws_raw:
         halves = [
             with_caption(arranged(of), [f"{name} weights, update {run.step}"])
@@ -220,8 +231,8 @@ def _layout(run: Run) -> tuple[list[int] | None, int, int]:
     number = run.config.eval_batch_size
     if not run.config.class_conditional:
         return None, number, math.ceil(math.sqrt(number))
-    rows = min(number, run.pipeline.unet.config.num_classes)
-    columns = number // rows
+    rows = min(run.pipeline.unet.config.num_classes, max(number, MOST_ROWS))
+    columns = max(1, number // rows)
     return [row for row in range(rows) for _ in range(columns)], rows * columns, columns
 
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
 
     def _labels(self, class_labels, batch_size: int | None, guidance_scale) -> torch.Tensor | None:
         """int64 (batch_size,) on the device, or None for an unconditional network."""
-        classes = self.unet.config.get("num_classes")
+        classes = num_classes(self.unet)
         if classes is None:
             if class_labels is not None:
                 raise ValueError(f"class_labels={class_labels!r}: this model is unconditional; leave them out")
@@ -135,19 +135,22 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(
                 f"class_labels: this model is class-conditional; give one for all or one an image, {choices}"
             )
-        if not isinstance(guidance_scale, int | float) or not 0 <= guidance_scale < math.inf:
+        if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance_scale={guidance_scale!r} must be a number of at least 0; 1 is no guidance")
         if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
-        given = class_labels if isinstance(class_labels, list | tuple) else [class_labels] * (batch_size or 1)
+        several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
+        given = class_labels if several else [class_labels] * (batch_size or 1)
         if not given or batch_size not in (None, len(given)):
             raise ValueError(
                 f"class_labels: {len(given)} for batch_size={batch_size}; give one for all or one an image"
             )
-        labels = [names.index(label) if label in names else label for label in given]
-        for label in labels:
-            if not isinstance(label, Integral) or not 0 <= label < classes:
+        labels = []
+        for label in given:
+            number = names.index(label) if isinstance(label, str) and label in names else label
+            if isinstance(number, bool | str | float) or not 0 <= number < classes:
                 raise ValueError(f"class_labels={class_labels!r}: {label!r} is no class; there are {choices}")
+            labels.append(int(number))
         return torch.tensor(labels, dtype=torch.int64, device=self._execution_device)
 
     def _check_inputs(self, batch_size, num_inference_steps, output_type) -> None:
@@ -165,7 +168,16 @@ class DDPMCustomPipeline(DiffusionPipeline):
 
 def scheduler_class(config: dict) -> type[NoiseScheduler]:
     """Ours that a configuration, of ours or of diffusers' DDPM scheduler, asks for by its `beta_schedule`."""
-    return CosineNoiseScheduler if config.get("beta_schedule") == COSINE_SCHEDULE else LinearNoiseScheduler
+    cosine = config.get("beta_schedule") == COSINE_SCHEDULE and config.get("trained_betas") is None
+    return CosineNoiseScheduler if cosine else LinearNoiseScheduler
+
+
+def num_classes(unet) -> int | None:
+    """How many classes the network knows, None of an unconditional one."""
+    for name in ("num_class_embeds", "class_embed_type"):  # UNet2DModel's, which have no label for no class
+        if unet.config.get(name) is not None:
+            raise ValueError(f"{name}={unet.config[name]!r}: only DDPMUNet is class-conditional here (num_classes)")
+    return unet.config.get("num_classes")
 
 
 def load_pipeline(source: str, name: str) -> DDPMCustomPipeline:

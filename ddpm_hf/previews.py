@@ -36,6 +36,7 @@ class Previews:
         expected = self.last
         if expected is None and images_per_second:
             passes = 2 * run.config.eval_batch_size * run.config.ddpm_num_inference_steps  # averaged and raw
+            passes *= 1 if run.config.guidance_scale == 1 else 2
             expected = passes / ((1 + self.BACKWARD) * images_per_second)
         elapsed = time.monotonic() - self.began
         allowed = self.share * elapsed - self.spent
@@ -86,9 +87,9 @@ def sample_together(
         RuntimeError: a process could not; all of them raise it.
     """
     mine = list(range(accelerator.process_index, num_images, accelerator.num_processes))
-    guided = {} if class_labels is None else {"guidance_scale": guidance_scale}
+    classes = None if class_labels is None else ([class_labels[k] for k in mine], guidance_scale)
     try:
-        made = list(zip(mine, _sample(pipeline, mine, num_inference_steps, seed, frame_steps, class_labels, guided)))
+        made = list(zip(mine, _sample(pipeline, mine, num_inference_steps, seed, frame_steps, classes)))
     except Exception as error:  # the others wait for what this one has, so it gives the reason
         made = [(None, f"{type(error).__name__}: {error}")]
     made = dict(gather_object(made))
@@ -97,13 +98,13 @@ def sample_together(
     return np.stack([made[k] for k in range(num_images)], axis=1)
 
 
-def _sample(
-    pipeline, numbers: list[int], steps: int, seed: int, frame_steps, class_labels, settings
-) -> list[np.ndarray]:
-    """(frames + 1, H, W, C) of each image."""
+def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps, classes) -> list[np.ndarray]:
+    """(frames + 1, H, W, C) of each image. `classes`: their labels and the guidance, or None."""
     done, batch_size = [], len(numbers)
     while len(done) < len(numbers):
-        batch = numbers[len(done) : len(done) + batch_size]
+        these = slice(len(done), len(done) + batch_size)
+        batch = numbers[these]
+        settings = {} if classes is None else {"class_labels": classes[0][these], "guidance_scale": classes[1]}
         frames = []
 
         def keep(_, i, timestep, tensors, frames=frames):
@@ -111,7 +112,6 @@ def _sample(
                 frames.append(to_output(tensors["sample"], "np"))
 
         generators = [torch.Generator().manual_seed(stream_seed(seed, "sample", k)) for k in batch]
-        classes = {} if class_labels is None else {"class_labels": [class_labels[k] for k in batch]}
         try:
             samples = pipeline(
                 len(batch),
@@ -119,7 +119,6 @@ def _sample(
                 num_inference_steps=steps,
                 output_type="np",
                 callback_on_step_end=keep,
-                **classes,
                 **settings,
             ).images
         except Exception as error:

@@ -92,23 +92,25 @@ class Progress:
         """Of this run, those before it was resumed included."""
         return self.before + time.monotonic() - self.started
 
-    def observe(self, timesteps: torch.Tensor, errors: torch.Tensor) -> None:
-        """Of images at these timesteps (B,) the prediction has these mean squared errors (B,)."""
-        parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
-        counted = torch.stack([errors.nan_to_num(0, 0), errors.isfinite()])
-        self.by_timestep = self.by_timestep.to(errors.device).index_add(1, parts, counted)
-
     def _begin_row(self) -> None:
         self.losses, self.skipped, self.logged_step = [], 0, self.run.step
         self.by_timestep = torch.zeros(2, PARTS)  # sum and number
 
-    def update(self, loss: torch.Tensor | None) -> None:
-        """An update has been done with this loss, or skipped (None)."""
+    def update(self, loss: torch.Tensor | None, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """An update has been done with this loss, or skipped (None).
+
+        Args:
+            seen: of each micro-batch the timesteps (B,) and the mean squared errors of the prediction (B,).
+        """
         self.bar.update()
         if loss is None:
             self.skipped += 1
-        else:
-            self.losses.append(loss)
+            return
+        self.losses.append(loss)
+        for timesteps, errors in seen:
+            parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
+            counted = torch.stack([errors, torch.ones_like(errors)])
+            self.by_timestep = self.by_timestep.to(errors.device).index_add(1, parts, counted)
 
     def write_row(self, learning_rate: float, held_out: float | None = None) -> None:
         """A row of log.csv, if there was an update since the last one."""

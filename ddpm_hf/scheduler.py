@@ -138,8 +138,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         SNR = abar_t / (1 - abar_t). The same mistake, squared, is SNR times as large in epsilon and SNR + 1 times as
         large in v, so there the weight is divided by that.
         """
-        abar = self._alphas_cumprod
-        snr = abar / (1 - abar)
+        snr = self._alphas_cumprod / (1 - self._alphas_cumprod)
         per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
         return (snr.clamp(max=gamma) / per).float().to(timesteps.device)[timesteps]
 
@@ -287,11 +286,12 @@ class LinearNoiseScheduler(NoiseScheduler):
             (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
         timestep_spacing: which timesteps a walk of fewer steps visits: `"leading"`, `"trailing"`, `"linspace"` as in
             diffusers, or `"quadratic"` (Song et al. 2021, arXiv:2010.02502, appendix D.2, denser near the image;
-            known to this class alone).
+            known to this package alone).
         steps_offset: added to the timesteps of `"leading"`.
         rescale_betas_zero_snr: have no image left in x_{T-1} (Lin et al. 2023, arXiv:2305.08891, algorithm 1), for
             `"sample"` and `"v_prediction"`; a walk should begin there, as `"trailing"` and `"linspace"` do. Of
-            diffusers' solvers, DDIM, DDPM, DPM-Solver, UniPC and Euler know it; others silently take other betas.
+            diffusers' solvers, DDIM, DDPM, DPMSolverMultistep, UniPC and EulerDiscrete know it; others silently take
+            the betas without it.
         thresholding, dynamic_thresholding_ratio, sample_max_value: there for interchange only; any value but the
             default is a ValueError.
     """
@@ -348,6 +348,7 @@ class CosineNoiseScheduler(NoiseScheduler):
 
     Args:
         beta_schedule: diffusers' name of this schedule, so that a solver built from the config has it too.
+        trained_betas: there for interchange only; any value but `None` is a ValueError.
         num_train_timesteps and all others: as `LinearNoiseScheduler`'s.
     """
 
@@ -356,6 +357,7 @@ class CosineNoiseScheduler(NoiseScheduler):
         self,
         num_train_timesteps: int = 1000,
         beta_schedule: str = COSINE_SCHEDULE,
+        trained_betas: None = None,
         variance_type: str = "fixed_small",
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
@@ -368,6 +370,8 @@ class CosineNoiseScheduler(NoiseScheduler):
         rescale_betas_zero_snr: bool = False,
     ):
         _check_choice("beta_schedule", beta_schedule, (COSINE_SCHEDULE,))
+        if trained_betas is not None:
+            raise ValueError("trained_betas: betas of your own are LinearNoiseScheduler's, without this beta_schedule")
         self._set_up()
 
     def _make_betas(self) -> torch.Tensor:

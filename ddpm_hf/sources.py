@@ -89,13 +89,18 @@ def _classes(files: list[Path], folder: Path) -> list[str] | None:
 
 def _rows_of(loaded, held_out: str | None, name: str):
     train = Rows(loaded["train"], name)
-    return train, Rows(loaded[held_out], f"{name} {held_out}") if held_out else [], train.label_names
+    test = Rows(loaded[held_out], f"{name} {held_out}", train.label_names) if held_out else []
+    return train, test, train.label_names
 
 
 class Rows:
-    """Rows of a data set as `Item`s. Image and label are found by the types of their columns."""
+    """Rows of a data set as `Item`s. Image and label are found by the types of their columns.
 
-    def __init__(self, dataset, source: str):
+    Args:
+        names: what the classes are called, in the order of their labels; `None`: as the data set has it.
+    """
+
+    def __init__(self, dataset, source: str, names: list[str] | None = None):
         import datasets
 
         if dataset.features is None:  # a stream whose reader does not tell them before the first row
@@ -106,7 +111,8 @@ class Rows:
             raise ValueError(f"{source!r} has no column of images: its columns are {', '.join(features)}")
         labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         self.image, self.label, self.source = columns[0], labels[0] if labels else None, source
-        self.label_names = features[self.label].names if labels else None
+        self.own_names = features[self.label].names if labels else None
+        self.label_names = names or self.own_names
         self.dataset = dataset.select_columns(columns[:1] + labels[:1])
         self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False))
 
@@ -126,10 +132,16 @@ class Rows:
             with fsspec.open(path, "rb") as file:
                 source = file.read()
         name = f"{self.source} row {k}" + (f" ({path})" if path else "")
+        return Item(name, path if source is None else source, self._label(name, row))
+
+    def _label(self, name: str, row: dict) -> int | None:
         label = row[self.label] if self.label else None
-        if label is not None and label < 0:  # how data sets say that they keep it to themselves
-            label = None
-        return Item(name, path if source is None else source, label)
+        if label is None or label == -1:  # which is how data sets keep it to themselves
+            return None
+        if not 0 <= label < len(self.own_names):
+            raise ValueError(f"{name} has the label {label}; there are labels 0 ... {len(self.own_names) - 1}, and -1")
+        called = self.own_names[label]
+        return self.label_names.index(called) if called in self.label_names else None
 
 
 class Part:

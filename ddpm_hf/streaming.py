@@ -59,13 +59,14 @@ class ImageStream:
         self.shape = self.shape or tuple(self.first(1, config.seed).shape[1:])
 
     def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
-        """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), or None if an image has none; the
+        """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 of those without a class; the
         stream stands where update `step` begins."""
         if self.images is None:
             self.images = self._read(*self.position)
         batch = list(islice(self.images, len(rows)))
-        self.position, labels = batch[-1][0].position, [item.label for item, _ in batch]
-        return torch.stack([image for _, image in batch]), None if None in labels else torch.tensor(labels)
+        self.position = batch[-1][0].position
+        labels = torch.tensor([-1 if item.label is None else item.label for item, _ in batch])
+        return torch.stack([image for _, image in batch]), labels
 
     def first(self, n: int, seed: int) -> torch.Tensor:
         """The first `n` images (B, C, H, W) in [-1, 1]."""

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData, seeded_generator, stream_seed
 from ddpm_hf.ema import EMA
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, scheduler_class
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes, scheduler_class
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
 from ddpm_hf.scheduler import NoiseScheduler
@@ -35,6 +36,8 @@ FEW_IMAGES = 500
 # go of the last tensor it sent while Python ends makes the process abort, all being saved.
 GLOO_LETS_GO = 0.3
 QUARANTINE = "quarantine.csv"
+OBJECTIVE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
+             "rescale_betas_zero_snr")  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -156,7 +159,7 @@ def train(
         streams = gather_object([images.state()]) if config.streaming else None
         if accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            more = {"images": images.fingerprint, "streams": streams, "scaler": scaler}
+            more = {"images": _identity(run), "objective": _objective(run), "streams": streams, "scaler": scaler}
             checkpoints.save(run.step, total_steps, unet, ema, optimizer, **more)
             if streams:
                 _write_quarantine(run.output_dir, [bad for stream in streams for bad in stream["bad"]])
@@ -182,7 +185,7 @@ def train(
                 labels = _labels(run, labels, hidden)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, total_steps)
-            loss = 0.0
+            loss, seen = 0.0, []
             for micro, number in enumerate(micro_numbers.tolist()):
                 this = slice(micro * micro_batch, (micro + 1) * micro_batch)
                 x, z, t = (d[this].to(accelerator.device) for d in (batch, noise, timesteps))
@@ -194,7 +197,7 @@ def train(
                     micro_loss = (weights * errors).mean() / micros
                     accelerator.backward(micro_loss)
                 loss = loss + micro_loss.detach()
-                progress.observe(t, errors.detach())
+                seen.append((t, errors.detach()))
             norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
             finite = _all_finite(accelerator, loss, norm)
             if finite or accelerator.scaler:  # float16's scaler learns from what it skips
@@ -204,7 +207,7 @@ def train(
             if finite:
                 ema.update(unet, run.step)
 
-            progress.update(loss if finite else None)
+            progress.update(loss if finite else None, seen)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row == SKIPPED_IN_A_ROW:
                 _give_up(run, checkpoints)
@@ -257,12 +260,14 @@ def _images(config: TrainConfig, accelerator: Accelerator):
         images, held_out = open_images(config, accelerator.process_index, accelerator.num_processes)
     if len(set(gather_object([images.fingerprint]))) > 1:
         raise ValueError("the processes have read different images: is the data set being changed?")
-    unlabelled = images.label_names is None or (isinstance(images, ImageData) and images.labels is None)
-    if config.class_conditional and unlabelled:
+    without = int((images.labels < 0).sum()) if isinstance(images, ImageData) and images.label_names else 0
+    if config.class_conditional and (images.label_names is None or without == images.num_images):
         raise ValueError(
-            f"class_conditional=True: not all images of {config.train_data_dir or config.dataset_name!r} have a class; "
-            "they need a column of type ClassLabel, or folders, one a class"
+            f"class_conditional=True: the images of {config.train_data_dir or config.dataset_name!r} have no classes; "
+            "they need a column of type ClassLabel, or folders, one a class, with every image in one of them"
         )
+    if config.class_conditional and without and main:
+        log.warning(f"{without} of {images.num_images} images have no class and are learnt without one")
     if main and images.bad:
         log.warning(f"{len(images.bad)} images can't be used and are left out: {QUARANTINE} says why")
     if main and images.num_images is not None and images.num_images < FEW_IMAGES:
@@ -295,9 +300,14 @@ def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
 def _go_on(state: dict, run: Run) -> None:
     """From what a checkpoint holds beside weights."""
     accelerator, streams = run.accelerator, state.get("streams")
-    if run.step and state["images"] != run.images.fingerprint and accelerator.is_main_process:
+    if run.step and state.get("objective", _objective(run)) != _objective(run):
+        raise ValueError(
+            f"the network of the checkpoint learnt {state['objective']}, and this run is to learn {_objective(run)}: "
+            "resume with the settings that it began with"
+        )
+    if run.step and state["images"] != _identity(run) and accelerator.is_main_process:
         log.warning(
-            f"the images ({run.images.fingerprint}) are not those of the checkpoint ({state['images']}): "
+            f"the images ({_identity(run)}) are not those of the checkpoint ({state['images']}): "
             "the run goes on, but not to the same bits"
         )
     if state.get("scaler") and accelerator.scaler:
@@ -309,6 +319,20 @@ def _go_on(state: dict, run: Run) -> None:
                 f"{accelerator.num_processes}"
             )
         run.images.go_to(streams[accelerator.process_index])
+
+
+def _identity(run: Run) -> str:
+    """Other images, or other classes where they count, have another."""
+    images = run.images
+    if not run.config.class_conditional or not isinstance(images, ImageData):
+        return images.fingerprint
+    checksum = zlib.crc32(images.labels.numpy(), zlib.crc32(repr(images.label_names).encode()))
+    return f"{images.fingerprint}, classes {checksum:08x}"
+
+
+def _objective(run: Run) -> dict:
+    """The settings that say what the network learns, as JSON gives them back."""
+    return {name: run.pipeline.scheduler.config.get(name) for name in OBJECTIVE}
 
 
 def _start_trackers(run: Run) -> None:
@@ -350,25 +374,24 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
     channels, height, width = images.shape
     torch.manual_seed(config.seed)
     source = config.pretrained_model_name_or_path
+    if source is not None and config.unet:
+        raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     settings = {**config.scheduler, **({"prediction_type": config.prediction_type} if config.prediction_type else {})}
-    kind = scheduler_class(settings)
+    pipeline = None if source is None else load_pipeline(source, "pretrained_model_name_or_path")
+    merged = settings if pipeline is None else {**pipeline.scheduler.config, **settings}
+    kind = scheduler_class(merged)
     unknown = sorted(settings.keys() - inspect.signature(kind.__init__).parameters.keys())
     if unknown:
         raise ValueError(f"scheduler={config.scheduler!r}: {kind.__name__} has no {', '.join(unknown)}")
-    if source is not None and config.unet:
-        raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     try:
-        if source is None:
+        scheduler = kind.from_config(merged)
+        if pipeline is None:
             size = height if height == width else (height, width)
             names = images.label_names if config.class_conditional else None
             classes = {"num_classes": len(names), "class_names": names} if names else {}
             unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **classes, **config.unet})
-            scheduler = kind.from_config(settings)
         else:
-            pipeline = load_pipeline(source, "pretrained_model_name_or_path")
             unet = pipeline.unet
-            settings = {**pipeline.scheduler.config, **settings}
-            scheduler = scheduler_class(settings).from_config(settings)
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
         raise ValueError(f"unet={config.unet!r}, scheduler={config.scheduler!r}: {error}") from error
     if unet.config.in_channels != channels:
@@ -376,12 +399,17 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
         made_for = unet.config.in_channels
         raise ValueError(f"{of} is made for {made_for} channels and the images have {channels}: set channels")
     _check_classes(config, unet, images.label_names)
+    if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
+        raise ValueError(
+            f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the last timestep, where samples begin, "
+            "the weight 0: leave one of them out"
+        )
     scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
     return unet, scheduler
 
 
 def _check_classes(config: TrainConfig, unet, names: list[str] | None) -> None:
-    classes = unet.config.get("num_classes")
+    classes = num_classes(unet)
     if not config.class_conditional:
         if classes is not None:
             raise ValueError(f"the network has {classes} classes (num_classes): set class_conditional")
@@ -390,16 +418,19 @@ def _check_classes(config: TrainConfig, unet, names: list[str] | None) -> None:
             "none" if classes is None else f"{classes} ({', '.join(unet.config.class_names or ['nameless'])[:80]})"
         )
         of_images = f"{len(names)} classes ({', '.join(names)[:80]})"
-        raise ValueError(f"class_conditional=True: the images have {of_images} and the network has {made_for}")
+        raise ValueError(
+            f"class_conditional=True: the images have {of_images} and the network has {made_for}: leave out "
+            "class_conditional, or pretrained_model_name_or_path, or num_classes"
+        )
+    elif unet.config.class_names is None:
+        unet.register_to_config(class_names=names)
 
 
 def _labels(run: Run, labels: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
     """What the network is told of the classes (B,): the null label for those that are hidden, None if it has none."""
     if not run.config.class_conditional:
         return None
-    if labels is None:
-        raise ValueError("class_conditional=True: an image without a class has come up")
-    return torch.where(hidden, run.unet.config.num_classes, labels)
+    return torch.where(hidden | (labels < 0), run.unet.config.num_classes, labels)
 
 
 def draw(config: TrainConfig, scheduler: NoiseScheduler, shape, step: int):
@@ -450,8 +481,7 @@ def held_out_loss(run: Run) -> float:
             x, z, t = (d.to(unet.device) for d in (run.held_out.batch(indices), z, timesteps[indices]))
             y = None
             if run.config.class_conditional:
-                nobody = torch.full(indices.shape, unet.config.num_classes)
-                y = (nobody if run.held_out.labels is None else run.held_out.labels[indices]).to(unet.device)
+                y = _labels(run, run.held_out.labels[indices], torch.tensor(False)).to(unet.device)
             total += diffusion_loss(unet, scheduler, x, z, t, y).sum()
     return accelerator.reduce(total, "sum").item() / n
 

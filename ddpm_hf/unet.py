@@ -350,7 +350,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         time = self.time_embedding(timesteps.expand(B))
         self._check_labels(class_labels, B)
         if class_labels is not None:
-            time = time + self.class_embedding(class_labels)
+            time = time + self.class_embedding(class_labels.to(sample.device))
 
         pad_h, pad_w = -H % self.size_factor, -W % self.size_factor
         if pad_h or pad_w:

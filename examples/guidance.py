@@ -21,6 +21,8 @@ args = parser.parse_args()
 
 pipeline = DDPMCustomPipeline.from_pretrained(args.model)
 names = pipeline.unet.config.class_names
+if names is None:
+    parser.error(f"{args.model} is unconditional: train one with --class_conditional")
 columns = []
 for scale in args.scales:
     generators = [torch.Generator().manual_seed(row) for row in range(len(names))]

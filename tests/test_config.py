@@ -49,6 +49,33 @@ def test_the_flags_are_frozen():
     ]  # fmt: skip
 
 
+def test_another_schedule_has_its_own_betas():
+    cosine = '{"beta_schedule": "squaredcos_cap_v2"}'
+    assert parse_train_config(["--scheduler", cosine]).scheduler == {"beta_schedule": "squaredcos_cap_v2"}
+    kept = parse_train_config(["--scheduler", '{"clip_sample": false}']).scheduler
+    assert kept == {"beta_schedule": "scaled_linear", "beta_start": 1e-6, "clip_sample": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs class_conditional"),
+        ({"guidance_scale": -1.0, "class_conditional": True}, "guidance_scale=-1.0 must be at least 0"),
+        ({"guidance_scale": 2.0, "class_conditional": True, "label_dropout": 0.0}, "label_dropout=0.0 must be greater"),
+        ({"label_dropout": 1.0}, r"label_dropout=1.0 must lie in \[0, 1\)"),
+        ({"snr_gamma": 0.0}, "snr_gamma=0.0 must be greater than 0"),
+        ({"prediction_type": "x0"}, "prediction_type='x0' must be one of epsilon, sample, v_prediction"),
+        (
+            {"prediction_type": "epsilon", "scheduler": {"prediction_type": "sample"}},
+            "prediction_type='epsilon' and scheduler has the prediction_type 'sample': give one of them",
+        ),
+    ],
+)
+def test_classes_and_objectives_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
 def test_flags_of_every_type():
     config = parse_train_config(["--value_range", "0", "65535", "--random_flip", "--resolution", "32", "--seed", "7"])
     assert config.value_range == [0.0, 65535.0]

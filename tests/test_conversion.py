@@ -234,6 +234,22 @@ def test_a_network_that_ours_cannot_express(tmp_path, capfd, config, message):
     assert os.listdir(tmp_path) == ["theirs"]
 
 
+def test_betas_of_ones_own_are_not_taken_for_a_cosine(tmp_path):
+    theirs_in(tmp_path / "theirs")
+    scheduler = diffusers.DDPMScheduler(10, trained_betas=[0.1] * 10, beta_schedule="squaredcos_cap_v2")
+    scheduler.save_pretrained(tmp_path / "theirs/scheduler")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "out")]) == 0
+    pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / "out"))
+    assert_close(pipeline.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
+    with pytest.raises(ValueError, match="trained_betas: betas of your own are LinearNoiseScheduler's"):
+        CosineNoiseScheduler.from_config(scheduler.config)
+
+
+def test_a_network_of_classes_does_not_become_one_without(tmp_path):
+    with pytest.raises(ValueError, match="num_classes=3 can't be: diffusers' DDPMPipeline knows no classes"):
+        to_diffusers(tiny_unet(num_classes=3))
+
+
 # ---------------------------------------------------------------- how checkpoints come
 
 

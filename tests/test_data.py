@@ -63,7 +63,7 @@ def test_folders_are_classes(tmp_path):
     train, held_out = load_images(config(tmp_path))
     assert train.label_names == ["cat", "dog"]
     assert train.labels.tolist() == [0] * 6 + [1] * 3
-    assert held_out.labels is None  # nobody has told what a mouse is
+    assert held_out.labels.tolist() == [0, 0, 0, -1, -1, -1]  # nobody has told what a mouse is
     folder_of(tmp_path / "train", pictures(1))  # an image of no class
     assert load_images(config(tmp_path))[0].label_names is None
 
@@ -80,7 +80,27 @@ def test_a_label_of_minus_1_is_none(tmp_path):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
     train, held_out = load_images(config(tmp_path))
     assert (train.labels.tolist(), train.label_names) == ([0, 1, 1], ["a", "b"])
-    assert held_out.labels is None
+    assert held_out.labels.tolist() == [-1, -1, -1]
+
+
+def test_a_test_split_with_its_own_order_of_classes(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("test", ["b", "c", "a"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": pictures(3), "label": [names.index(n) for n in ("b", "a", names[1])]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    train, held_out = load_images(config(tmp_path))
+    assert train.labels.tolist() == [1, 0, 1]
+    assert held_out.labels.tolist() == [1, 0, -1]
+
+
+def test_a_label_that_is_no_class(tmp_path):
+    rows = {"image": pictures(3), "label": [0, 1, 5]}
+    plain = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    dataset = datasets.Dataset.from_dict(rows, features=plain)
+    dataset.info.features["label"] = datasets.ClassLabel(names=["a", "b"])  # as a careless writer has it
+    dataset.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"row 2 has the label 5; there are labels 0 ... 1, and -1"):
+        load_images(config(tmp_path))
 
 
 def test_labels_go_with_their_images():
@@ -89,8 +109,6 @@ def test_labels_go_with_their_images():
     stored = {tuple(p.flatten().tolist()): label for p, label in zip(train.pixels, train.labels.tolist(), strict=True)}
     of_images = [stored[tuple(((image + 1) * 8).round().int().flatten().tolist())] for image in images]
     assert labels.tolist() == of_images
-    other = ImageData(train.pixels, train.value_range, 9 - train.labels, train.label_names)
-    assert other.fingerprint != train.fingerprint
 
 
 def test_train_and_test_folders(tmp_path):

@@ -122,7 +122,7 @@ def test_the_card_of_a_model_of_classes_says_how_to_ask(tmp_path):
     run = train_here(tiny_config(tmp_path, class_conditional=True, guidance_scale=1.5))
     card = model_card(run, "me/digits")
     assert """from_pretrained("me/digits")(class_labels=['0', '1', '2', '3'], guidance_scale=1.5)""" in card
-    assert "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9;" in card
+    assert "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |" in card
     assert "pipeline_tag: other" in card
     assert "unconditional" not in card
 

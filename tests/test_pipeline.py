@@ -116,7 +116,12 @@ def test_labels_may_be_numbers_or_names_and_one_or_many():
     expected = pipeline(4, generators, class_labels=[1, 1, 2, 0], **settings).images
     for a, b in ((0, 2), (0, 3), (2, 3)):
         assert not torch.allclose(expected[a], expected[b], atol=1e-3)
-    same = [["dog", "dog", "7", "cat"], torch.tensor([1, 1, 2, 0]), np.array([1, 1, 2, 0]), ("dog", 1, 2, "cat")]
+    same = [
+        ["dog", "dog", "7", "cat"],
+        torch.tensor([1, 1, 2, 0]),
+        np.array([1, 1, 2, 0]),
+        ("dog", np.int64(1), 2, "cat"),
+    ]
     for labels in same:
         generators = [seeded(0) for _ in range(4)]
         assert_close(pipeline(None, generators, class_labels=labels, **settings).images, expected, rtol=0, atol=0)
@@ -131,9 +136,8 @@ def test_guidance_is_one_batch_of_both():
     pipeline.unet.register_forward_hook(
         lambda _, args, kwargs, out: seen.append((len(args[0]), kwargs["class_labels"].tolist())), with_kwargs=True
     )
-    samples = {}
-    for scale in (1, 0, 2.5):
-        samples[scale] = pipeline(class_labels=[0, 2], guidance_scale=scale, num_inference_steps=2, generator=seeded(0))
+    for scale in (1, 0, np.float32(2.5)):
+        pipeline(class_labels=[0, 2], guidance_scale=scale, num_inference_steps=2, generator=seeded(0))
     assert seen == [(2, [0, 2])] * 2 + [(4, [0, 2, 3, 3])] * 4
 
 
@@ -189,6 +193,8 @@ def test_guidance_is_right_for_every_prediction_type(prediction_type, clip_sampl
         ({"class_labels": [0, -1]}, "-1 is no class"),
         ({"class_labels": "mouse"}, "class_labels='mouse': 'mouse' is no class; there are labels 0 ... 2 or names"),
         ({"class_labels": 1.0}, "1.0 is no class"),
+        ({"class_labels": True}, "True is no class"),
+        ({"class_labels": range(4)}, "3 is no class"),
         ({"class_labels": []}, "class_labels: 0 for batch_size=None"),
         ({"class_labels": [0, 1], "batch_size": 3}, "class_labels: 2 for batch_size=3; give one for all or one an"),
         ({"class_labels": 0, "guidance_scale": -1}, "guidance_scale=-1 must be a number of at least 0"),

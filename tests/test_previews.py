@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 from ddpm_hf import DDPMCustomPipeline, previews
-from ddpm_hf.pictures import draw_data, draw_pictures
+from ddpm_hf.pictures import draw_data, draw_pictures, with_row_names
 from ddpm_hf.previews import Previews, sample_together
 from ddpm_hf.training import train
 
@@ -165,6 +165,16 @@ def test_the_samples_of_classes_have_a_row_each(tmp_path, monkeypatch):
     assert 2 * 65 - 1 + 12 < picture.width < 2 * 65 + 30  # and the names
     margin = np.asarray(picture.convert("L"))[:, : picture.width - 2 * 65]
     assert all((margin[65 * k : 65 * k + 64] < 128).any() for k in range(10))
+
+
+def test_each_class_is_drawn_however_few_images_are_asked_for(tmp_path):
+    train(tiny_config(tmp_path, class_conditional=True, eval_batch_size=4), preview=draw_pictures)
+    assert Image.open(tmp_path / "samples.png").height == 10 * 65 - 1
+
+
+def test_names_leave_transparent_images_transparent():
+    picture = with_row_names(Image.new("RGBA", (20, 40), (255, 0, 0, 0)), ["a", "b"])
+    assert (picture.mode, picture.getpixel((picture.width - 1, 5))) == ("RGBA", (255, 0, 0, 0))
 
 
 PROCESSES = """

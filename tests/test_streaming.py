@@ -9,11 +9,12 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
+from ddpm_hf import training
 from ddpm_hf.data import BadImages
 from ddpm_hf.pictures import draw_data
 from ddpm_hf.sources import Rows
 from ddpm_hf.streaming import ImageStream
-from ddpm_hf.training import train
+from ddpm_hf.training import diffusion_loss, train
 
 FEATURES_OF_IMAGE = datasets.Features({"image": datasets.Image()})
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
@@ -154,8 +155,17 @@ def test_a_stream_has_the_labels_of_its_images(tmp_path):
     assert run.pipeline.unet.config.class_names == ["a", "b"]
 
 
-def test_an_image_without_a_class_ends_a_stream_that_needs_them(tmp_path):
-    rows = {"image": [{"bytes": encoded(k), "path": None} for k in range(100)], "label": [-1] * 100}
+def test_an_image_without_a_class_is_learnt_without_one(tmp_path, monkeypatch):
+    rows = {"image": [{"bytes": encoded(k), "path": None} for k in range(100)]}
+    rows["label"] = [-1 if k % 3 else k % 2 for k in range(100)]
     datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="class_conditional=True: an image without a class has come up"):
-        train(config(tmp_path, class_conditional=True, max_train_steps=3))
+    seen = []
+
+    def loss(network, scheduler, images, noise, timesteps, labels):
+        seen.extend((value_of(image), label) for image, label in zip(images, labels.tolist(), strict=True))
+        return diffusion_loss(network, scheduler, images, noise, timesteps, labels)
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+    train(config(tmp_path, class_conditional=True, label_dropout=0, max_train_steps=3))
+    assert len(seen) > 48
+    assert all(label == (2 if value % 3 else value % 2) for value, label in seen)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import diffusers
 import numpy as np
 import psutil
 import pytest
@@ -504,13 +505,61 @@ def test_classes_that_are_not_there(tmp_path):
     (tmp_path / "images").mkdir()
     for k in range(3):
         Image.new("L", (8, 8), k).save(tmp_path / f"images/{k}.png")
+    zero = {"scheduler": {"rescale_betas_zero_snr": True}, "prediction_type": "v_prediction"}
+    with pytest.raises(ValueError, match="snr_gamma=5 with rescale_betas_zero_snr gives the last timestep"):
+        train(tiny_config(tmp_path / "run", snr_gamma=5, **zero))
     with pytest.raises(
-        ValueError, match="class_conditional=True: not all images of .* have a class; they need a column"
+        ValueError, match="class_conditional=True: the images of .* have no classes; they need a column"
     ):
         train(tiny_config(tmp_path / "run", class_conditional=True, train_data_dir=str(tmp_path / "images")))
     with pytest.raises(ValueError, match="with prediction_type='epsilon' gives black images"):
         train(tiny_config(tmp_path / "run", scheduler={"rescale_betas_zero_snr": True}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_diffusers_that_has_classes_is_refused(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=10,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "theirs")
+    message = "num_class_embeds=10: only DDPMUNet is class-conditional here"
+    for settings in ({}, {"class_conditional": True}):
+        with pytest.raises(ValueError, match=message):
+            train(
+                tiny_config(
+                    tmp_path / "run", unet={}, pretrained_model_name_or_path=str(tmp_path / "theirs"), **settings
+                )
+            )
+    assert not (tmp_path / "run").exists()
+    for labels in (None, [0]):
+        with pytest.raises(ValueError, match=message):
+            DDPMCustomPipeline(unet, LinearNoiseScheduler())(class_labels=labels, num_inference_steps=2)
+
+
+def test_what_the_network_learns_stays_when_a_run_is_resumed(tmp_path):
+    train(tiny_config(tmp_path))
+    for settings, name in (
+        ({"prediction_type": "v_prediction"}, "v_prediction"),
+        ({"scheduler": {"beta_end": 0.03}}, "0.03"),
+        ({"scheduler": {"beta_schedule": "squaredcos_cap_v2"}}, "squaredcos_cap_v2"),
+    ):
+        with pytest.raises(ValueError, match=f"the network of the checkpoint learnt .*, and this run .*{name}"):
+            train(tiny_config(tmp_path, max_train_steps=6, resume_from_checkpoint="latest", **settings))
+    assert read_log(tmp_path / "log.csv")[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("class_conditional", [False, True])
+def test_other_classes_are_other_images_where_they_count(tmp_path, caplog, class_conditional):
+    for folder in ("a", "b"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for k in range(3):
+            Image.new("L", (8, 8), 20 * k).save(tmp_path / "images" / folder / f"{k}.png")
+    settings = {"train_data_dir": str(tmp_path / "images"), "class_conditional": class_conditional}
+    train(tiny_config(tmp_path / "run", **settings))
+    (tmp_path / "images/a").rename(tmp_path / "images/c")  # the same images in the same order, of other classes
+    train(tiny_config(tmp_path / "run", max_train_steps=5, resume_from_checkpoint="latest", **settings))
+    assert ("are not those of the checkpoint" in caplog.text) == class_conditional
 
 
 @pytest.mark.parametrize("settings", [
@@ -686,8 +735,6 @@ def test_training_goes_on_from_given_weights(trained, tmp_path):
 
 
 def test_a_network_of_diffusers_can_be_trained_on(tmp_path):
-    import diffusers
-
     unet = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
@@ -792,16 +839,20 @@ def finish(path, processes=1) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_two_processes_do_what_one_does(tmp_path, dropout):
-    """With dropout they do what one does that accumulates as many micro-batches."""
-    unet = {**TINY_UNET, "dropout": dropout}
+    """With dropout they do what one does that accumulates as many micro-batches; with classes and weights too."""
+    both = {"unet": {**TINY_UNET, "dropout": dropout}, "max_train_steps": 50}
     alone = {"train_batch_size": 8, "gradient_accumulation_steps": 2} if dropout else {"train_batch_size": 16}
-    train(tiny_config(tmp_path / "one", **alone, max_train_steps=50, unet=unet))
-    finish(script(tmp_path, tmp_path / "two", train_batch_size=8, max_train_steps=50, unet=unet), 2)
+    if dropout:
+        both |= {"class_conditional": True, "antithetic_timesteps": True, "snr_gamma": 5.0}
+    train(tiny_config(tmp_path / "one", **alone, **both))
+    finish(script(tmp_path, tmp_path / "two", train_batch_size=8, **both), 2)
     one, two = (quietly(tmp_path / name) for name in ("one", "two"))
     assert [row["step"] for row in two] == [10, 20, 30, 40, 50]
     assert [row["images_seen"] for row in two] == [row["images_seen"] for row in one]  # it was two, of half the batch
     for a, b in zip(one, two, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
+        for part in Progress.BY_TIMESTEP:
+            assert a[part] == b[part] or abs(a[part] - b[part]) < 1e-4
         assert a["learning_rate"] == b["learning_rate"]
     assert abs(one[-1]["held_out_loss"] - two[-1]["held_out_loss"]) < 1e-5
 
