@@ -21,8 +21,9 @@ import yaml
 from safetensors.torch import load_file
 
 from ddpm_hf.config import YamlLoader
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, scheduler_class
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.scheduler import LinearNoiseScheduler
+from ddpm_hf.solvers import scheduler_class
 from ddpm_hf.unet import DDPMUNet
 
 Weights = dict[str, torch.Tensor]

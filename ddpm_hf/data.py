@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig
 from ddpm_hf.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
+from ddpm_hf.seeds import seeded_generator
 from ddpm_hf.sources import Item, Part, source_of
 
 HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
@@ -118,17 +119,6 @@ def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> tor
 @lru_cache(maxsize=4)
 def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
     return torch.randperm(num_images, generator=seeded_generator(seed, "order", epoch))
-
-
-def stream_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed in 0 ... 2^63 - 1 that depends on all three and that no other purpose or index shares."""
-    words = np.random.SeedSequence([seed, index, *purpose.encode()]).generate_state(2)
-    return int(words[0]) << 31 ^ int(words[1])
-
-
-def seeded_generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator of that seed."""
-    return torch.Generator().manual_seed(stream_seed(seed, purpose, index))
 
 
 def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:

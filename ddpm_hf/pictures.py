@@ -6,10 +6,11 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ddpm_hf.data import ImageData, batch_indices
-from ddpm_hf.pipeline import PIL_MODES, DDPMCustomPipeline, to_output, to_pil
+from ddpm_hf.films import grid, save_film, with_caption, with_row_names
+from ddpm_hf.pipeline import DDPMCustomPipeline, to_output
 from ddpm_hf.previews import sample_together
 from ddpm_hf.progress import Progress, read_log
 from ddpm_hf.training import Run, draw
@@ -18,33 +19,8 @@ FILM_FRAMES = 40
 FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 CHUNK_BYTES = 2**26  # of images looked at at a time
-LONGEST_NAME, MOST_ROWS = 24, 100  # letters, classes
+MOST_ROWS = 100  # classes
 MEASURED = 10_000  # images whose mean and spread stand beside data.png
-
-
-def grid(images: np.ndarray, columns: int, scale: int = 1, modes=PIL_MODES) -> Image.Image:
-    """(N, H, W, C) in [0, 1] -> one picture, row by row, one pixel between images and each pixel `scale` times.
-
-    Images whose number of channels is not in `modes` are shown channel beside channel, in gray.
-    """
-    if images.shape[-1] not in modes:
-        images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
-    n, height, width, _ = images.shape
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    rows = -(-n // columns)
-    cell_h, cell_w = height * scale + 1, width * scale + 1
-    canvas = np.ones((rows * cell_h - 1, columns * cell_w - 1, images.shape[-1]))
-    for k, image in enumerate(images):
-        top, left = k // columns * cell_h, k % columns * cell_w
-        canvas[top : top + cell_h - 1, left : left + cell_w - 1] = image
-    return to_pil(canvas[None])[0]
-
-
-def save_gif(frames: list[Image.Image], path, seconds: float = 4.0, hold: float = 2.0) -> None:
-    """A film that lasts `seconds`, holds its last frame and begins again."""
-    durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
-    durations[-1] += round(1000 * hold)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> np.ndarray:
@@ -85,32 +61,6 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
     for each in (axes, by_timestep):
         each.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
-
-
-def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
-    """The picture with lines of text under it."""
-    font = ImageFont.load_default(size=13)
-    width = max(picture.width, *(math.ceil(font.getlength(line)) + 12 for line in lines))
-    canvas = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
-    canvas.paste(picture.convert("RGB"), (0, 0))
-    pen = ImageDraw.Draw(canvas)
-    for k, line in enumerate(lines):
-        pen.text((6, picture.height + 4 + 17 * k), line, "black", font)
-    return canvas
-
-
-def with_row_names(picture: Image.Image, names: list[str]) -> Image.Image:
-    """The picture with a name left of each of its equally high rows."""
-    font = ImageFont.load_default(size=13)
-    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in names]
-    margin = max(math.ceil(font.getlength(name)) for name in names) + 12
-    mode = "RGBA" if picture.mode in ("LA", "RGBA") else "RGB"
-    canvas = Image.new(mode, (margin + picture.width, picture.height), "white")
-    canvas.paste(picture.convert(mode), (margin, 0))
-    pen, height = ImageDraw.Draw(canvas), picture.height / len(names)
-    for k, name in enumerate(names):
-        pen.text((6, (k + 0.5) * height), name, "black", font, anchor="lm")
-    return canvas
 
 
 def draw_data(run: Run) -> None:
@@ -217,7 +167,7 @@ def draw_pictures(run: Run) -> None:
         both.paste(halves[1], (halves[0].width + 8, 0))
         both.save(first)
     if run.finished:
-        save_gif([arranged(frame) for frame in [*frames, samples]], run.output_dir / "denoising.gif")
+        save_film([arranged(frame) for frame in [*frames, samples]], run.output_dir / "denoising.gif")
         shown = run.images.first(4, config.seed)
         row = forward_process(shown, run.pipeline.scheduler)
         grid(row, len(row) // len(shown), scale).save(run.output_dir / "forward.png")

@@ -1,4 +1,4 @@
-"""From noise to images: `DDPMCustomPipeline`."""
+"""From noise to images, from images to noise, and what lies between: `DDPMCustomPipeline`."""
 
 import inspect
 import math
@@ -8,19 +8,24 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 from PIL import Image
 
-from ddpm_hf.scheduler import COSINE_SCHEDULE, CosineNoiseScheduler, LinearNoiseScheduler, NoiseScheduler, draw_noise
+from ddpm_hf.scheduler import CosineNoiseScheduler, LinearNoiseScheduler, draw_noise
+from ddpm_hf.solvers import make_solver, scheduler_class
 from ddpm_hf.unet import DDPMUNet
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+INTERPOLATIONS = ("mix", "slerp", "inversion")
 
 
 class DDPMCustomPipeline(DiffusionPipeline):
     """Sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2), of classes if the network knows some.
+
+    Calling it makes images; `inpaint` paints what is missing of some, `interpolate` makes those between two, and
+    `invert` gives the noise that an image comes from.
 
     Args:
         unet: the network that predicts the noise (or x_0, or v, as the scheduler's `prediction_type` says).
@@ -36,6 +41,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self.interrupt = False
 
     @torch.no_grad()
     def __call__(
@@ -48,11 +54,16 @@ class DDPMCustomPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["DDPMCustomPipeline", int, torch.Tensor, dict], dict | None] | None = None,
         class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        scheduler: str | SchedulerMixin | None = None,
+        image=None,
+        strength: float = 0.8,
+        latents: torch.Tensor | None = None,
+        clip_sample: bool | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Sample images of the network's `sample_size`.
+        """Sample images of the network's `sample_size`, or vary a given one.
 
         Args:
-            batch_size: images to make; `None`: one a label, or one.
+            batch_size: images to make; `None`: one a label, an image or a latent, or one.
             generator: one generator, from which noise for the whole batch is drawn, or a list of one an image: an
                 image then does not depend on the batch it is in.
             num_inference_steps: steps of the walk, 1 ... T; `None`: all T.
@@ -60,45 +71,289 @@ class DDPMCustomPipeline(DiffusionPipeline):
                 `"pt"`: (B, C, H, W) float in [0, 1]; `"latent"`: (B, C, H, W) as the network sees images, nominally
                 in [-1, 1] and not clamped.
             callback_on_step_end: called after step i with (pipeline, i, timestep, {"sample": x, "pred_original_sample":
-                the x_0 that the step assumed, or None where the scheduler does not tell}); a `"sample"` in the dict
-                that it returns takes the place of x.
+                the x_0 that the step assumed}); a `"sample"` in the dict that it returns takes the place of x. It may
+                set `pipeline.interrupt = True`, and sampling ends with what there is.
             class_labels: what to make, of a class-conditional network and of no other: labels or names of classes, one
                 for all images or one an image.
             guidance_scale: of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6, where it is
                 1 + w): the prediction without a class plus this many times what the class changes in it. 1: the class
                 as it is; more: clearer and less diverse; 0: any class.
+            scheduler: a solver for this call: a name ("ddim", "dpm++", "unipc" ..., see `ddpm_hf.solvers.SOLVERS`), or
+                a scheduler; `None`: the pipeline's own.
+            image: begin from this, not from noise alone (SDEdit, Meng et al. 2022, arXiv:2108.01073): one `PIL.Image`
+                or a list, or an array or tensor in [0, 1] as `output_type` gives them; of any height and width.
+            strength: of `image`: the part of the walk to go, in (0, 1]; 1 leaves next to nothing of it.
+            latents: the noise to begin with, (B, C, H, W), in place of drawn noise: what `invert` gives.
+            clip_sample: of a `scheduler` by name: whether it clamps the predicted x_0; `None`: as the pipeline's own.
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple of it.
         """
-        unet, scheduler, device = self.unet, self.scheduler, self._execution_device
+        if image is not None and latents is not None:
+            raise ValueError("image, latents: give one of them to begin with")
+        start = self._latents(latents) if image is None else self._images("image", image)
+        solver, labels, batch_size = self._prepare(
+            batch_size, num_inference_steps, output_type, class_labels, guidance_scale, scheduler, start, clip_sample
+        )
+        device, dtype = self._execution_device, self._state_dtype
+        timesteps = solver.timesteps
+        if image is not None:
+            if not isinstance(strength, Real) or not 0 < strength <= 1:
+                raise ValueError(f"strength={strength!r} must lie in (0, 1]")
+            steps = solver.num_inference_steps
+            timesteps = self._from(solver, (steps - max(1, round(steps * strength))) * solver.order)
+            start = start.expand(batch_size, -1, -1, -1)
+            noise = draw_noise(start.shape, generator, device, dtype)
+            sample = solver.add_noise(start, noise, timesteps[:1].expand(batch_size))
+        elif latents is not None:
+            sample = start.expand(batch_size, -1, -1, -1) * solver.init_noise_sigma
+        else:
+            sample = draw_noise((batch_size, *self._shape), generator, device, dtype) * solver.init_noise_sigma
+        sample = self._denoise(solver, timesteps, sample, generator, labels, guidance_scale, callback_on_step_end)
+        return self._output(sample, output_type, return_dict)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image,
+        mask,
+        num_inference_steps: int = 250,
+        jump_length: int = 10,
+        num_resamples: int = 10,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        class_labels=None,
+        guidance_scale: float = 1.0,
+    ) -> ImagePipelineOutput | tuple:
+        """Paint what is missing of images (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1).
+
+        After each step the known part is replaced by the image with as much noise; every `jump_length` steps the walk
+        goes back by as many, `num_resamples - 1` times, so that the new part can come to fit the known one. That takes
+        up to `num_inference_steps * num_resamples` predictions; 1 resample is the plain walk.
+
+        Args:
+            image: as `__call__` takes it. What the mask covers is not looked at.
+            mask: where to paint: bool or 0 and 1, (H, W), (B, H, W) or (B, 1, H, W), or a `PIL.Image` (white: paint).
+            num_inference_steps, generator and all others: as `__call__`'s. The solver is always our own scheduler.
+
+        Returns:
+            As `__call__`. The known pixels are exactly those of `image`.
+        """
+        for name, value in (("jump_length", jump_length), ("num_resamples", num_resamples)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        image = self._images("image", image)
+        mask = _mask(mask, image.shape).to(self._execution_device)
+        solver, labels, batch_size = self._prepare(
+            None, num_inference_steps, output_type, class_labels, guidance_scale, "ddpm", image
+        )
+        image = image.expand(batch_size, -1, -1, -1)
+
+        def noise():
+            return draw_noise(image.shape, generator, image.device, image.dtype)
+
+        visited = solver.timesteps.flip(0).tolist()  # upwards; x is at visited[position], -1 being the image
+        sample, position, self.interrupt = noise(), len(visited) - 1, False
+        moves = _repaint_moves(len(visited), jump_length, num_resamples)
+        for i, move in enumerate(self.progress_bar(moves)):
+            timestep, position = visited[position], position + move
+            if move > 0:
+                sample = solver.renoise(sample, timestep, visited[position], noise())
+                continue
+            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, callback_on_step_end)
+            known = solver.add_noise(image, noise(), visited[position]) if position >= 0 else image
+            tensors["sample"] = torch.where(mask, tensors["sample"], known)
+            sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
+            if self.interrupt:
+                break
+        return self._output(torch.where(mask, sample, image), output_type, return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a=None,
+        image_b=None,
+        t: int | None = None,
+        steps: int = 9,
+        method: str = "mix",
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        class_labels=None,
+        guidance_scale: float = 1.0,
+        scheduler: str | SchedulerMixin | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """`steps` images from one to another.
+
+        Args:
+            image_a, image_b: the ends, as `__call__` takes an image. For `"slerp"` none: its ends are drawn.
+            t: of `"mix"`: the timestep, 0 ... T-1, up to which noise is added; the more, the more is made up. In a walk
+                of fewer than T steps, the last one visited up to it.
+            method: `"mix"`: noise is added to both, the same to each; mixtures of the two are denoised, with the same
+                noise again (Ho et al. 2020, section 4.3, appendix D). `"slerp"`: images of noise on the arc between two
+                (Song et al. 2021, arXiv:2010.02502, section 5.3). `"inversion"`: the same, between the noises that the
+                two images come from (see `invert`).
+            generator: one, for all that is drawn.
+            class_labels: one for all images, or one each of the `steps`.
+            scheduler: as `__call__`'s; `None`: the pipeline's own for `"mix"`, and DDIM for the others.
+            all others: as `__call__`'s.
+
+        Returns:
+            As `__call__`, `steps` images.
+        """
+        if method not in INTERPOLATIONS:
+            raise ValueError(f"method={method!r}; choose from {', '.join(INTERPOLATIONS)}")
+        if not isinstance(steps, Integral) or steps < 2:
+            raise ValueError(f"steps={steps!r} must be an integer of at least 2")
+        if isinstance(generator, list | tuple):
+            raise ValueError("generator: give one, from which all that is drawn comes, not a list")
+        most = self.scheduler.config.num_train_timesteps - 1
+        if method == "mix" and (not isinstance(t, Integral) or not 0 <= t <= most):
+            raise ValueError(f"t={t!r} must be an integer in 0 ... {most}")
+        if method != "mix" and t is not None:
+            raise ValueError(f"t={t!r}: only method='mix' stops at a timestep; leave it out")
+        ends = [self._images(name, e) for name, e in (("image_a", image_a), ("image_b", image_b)) if e is not None]
+        if len(ends) != (0 if method == "slerp" else 2):
+            raise ValueError(f"image_a, image_b: method={method!r} takes {'none' if method == 'slerp' else 'both'}")
+        if ends and (ends[0].shape != ends[1].shape or len(ends[0]) != 1):
+            shapes = " and ".join(str(tuple(end.shape)) for end in ends)
+            raise ValueError(f"image_a, image_b: are {shapes}; they must be single images of one size")
+
+        scheduler = scheduler or (None if method == "mix" else "ddim")
+        clip = False if method == "inversion" and isinstance(scheduler, str) else None
+        solver, labels, _ = self._prepare(
+            steps, num_inference_steps, output_type, class_labels, guidance_scale, scheduler, clip_sample=clip
+        )
+        device, dtype = self._execution_device, self._state_dtype
+        if generator is None:
+            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        weights = torch.linspace(0, 1, steps, dtype=dtype, device=device).reshape(-1, 1, 1, 1)
+        timesteps = solver.timesteps
+        if method == "mix":
+            timesteps = self._from(solver, int((timesteps > t).sum()))
+            noise = draw_noise(ends[0].shape, generator, device, dtype)
+            a, b = (solver.add_noise(end, noise, timesteps[:1]) for end in ends)
+            sample = a + weights * (b - a)
+        else:
+            if method == "slerp":
+                a, b = (draw_noise((1, *self._shape), generator, device, dtype) for _ in range(2))
+            else:
+                own = (None, None) if labels is None else (labels[:1], labels[-1:])
+                a, b = (
+                    self.invert(end / 2 + 0.5, len(timesteps), class_labels=label, guidance_scale=guidance_scale)
+                    for end, label in zip(ends, own, strict=True)
+                )
+            sample = slerp(a, b, weights) * solver.init_noise_sigma
+        alike = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in range(steps)]
+        sample = self._denoise(solver, timesteps, sample, alike, labels, guidance_scale, callback_on_step_end)
+        return self._output(sample, output_type, return_dict)
+
+    @torch.no_grad()
+    def invert(
+        self, image, num_inference_steps: int = 50, iterations: int = 3, class_labels=None, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """The noise (B, C, H, W) from which DDIM makes these images in as many steps.
+
+        `pipe(latents=pipe.invert(image), scheduler="ddim", clip_sample=False, num_inference_steps=50)` gives the image
+        back, nearly. Each step solves the DDIM step (Song et al. 2021, arXiv:2010.02502, equation 12) for its start by
+        as many fixed-point `iterations`; the usual inversion is the first of them.
+
+        Args:
+            image: as `__call__` takes it.
+            num_inference_steps, class_labels, guidance_scale: those with which the images will be made again.
+        """
+        if not isinstance(iterations, Integral) or iterations < 1:
+            raise ValueError(f"iterations={iterations!r} must be an integer of at least 1")
+        image = self._images("image", image)
+        solver, labels, batch_size = self._prepare(
+            None, num_inference_steps, "latent", class_labels, guidance_scale, "ddim", image, clip_sample=False
+        )
+        ours = scheduler_class(self.scheduler.config).from_config(self.scheduler.config)
+        sample, before = image.expand(batch_size, -1, -1, -1), -1
+        for timestep in self.progress_bar(solver.timesteps.flip(0).tolist()):
+            target = sample
+            for _ in range(iterations):
+                output = self._predict(sample.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
+                sample = ours.ddim_start(output, timestep, before, sample, target)
+            before = timestep
+        self.maybe_free_model_hooks()
+        return sample
+
+    # ------------------------------------------------------------------ the walk
+
+    def _prepare(
+        self,
+        batch_size,
+        num_inference_steps,
+        output_type,
+        class_labels,
+        guidance_scale,
+        scheduler,
+        start=None,
+        clip_sample=None,
+    ):
+        """The solver with its timesteps, the labels (B,) or None, and B; `start`: what is begun with, or None."""
+        solver = make_solver(scheduler, self.scheduler, clip_sample)
         if num_inference_steps is None:
-            num_inference_steps = scheduler.config.num_train_timesteps
+            num_inference_steps = solver.config.num_train_timesteps
         self._check_inputs(batch_size, num_inference_steps, output_type)
-        labels = self._labels(class_labels, batch_size, guidance_scale)
+        if start is not None and batch_size not in (None, len(start)) and len(start) > 1:
+            raise ValueError(f"batch_size={batch_size} and {len(start)} images to begin with: give one of them")
+        several = len(start) if start is not None and len(start) > 1 else None
+        labels = self._labels(class_labels, batch_size or several, guidance_scale)
         if batch_size is None:
-            batch_size = 1 if labels is None else len(labels)
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        # Some solvers of diffusers draw noise, others would not take a generator.
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
+            batch_size = several or (1 if labels is None else len(labels))
+        solver.set_timesteps(num_inference_steps, device=self._execution_device)
+        return solver, labels, batch_size
 
-        size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what is sampled"""
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
+
+    @property
+    def _state_dtype(self) -> torch.dtype:
         # The state stays in float32 whatever the network computes in: a thousand small steps would be rounded away.
-        state_dtype = torch.promote_types(unet.dtype, torch.float32)
-        sample = draw_noise((batch_size, unet.config.in_channels, height, width), generator, device, state_dtype)
-        sample = sample * scheduler.init_noise_sigma
+        return torch.promote_types(self.unet.dtype, torch.float32)
 
-        for i, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            model_input = scheduler.scale_model_input(sample, timestep)
-            model_output = self._predict(model_input.to(unet.dtype), timestep, labels, guidance_scale, state_dtype)
-            output = scheduler.step(model_output, timestep, sample, **step_kwargs)
-            sample = output.prev_sample
-            if callback_on_step_end is not None:
-                tensors = {"sample": sample, "pred_original_sample": getattr(output, "pred_original_sample", None)}
-                sample = (callback_on_step_end(self, i, timestep, tensors) or {}).get("sample", sample)
+    def _from(self, solver, first: int) -> torch.Tensor:
+        """The timesteps of the walk without the first ones, of which the solver is told."""
+        if hasattr(solver, "set_begin_index"):
+            solver.set_begin_index(first)
+        return solver.timesteps[first:]
 
+    def _denoise(self, solver, timesteps, sample, generator, labels, guidance_scale, callback) -> torch.Tensor:
+        self.interrupt = False
+        for i, timestep in enumerate(self.progress_bar(timesteps)):
+            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, callback)
+            sample = self._after_step(callback, i, timestep, tensors)
+            if self.interrupt:
+                break
+        return sample
+
+    def _step(self, solver, timestep, sample, generator, labels, guidance_scale, callback) -> dict:
+        """x after one step and, for a callback, the x_0 that it assumed."""
+        # Some solvers of diffusers draw noise, others would not take a generator.
+        takes_generator = "generator" in inspect.signature(solver.step).parameters
+        model_input = solver.scale_model_input(sample, timestep)
+        model_output = self._predict(model_input.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
+        output = solver.step(model_output, timestep, sample, **({"generator": generator} if takes_generator else {}))
+        original = getattr(output, "pred_original_sample", None)
+        if original is None and callback is not None:  # many solvers keep it to themselves
+            ours = scheduler_class(solver.config).from_config(solver.config)
+            original = ours.predicted_original(model_output, round(float(timestep)), model_input)
+        return {"sample": output.prev_sample, "pred_original_sample": original}
+
+    def _after_step(self, callback, i: int, timestep, tensors: dict) -> torch.Tensor:
+        changed = {} if callback is None else callback(self, i, timestep, tensors) or {}
+        return changed.get("sample", tensors["sample"])
+
+    def _output(self, sample, output_type: str, return_dict: bool):
         self.maybe_free_model_hooks()
         images = to_output(sample, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -153,6 +408,40 @@ class DDPMCustomPipeline(DiffusionPipeline):
             labels.append(int(number))
         return torch.tensor(labels, dtype=torch.int64, device=self._execution_device)
 
+    def _images(self, name: str, images) -> torch.Tensor:
+        """`PIL.Image`s, arrays or tensors as `output_type` gives them -> (B, C, H, W) in [-1, 1], on the device."""
+        channels = self.unet.config.in_channels
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
+            for image in images:
+                if image.mode != PIL_MODES.get(channels):
+                    raise ValueError(f"{name}: is of mode {image.mode!r}; this model wants {PIL_MODES.get(channels)!r}")
+            if len({image.size for image in images}) != 1:
+                raise ValueError(f"{name}: must be at least one, and all of one size")
+            pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
+            images = pixels.reshape(*pixels.shape[:3], channels)
+        if isinstance(images, np.ndarray):
+            images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
+        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+            kind = getattr(images, "dtype", type(images).__name__)
+            raise ValueError(f"{name}: is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
+        images = images[None] if images.ndim == 3 else images
+        if images.ndim != 4 or images.shape[1] != channels or not images.numel():
+            raise ValueError(f"{name}: has the shape {tuple(images.shape)}; it must be (B, {channels}, H, W)")
+        if not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(f"{name}: has values {images.min():g} ... {images.max():g}; they must lie in 0 ... 1")
+        return images.to(self._execution_device, self._state_dtype) * 2 - 1
+
+    def _latents(self, latents) -> torch.Tensor | None:
+        if latents is None:
+            return None
+        channels = self.unet.config.in_channels
+        if not isinstance(latents, torch.Tensor) or latents.ndim != 4 or latents.shape[1] != channels:
+            what = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"latents: is {what}; it must be a tensor of shape (B, {channels}, H, W)")
+        return latents.to(self._execution_device, self._state_dtype)
+
     def _check_inputs(self, batch_size, num_inference_steps, output_type) -> None:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
@@ -166,10 +455,44 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(f"output_type='pil' shows 1 to 4 channels, not {channels}: use output_type='np' or 'pt'")
 
 
-def scheduler_class(config: dict) -> type[NoiseScheduler]:
-    """Ours that a configuration, of ours or of diffusers' DDPM scheduler, asks for by its `beta_schedule`."""
-    cosine = config.get("beta_schedule") == COSINE_SCHEDULE and config.get("trained_betas") is None
-    return CosineNoiseScheduler if cosine else LinearNoiseScheduler
+def _mask(mask, shape) -> torch.Tensor:
+    """(B or 1, 1, H, W) bool, of images of `shape`."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L")) / 255.0
+    mask = torch.as_tensor(mask)
+    wanted = [shape[2:], (shape[0], *shape[2:]), (shape[0], 1, *shape[2:])]
+    if mask.shape not in [torch.Size(each) for each in wanted]:
+        sizes = ", ".join(str(tuple(each)) for each in wanted)
+        raise ValueError(f"mask: has the shape {tuple(mask.shape)}; for these images it must be one of {sizes}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask: must hold 0 (known) and 1 (to paint) only")
+    return mask.bool().reshape(-1, 1, *shape[2:])
+
+
+def _repaint_moves(length: int, jump_length: int, num_resamples: int) -> list[int]:
+    """-1 (denoise) and 1 (add noise), from the start of a walk of `length` timesteps to the image."""
+    jumps = dict.fromkeys(range(0, length - jump_length, jump_length), num_resamples - 1)
+    moves, position = [], length - 1
+    while position >= 0:
+        moves.append(-1)
+        position -= 1
+        if jumps.get(position, 0) > 0:
+            jumps[position] -= 1
+            moves += [1] * jump_length
+            position += jump_length
+    return moves
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation (Shoemake 1985) of a and b (1, ...) by weights (B, 1, 1, 1) in 0 ... 1 -> (B, ...).
+
+    Unlike a + w (b - a), it keeps the length that noise has.
+    """
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle < 1e-4:
+        return a + weights * (b - a)
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
 
 
 def num_classes(unet) -> int | None:

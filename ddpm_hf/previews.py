@@ -5,13 +5,12 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ddpm_hf.data import stream_seed
 from ddpm_hf.pipeline import DDPMCustomPipeline, to_output
+from ddpm_hf.seeds import image_generators
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +110,10 @@ def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps, cl
             if i in frame_steps:
                 frames.append(to_output(tensors["sample"], "np"))
 
-        generators = [torch.Generator().manual_seed(stream_seed(seed, "sample", k)) for k in batch]
         try:
             samples = pipeline(
                 len(batch),
-                generator=generators,
+                generator=image_generators(seed, batch),
                 num_inference_steps=steps,
                 output_type="np",
                 callback_on_step_end=keep,

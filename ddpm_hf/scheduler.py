@@ -153,6 +153,35 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         rows = self._signal_and_noise.to(dtype).to(sample.device)[timesteps.reshape(-1).to(sample.device)]
         return rows.reshape(-1, 2, *(1,) * (sample.ndim - 1)).unbind(1)
 
+    # ------------------------------------------------------------------ between timesteps
+
+    def predicted_original(self, model_output, timestep: int, sample) -> torch.Tensor:
+        """The x_0 that `model_output` (B, ...) says is in `sample` at `timestep`, whatever the walk."""
+        signal, sigma = self._signal_and_noise[int(timestep)].tolist()
+        if self.config.prediction_type == "epsilon":
+            return (sample - sigma * model_output) / signal
+        return model_output if self.config.prediction_type == "sample" else signal * sample - sigma * model_output
+
+    def renoise(self, sample, timestep: int, to_timestep: int, noise) -> torch.Tensor:
+        """A draw from q(x_to | x_timestep), of later noise from earlier; the earlier may be -1, which is the image."""
+        if not -1 <= timestep < to_timestep < len(self):
+            raise ValueError(
+                f"timestep={timestep}, to_timestep={to_timestep}: must be -1 <= timestep < to < {len(self)}"
+            )
+        before = self._alphas_cumprod[timestep].item() if timestep >= 0 else 1.0
+        alpha = self._alphas_cumprod[to_timestep].item() / before
+        return math.sqrt(alpha) * sample + math.sqrt(1 - alpha) * noise
+
+    def ddim_start(self, model_output, timestep: int, to_timestep: int, sample, prev_sample) -> torch.Tensor:
+        """Whence DDIM comes to `prev_sample` at `to_timestep`, if `model_output` at `timestep` is what it is for `sample`.
+
+        x_to = a x + b epsilon (arXiv:2010.02502, equation 12 with sigma = 0), solved for x. -1 is the image.
+        """
+        signal, sigma = self._signal_and_noise[timestep].tolist()
+        to_signal, to_sigma = self._signal_and_noise[to_timestep].tolist() if to_timestep >= 0 else (1.0, 0.0)
+        epsilon = (sample - signal * self.predicted_original(model_output, timestep, sample)) / sigma
+        return signal / to_signal * (prev_sample - to_sigma * epsilon) + sigma * epsilon
+
     # ------------------------------------------------------------------ reverse process
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:

@@ -21,12 +21,14 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import BadImages, ImageData, seeded_generator, stream_seed
+from ddpm_hf.data import BadImages, ImageData
 from ddpm_hf.ema import EMA
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes, scheduler_class
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
 from ddpm_hf.scheduler import NoiseScheduler
+from ddpm_hf.seeds import seeded_generator, stream_seed
+from ddpm_hf.solvers import scheduler_class
 from ddpm_hf.streaming import ImageStream, open_images
 from ddpm_hf.unet import DDPMUNet
 

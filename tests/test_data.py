@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from ddpm_hf import data
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import BadImages, ImageData, batch_indices, load_images, seeded_generator
+from ddpm_hf.data import BadImages, ImageData, batch_indices, load_images
+from ddpm_hf.seeds import seeded_generator
 
 
 def pictures(n, size=(8, 8), mode="RGB", seed=0):

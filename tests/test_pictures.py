@@ -4,7 +4,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.pictures import forward_process, grid, loss_curve, save_gif
+from ddpm_hf.films import grid, save_film
+from ddpm_hf.pictures import forward_process, loss_curve
 from ddpm_hf.progress import Progress
 
 
@@ -39,7 +40,7 @@ def test_forward_process_goes_from_the_image_to_noise():
 
 def test_gif(tmp_path):
     frames = [Image.new("L", (4, 4), 50 * k) for k in range(5)]
-    save_gif(frames, tmp_path / "film.gif")
+    save_film(frames, tmp_path / "film.gif")
     film = Image.open(tmp_path / "film.gif")
     assert film.n_frames == 5
     film.seek(4)

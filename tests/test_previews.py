@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose
 from PIL import Image
 
 from ddpm_hf import DDPMCustomPipeline, previews
-from ddpm_hf.pictures import draw_data, draw_pictures, with_row_names
+from ddpm_hf.films import with_row_names
+from ddpm_hf.pictures import draw_data, draw_pictures
 from ddpm_hf.previews import Previews, sample_together
 from ddpm_hf.training import train
 
