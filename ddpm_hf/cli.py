@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+import torch
+
 import ddpm_hf
 
 
@@ -13,13 +15,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = _Parser(prog="ddpm-hf", description=ddpm_hf.__doc__)
     parser.add_argument("--version", action="version", version=f"ddpm-hf {ddpm_hf.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sample", help="make images with a model, or compare solvers", add_help=False)
     commands.add_parser("train", help="train a model; `ddpm-hf train --help` lists the settings", add_help=False)
     commands.add_parser(
         "convert", help="a tutorial's or diffusers' checkpoint as a pipeline of ours, or back", add_help=False
     )
     try:
         command = parser.parse_args(argv[:1]).command
-        return {"train": train, "convert": convert}[command](argv[1:])
+        return {"train": train, "sample": sample, "convert": convert}[command](argv[1:])
     except (ValueError, FloatingPointError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -47,6 +50,50 @@ def train(args: list[str]) -> int:
     if has_embedded_digits(config):
         on_save.append(tell_legibility)
     training.train(config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures)
+    return 0
+
+
+def sample(args: list[str]) -> int:
+    from ddpm_hf import sampling
+    from ddpm_hf.pipeline import load_pipeline
+    from ddpm_hf.solvers import SOLVERS
+
+    parser = _Parser(prog="ddpm-hf sample", description=sampling.__doc__)
+    parser.add_argument("model", help="a pipeline folder, or user/model on the Hub")
+    parser.add_argument("--output", default="samples", help="the folder to fill; what is there is not made again")
+    parser.add_argument("--num_images", type=int, default=16, help="in the folder in the end")
+    parser.add_argument("--batch_size", type=int, default=64, help="made at a time; it changes no image")
+    parser.add_argument("--seed", type=int, default=0, help="image k is a function of this and k")
+    parser.add_argument("--scheduler", help=f"ddpm, {', '.join(SOLVERS)}; default: the model's own")
+    parser.add_argument("--num_inference_steps", type=int, help="default: all that it was trained with")
+    parser.add_argument("--class_labels", nargs="+", help="names or numbers of classes, in turns")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1: none")
+    parser.add_argument("--format", default="png", help=f"one of {', '.join(sampling.FORMATS)}")
+    parser.add_argument("--compare", action="store_true", help="compare.png instead: a row a solver, a column a number")
+    parser.add_argument("--solvers", nargs="+", default=["ddpm", *SOLVERS], help="of --compare")
+    parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="of --compare")
+    given = parser.parse_args(args)
+    pipeline = load_pipeline(given.model, "model")
+    pipeline.set_progress_bar_config(leave=False, disable=True)
+    if torch.cuda.is_available():
+        pipeline.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    names = pipeline.unet.config.get("class_names") or []
+    labels = given.class_labels and [int(x) if x.isdigit() and x not in names else x for x in given.class_labels]
+    settings = {"guidance_scale": given.guidance_scale}
+    if not given.compare:
+        settings |= {"scheduler": given.scheduler, "num_inference_steps": given.num_inference_steps}
+        made = sampling.sample_to_folder(
+            pipeline, given.output, given.num_images, given.batch_size, given.seed, given.format, labels, **settings
+        )
+        print(f"{made} images made -> {given.output}", flush=True)
+        return 0
+    if labels:
+        settings["class_labels"] = [labels[k % len(labels)] for k in range(4)]
+    picture = sampling.compare_solvers(pipeline, given.solvers, given.steps, seed=given.seed, **settings)
+    os.makedirs(given.output, exist_ok=True)
+    path = os.path.join(given.output, "compare.png")
+    picture.save(path)
+    print(path)
     return 0
 
 

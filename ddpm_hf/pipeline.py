@@ -283,6 +283,10 @@ class DDPMCustomPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return sample
 
+    def check_call(self, class_labels=None, guidance_scale=1.0, scheduler=None, num_inference_steps=None) -> None:
+        """A ValueError if a call with these arguments can't be."""
+        self._prepare(None, num_inference_steps, "np", class_labels, guidance_scale, scheduler)
+
     # ------------------------------------------------------------------ the walk
 
     def _prepare(

@@ -173,7 +173,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         return math.sqrt(alpha) * sample + math.sqrt(1 - alpha) * noise
 
     def ddim_start(self, model_output, timestep: int, to_timestep: int, sample, prev_sample) -> torch.Tensor:
-        """Whence DDIM comes to `prev_sample` at `to_timestep`, if `model_output` at `timestep` is what it is for `sample`.
+        """Whence DDIM steps to `prev_sample` at `to_timestep`, with the noise that `model_output` says is in `sample`.
 
         x_to = a x + b epsilon (arXiv:2010.02502, equation 12 with sigma = 0), solved for x. -1 is the image.
         """

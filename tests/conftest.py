@@ -67,3 +67,13 @@ def trained(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "run"
     train(tiny_config(path, max_train_steps=25, checkpointing_steps=10))
     return path
+
+
+@pytest.fixture(scope="session")
+def digits_model(tmp_path_factory) -> Path:
+    """The pipeline folder of a small class-conditional model that has learnt something. Not to be written to."""
+    path = tmp_path_factory.mktemp("digits_model") / "run"
+    settings = {"max_train_steps": 600, "train_batch_size": 64, "learning_rate": 4e-3, "lr_scheduler": "cosine"}
+    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
+    train(tiny_config(path, class_conditional=True, scheduler=scheduler, ema_max_decay=0.99, **settings))
+    return path

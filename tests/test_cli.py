@@ -101,6 +101,10 @@ def test_the_examples_run(tmp_path):
     command = [sys.executable, ROOT / "examples/guidance.py", "model", "--scales", "1", "4", "--steps", "2"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert Image.open(tmp_path / "guidance.png").height > 10 * 65
+    command = [sys.executable, ROOT / "examples/sample.py", "model", "--class_label", "3", "--steps", "6"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for name in ("film.gif", "trajectory.png", "interpolation.png", "variations.png", "inpainting.png"):
+        assert Image.open(tmp_path / name).width > 100
     for path in (ROOT / "examples").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60, path
 

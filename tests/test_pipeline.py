@@ -1,6 +1,8 @@
 import json
+import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import diffusers
@@ -8,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
+from PIL import Image
 from torch.testing import assert_close
 
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import load_images
+from ddpm_hf.pipeline import _repaint_moves, slerp
+from ddpm_hf.seeds import image_generators
 
 
 def tiny_pipeline(**settings) -> DDPMCustomPipeline:
@@ -289,3 +296,250 @@ def test_calls_that_cannot_be():
         pipeline(1, output_type="jpg")
     with pytest.raises(ValueError, match="generator: a list of 1 for a batch of 2"):
         pipeline(2, [seeded(0)])
+
+
+# ---------------------------------------------------------------- from images, between images, back to noise
+
+
+@pytest.fixture(scope="module")
+def digits(digits_model):
+    """A small trained model of classes, 16 digits that it has not seen (16, 1, 8, 8) in [0, 1], and their labels."""
+    pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
+    pipeline.set_progress_bar_config(disable=True)
+    held_out = load_images(TrainConfig())[1]
+    return pipeline, held_out.batch(torch.arange(16)) / 2 + 0.5, held_out.labels[:16]
+
+
+def distance(a, b) -> float:
+    return float((a - b).square().mean().sqrt())
+
+
+def test_the_more_strength_the_less_is_left_of_an_image(digits):
+    pipeline, images, labels = digits
+    settings = {"class_labels": labels, "num_inference_steps": 50, "output_type": "pt"}
+    for solver in (None, "ddim", "dpm++", "heun", "euler", "unipc"):
+        made = [
+            pipeline(image=images, strength=s, generator=seeded(0), scheduler=solver, **settings).images
+            for s in (0.02, 0.3, 1.0)
+        ]
+        distances = [distance(images, each) for each in made]
+        assert distances == sorted(distances)
+        assert distances[0] < 0.05
+        assert distances[2] > 0.15
+
+
+def test_images_to_begin_with_may_be_of_any_kind(digits):
+    pipeline, images, labels = digits
+    pixels = (images * 255).round() / 255
+    as_pil = [Image.fromarray((p[0].numpy() * 255).round().astype(np.uint8)) for p in pixels]
+    expected = None
+    for image in (pixels, pixels.permute(0, 2, 3, 1).numpy(), as_pil, pixels.double()):
+        generators = [seeded(k) for k in range(16)]
+        made = pipeline(None, generators, 5, "pt", image=image, strength=0.4, class_labels=labels).images
+        assert made.shape == (16, 1, 8, 8)
+        expected = made if expected is None else expected
+        assert_close(made, expected, rtol=0, atol=1e-4)
+    for image in (as_pil[0], pixels[0], pixels[:1]):
+        made = pipeline(3, generators[:3], 5, "pt", image=image, class_labels=4).images
+        assert made.shape == (3, 1, 8, 8)
+    wide = torch.rand(1, 1, 6, 11)
+    assert pipeline(image=wide, class_labels=4, num_inference_steps=5, output_type="pt").images.shape == wide.shape
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@pytest.mark.parametrize("guided", [False, True])
+def test_known_pixels_come_back_exactly(channels, guided):
+    pipeline = tiny_pipeline(in_channels=channels, sample_size=(8, 12), **({"num_classes": 3} if guided else {}))
+    classes = {"class_labels": [0, 2], "guidance_scale": 2.0} if guided else {}
+    images = torch.rand(2, channels, 8, 12, generator=seeded(1))
+    mask = torch.zeros(8, 12, dtype=torch.bool)
+    mask[2:5, 3:9] = True
+    settings = {"num_inference_steps": 20, "jump_length": 4, "num_resamples": 3, "generator": seeded(2), **classes}
+    made = pipeline.inpaint(images, mask, output_type="latent", **settings).images
+    assert torch.equal(made[..., ~mask], (images * 2 - 1)[..., ~mask])
+    assert (made[..., mask] != (images * 2 - 1)[..., mask]).all()
+    covered = torch.where(mask, 0.123, images)  # what is under the mask does not matter
+    settings["generator"] = seeded(2)
+    assert torch.equal(pipeline.inpaint(covered, mask, output_type="latent", **settings).images, made)
+    if channels != 5:
+        eight_bits = (images * 255).round() / 255
+        made = pipeline.inpaint(eight_bits, mask, **settings).images
+        pixels = np.stack(made).reshape(2, 8, 12, channels)
+        known = (eight_bits * 255).round().permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(pixels[:, ~mask.numpy()], known[:, ~mask.numpy()])
+
+
+def test_what_is_painted_fits(digits):
+    """Right halves painted by the model are nearer to the true ones than those of other digits are."""
+    pipeline, images, labels = digits
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:, 4:] = True
+    settings = {"num_inference_steps": 50, "jump_length": 5, "num_resamples": 4, "output_type": "pt"}
+    made = pipeline.inpaint(images, mask, generator=seeded(0), class_labels=labels, **settings).images
+    others = torch.stack(
+        [distance(images.roll(k, 0)[..., mask], images[..., mask]) * torch.ones(()) for k in range(1, 16)]
+    )
+    assert distance(made[..., mask], images[..., mask]) < 0.8 * others.mean()
+
+
+def test_the_moves_of_repaint():
+    """Against the schedule as the paper's appendix writes it: timesteps, the last being the image."""
+    for length, jump, resamples in ((250, 10, 10), (20, 4, 3), (7, 1, 2), (5, 10, 10), (3, 3, 2), (1, 1, 1)):
+        jumps = dict.fromkeys(range(0, length - jump, jump), resamples - 1)
+        t, visited = length, []
+        while t >= 1:
+            t -= 1
+            visited.append(t)
+            if jumps.get(t, 0) > 0:
+                jumps[t] -= 1
+                for _ in range(jump):
+                    t += 1
+                    visited.append(t)
+        visited.append(-1)
+        moves = _repaint_moves(length, jump, resamples)
+        assert moves == [b - a for a, b in pairwise(visited)]
+
+
+@pytest.mark.parametrize("kind", [LinearNoiseScheduler, CosineNoiseScheduler])
+def test_noise_added_in_two_parts_is_noise_added_at_once(kind):
+    scheduler = kind()
+    x = torch.zeros(200_000, dtype=torch.float64)
+    noise = torch.randn(2, 200_000, dtype=torch.float64, generator=seeded(0))
+    once = scheduler._signal_and_noise[700, 1]
+    for between in (0, 300, 699):
+        twice = scheduler.renoise(scheduler.renoise(x, -1, between, noise[0]), between, 700, noise[1])
+        assert abs(twice.std() - once) < 5 * once / math.sqrt(2 * 200_000)
+        gain = scheduler.renoise(scheduler.renoise(torch.ones(1), -1, between, 0), between, 700, 0)
+        assert_close(gain.item(), scheduler._signal_and_noise[700, 0].item(), rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match="timestep=5, to_timestep=5: must be -1 <= timestep < to < 1000"):
+        scheduler.renoise(x, 5, 5, noise[0])
+
+
+def test_mixtures_go_from_one_image_to_the_other(digits):
+    pipeline, images, labels = digits
+    a, b = images[0], images[3]
+    settings = {"generator": seeded(0), "num_inference_steps": 100, "output_type": "pt", "class_labels": int(labels[0])}
+    made = pipeline.interpolate(a, b, 100, 7, **settings).images
+    assert made.shape == (7, 1, 8, 8)
+    assert distance(made[0], a) < distance(made[0], b)
+    assert distance(made[-1], b) < distance(made[-1], a)
+    to_a = [distance(image, a) for image in made]
+    assert to_a[0] < to_a[3] < to_a[6]
+    # the whole walk from t is gone, t included
+    seen = []
+    note = lambda pipe, i, t, tensors: seen.append(int(t))  # noqa: E731
+    pipeline.interpolate(a, b, 7, 2, class_labels=3, callback_on_step_end=note)
+    assert seen == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("method", ["slerp", "inversion"])
+def test_arcs_begin_and_end_at_their_ends(digits, method):
+    pipeline, images, _ = digits
+    ends = {} if method == "slerp" else {"image_a": images[0], "image_b": images[3]}
+    settings = {"method": method, "num_inference_steps": 50, "output_type": "pt", "class_labels": 5, "steps": 5}
+    made = pipeline.interpolate(generator=seeded(0), **ends, **settings).images
+    if method == "inversion":
+        assert distance(made[0], images[0]) < 0.03
+        assert distance(made[-1], images[3]) < 0.03
+    else:
+        noise = [torch.randn(1, 1, 8, 8, generator=g) for g in [seeded(0)] for _ in range(2)]
+        by_hand = {"scheduler": "ddim", "num_inference_steps": 50, "output_type": "pt", "class_labels": 5}
+        for end, z in ((made[:1], noise[0]), (made[-1:], noise[1])):
+            assert_close(pipeline(latents=z, **by_hand).images, end, rtol=0, atol=1e-4)
+    jumps = [distance(p, q) for p, q in pairwise(made)]
+    assert max(jumps) < 0.9 * distance(made[0], made[-1])
+
+
+def test_slerp_keeps_the_length():
+    a, b = torch.randn(2, 1, 3, 16, 16, generator=seeded(0)).unbind()
+    weights = torch.linspace(0, 1, 5).reshape(-1, 1, 1, 1)
+    on_arc = slerp(a / a.norm(), b / b.norm(), weights)
+    assert_close(on_arc.flatten(1).norm(dim=1), torch.ones(5))
+    assert_close(on_arc[0], a[0] / a.norm())
+    assert_close(on_arc[-1], b[0] / b.norm())
+    assert_close(slerp(a, a, weights), a.expand(5, -1, -1, -1))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_an_image_comes_back_from_its_noise(digits, guidance_scale):
+    """At least 30 dB each, in 50 steps, of images that the model has not seen."""
+    pipeline, images, labels = digits
+    settings = {"num_inference_steps": 50, "class_labels": labels, "guidance_scale": guidance_scale}
+    noise = pipeline.invert(images, **settings)
+    assert 0.5 < noise.var() < 1.5
+    back = pipeline(latents=noise, scheduler="ddim", clip_sample=False, output_type="pt", **settings).images
+    psnr = -10 * (back - images).square().mean(dim=(1, 2, 3)).log10()
+    assert psnr.min() >= 30
+
+
+def test_sampling_can_be_interrupted(digits):
+    pipeline, images, _ = digits
+    seen = []
+
+    def stop(pipe, i, timestep, tensors):
+        seen.append(i)
+        pipe.interrupt = i == 2
+
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    calls = [
+        lambda **kw: pipeline(class_labels=3, **kw),
+        lambda **kw: pipeline.inpaint(images[0], mask, class_labels=3, **kw),
+        lambda **kw: pipeline.interpolate(method="slerp", class_labels=3, **kw),
+    ]
+    for call in calls:
+        seen.clear()
+        images_so_far = call(num_inference_steps=10, callback_on_step_end=stop, output_type="pt").images
+        assert seen == [0, 1, 2]
+        assert images_so_far.isfinite().all()
+
+
+def test_the_same_noise_at_every_dtype_and_batch_size(digits):
+    pipeline, _, _ = digits
+    labels = [k % 10 for k in range(64)]
+    settings = {"num_inference_steps": 50, "output_type": "pt"}
+    together = pipeline(64, image_generators(7, range(64)), class_labels=labels, **settings).images
+    for k in (0, 41):
+        alone = pipeline(1, image_generators(7, [k]), class_labels=labels[k], **settings).images
+        assert_close(alone, together[k : k + 1], rtol=0, atol=1e-4)
+    expected = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in image_generators(7, range(3))])
+    for dtype in (torch.float32, torch.bfloat16):
+        copy, seen = DDPMCustomPipeline(tiny_unet().to(dtype), pipeline.scheduler), []
+        copy.unet.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0]))
+        copy(3, image_generators(7, range(3)), 2)
+        assert torch.equal(seen[0], expected.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, x: p(image=x, strength=0), r"strength=0 must lie in \(0, 1\]"),
+        (lambda p, x: p(image=x * 2), "image: has values .* they must lie in 0 ... 1"),
+        (lambda p, x: p(image=x.expand(-1, 3, -1, -1)), r"image: has the shape \(2, 3, 8, 8\); it must be \(B, 1"),
+        (lambda p, x: p(image=x.byte()), "image: is torch.uint8; it must be PIL images, or an array"),
+        (lambda p, x: p(image="cat.png"), "image: is str; it must be PIL images"),
+        (lambda p, x: p(image=Image.new("RGB", (8, 8))), "image: is of mode 'RGB'; this model wants 'L'"),
+        (lambda p, x: p(3, image=x), "batch_size=3 and 2 images to begin with"),
+        (lambda p, x: p(image=x, latents=x), "image, latents: give one of them"),
+        (lambda p, x: p(latents=x[:, 0]), r"latents: is \(2, 8, 8\); it must be a tensor of shape \(B, 1, H, W\)"),
+        (lambda p, x: p.inpaint(x, torch.ones(8, 9)), r"mask: has the shape \(8, 9\); .* one of \(8, 8\), \(2, 8, 8\)"),
+        (lambda p, x: p.inpaint(x, torch.full((8, 8), 0.5)), r"mask: must hold 0 \(known\) and 1"),
+        (lambda p, x: p.inpaint(x, torch.ones(8, 8), jump_length=0), "jump_length=0 must be an integer of at least 1"),
+        (lambda p, x: p.inpaint(x, torch.ones(8, 8), num_resamples=1.5), "num_resamples=1.5 must be an integer"),
+        (lambda p, x: p.inpaint(x, torch.ones(8, 8), class_labels=3), "class_labels=3: this model is unconditional"),
+        (lambda p, x: p.interpolate(x[0], x[1], 1000), "t=1000 must be an integer in 0 ... 999"),
+        (lambda p, x: p.interpolate(x[0], x[1], -1), "t=-1 must be an integer in 0 ... 999"),
+        (lambda p, x: p.interpolate(x[0], x[1]), "t=None must be an integer in 0 ... 999"),
+        (lambda p, x: p.interpolate(x[0], x[1], 5, 1), "steps=1 must be an integer of at least 2"),
+        (lambda p, x: p.interpolate(x[0], None, 5), "image_a, image_b: method='mix' takes both"),
+        (lambda p, x: p.interpolate(x[0], x[1], method="slerp"), "image_a, image_b: method='slerp' takes none"),
+        (lambda p, x: p.interpolate(t=3, method="slerp"), "t=3: only method='mix' stops at a timestep"),
+        (lambda p, x: p.interpolate(x, x, 5), "image_a, image_b: are .* they must be single images of one size"),
+        (lambda p, x: p.interpolate(x[0], x[1], 5, method="warp"), "method='warp'; choose from mix, slerp, inversion"),
+        (lambda p, x: p.interpolate(x[0], x[1], 5, generator=[seeded(0)]), "generator: give one"),
+        (lambda p, x: p.invert(x, iterations=0), "iterations=0 must be an integer of at least 1"),
+        (lambda p, x: p.invert(x, 0), "num_inference_steps=0 must be an integer in 1 ... 1000"),
+    ],
+)  # fmt: skip
+def test_images_and_masks_that_cannot_be(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_pipeline(), torch.rand(2, 1, 8, 8))

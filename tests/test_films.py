@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from PIL import Image
+from torch.testing import assert_close
+
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.films import Film, save_film
+
+
+def filmed(channels=1, steps=None, **settings):
+    pipeline = DDPMCustomPipeline(tiny_unet(in_channels=channels, sample_size=(8, 12)), LinearNoiseScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    film = Film(steps)
+    settings = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 5} | settings
+    images = pipeline(3, callback_on_step_end=film, output_type="latent", **settings).images
+    return film, images, pipeline
+
+
+def test_a_film_is_the_trajectory():
+    film, images, pipeline = filmed()
+    assert film.samples.shape == film.pred_original_samples.shape == (5, 3, 1, 8, 12)
+    assert film.timesteps == [800, 600, 400, 200, 0]
+    assert_close(film.samples[-1], images)
+    # every frame follows from the one before, which is what makes it the trajectory
+    ours, scheduler = film.samples, pipeline.scheduler
+    for k in range(1, 5):
+        with torch.no_grad():
+            output = pipeline.unet(ours[k - 1], film.timesteps[k]).sample
+        step = scheduler.step(output, int(film.timesteps[k]), ours[k - 1], torch.Generator().manual_seed(0))
+        assert_close(film.pred_original_samples[k], step.pred_original_sample, rtol=1e-4, atol=1e-5)
+
+
+def test_chosen_steps_only():
+    film, images, _ = filmed(steps=(0, 4))
+    assert film.timesteps == [800, 0]
+    assert_close(film.samples[-1], images)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++", "unipc", "deis", "heun", "euler"])
+def test_every_solver_tells_the_x0_that_it_assumed(solver):
+    film, images, _ = filmed(scheduler=solver, num_inference_steps=10)
+    assert film.pred_original_samples.isfinite().all()
+    assert_close(film.pred_original_samples[-1].clamp(-1, 1), images.clamp(-1, 1), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA"), (5, "L")])
+def test_contact_sheets_and_films_of_any_channels(tmp_path, channels, mode):
+    film, _, _ = filmed(channels)
+    sheet = film.contact_sheet(scale=2)
+    width = 12 * (5 if channels == 5 else 1)  # band beside band
+    assert (sheet.mode, sheet.size) == (mode, (5 * (2 * width + 1) - 1, 3 * 17 - 1))
+    last = np.asarray(film.contact_sheet("pred_original_samples"))
+    assert last.shape[:2] == (3 * 9 - 1, 5 * (width + 1) - 1)
+    for suffix in ("gif", "webp"):
+        film.save(tmp_path / f"film.{suffix}", scale=2)
+        assert Image.open(tmp_path / f"film.{suffix}").n_frames == 5
+
+
+def test_mp4(tmp_path):
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    film, _, _ = filmed(3)
+    film.save(tmp_path / "film.mp4", scale=3, seconds=2)
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "film.mp4"))
+    size = next(reader)["size"]
+    frames = [np.frombuffer(frame, np.uint8).reshape(size[1], size[0], 3) for frame in reader]
+    assert size == (74, 50)  # 2 x 2 images of 37 x 25, the odd 73 x 49 made even
+    assert len(frames) == 5 + 5  # and two seconds on the last
+    first = np.asarray(film.contact_sheet(scale=3))
+    assert abs(frames[0][:24, :36].astype(float) - first[:24, :36]).mean() < 40  # compressed, but this
+
+
+def test_the_forward_process_is_a_film_too():
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scheduler = LinearNoiseScheduler()
+    film = Film.of_forward_process(images, scheduler, [0, 500, 999], torch.Generator().manual_seed(1))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    assert_close(film.samples[1], scheduler.add_noise(images, noise, 500))
+    assert_close(film.samples[2], noise, rtol=0, atol=0.03)
+    assert film.contact_sheet().size == (3 * 9 - 1, 2 * 9 - 1)
+
+
+def test_films_that_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="the film has no frame yet"):
+        Film().contact_sheet()
+    film, _, _ = filmed()
+    with pytest.raises(ValueError, match="of='x0'; choose from samples, pred_original_samples"):
+        film.contact_sheet("x0")
+    with pytest.raises(ValueError, match="film.avi' is no film: its name must end with .gif, .webp, .mp4"):
+        save_film([Image.new("L", (4, 4))], tmp_path / "film.avi")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs `pip install imageio-ffmpeg`"):
+        film.save(tmp_path / "film.mp4")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,211 @@
+"""`ddpm-hf sample`: folders of samples, and solvers side by side."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from PIL import Image
+
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.sampling import SHARD, compare_solvers, sample_to_folder
+
+STEPS = ["--num_inference_steps", "5"]
+
+
+def pipeline_of(**settings):
+    pipeline = DDPMCustomPipeline(tiny_unet(**settings), LinearNoiseScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(folder, suffix="png"):
+    return {path.stem: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob(f"*.{suffix}"))}
+
+
+def assert_alike(a, b):
+    """Batches of another size may round another way."""
+    assert a.keys() == b.keys()
+    assert all(abs(a[name] - b[name]).max() <= 1 for name in a)
+
+
+def test_the_command_fills_a_folder(digits_model, tmp_path, capsys):
+    flags = ["--class_labels", "3", "7", "--guidance_scale", "2", "--scheduler", "ddim", *STEPS, "--num_images", "6"]
+    assert main(["sample", str(digits_model), "--output", str(tmp_path / "out"), *flags, "--seed", "5"]) == 0
+    assert f"6 images made -> {tmp_path / 'out'}" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == [*(f"{k:06d}.png" for k in range(6)), "sampling.json"]
+    pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
+    from ddpm_hf.seeds import image_generators
+
+    settings = {"class_labels": [3, 7] * 3, "guidance_scale": 2, "scheduler": "ddim", "num_inference_steps": 5}
+    expected = pipeline(generator=image_generators(5, range(6)), **settings).images
+    assert_alike(pixels(tmp_path / "out"), {f"{k:06d}": np.asarray(im).astype(int) for k, im in enumerate(expected)})
+
+
+def test_the_same_images_at_every_batch_size_and_in_two_processes(digits_model, tmp_path):
+    command = [sys.executable, "-m", "ddpm_hf", "sample", str(digits_model), *STEPS]
+    command += ["--num_images", "23", "--class_labels", "1", "2", "3"]
+    folders = {name: tmp_path / name for name in ("one", "64", "two")}
+    assert main([*command[3:], "--batch_size", "1", "--output", str(folders["one"])]) == 0
+    assert main([*command[3:], "--batch_size", "64", "--output", str(folders["64"])]) == 0
+    both = [
+        subprocess.Popen(
+            [*command, "--batch_size", "4", "--output", folders["two"]],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert [line.split()[0] for line in told] == ["12", "11"]  # each its part, and none twice
+    for name in ("64", "two"):
+        assert_alike(pixels(folders["one"]), pixels(folders[name]))
+
+
+def test_only_what_is_missing_is_made(tmp_path):
+    pipeline, made = pipeline_of(), []
+    pipeline.unet.register_forward_hook(lambda _, args, out: made.append(len(args[0])))
+    settings = {"num_inference_steps": 1, "batch_size": 4}
+    assert sample_to_folder(pipeline, tmp_path, 10, **settings) == 10
+    whole = pixels(tmp_path)
+    for k in (0, 5, 6):
+        (tmp_path / f"{k:06d}.png").unlink()
+    (tmp_path / ".000005.png.part").write_bytes(b"of a process that was killed")
+    made.clear()
+    assert sample_to_folder(pipeline, tmp_path, 12, **settings) == 5
+    assert made == [1, 2, 2]
+    again = pixels(tmp_path)
+    assert len(again) == 12
+    assert_alike({k: v for k, v in again.items() if k in whole}, whole)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
+    pipeline_of().save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "ddpm_hf", "sample", "model", "--num_images", "200", "--batch_size", "5"]
+    command += ["--num_inference_steps", "10", "--output", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("out/*.png"))) < 20:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    there = pixels(tmp_path / "out")
+    assert 20 <= len(there) < 200
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    whole = pixels(tmp_path / "out")
+    assert len(whole) == 200
+    assert all(np.array_equal(whole[name], image) for name, image in there.items())
+
+
+def test_parquet_is_a_data_set(digits_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.sampling.SHARD", 10)
+    pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"class_labels": ["3", 4], "num_inference_steps": 2, "batch_size": 4}
+    assert sample_to_folder(pipeline, tmp_path / "parquet", 25, format="parquet", **settings) == 25
+    assert sample_to_folder(pipeline, tmp_path / "png", 25, **settings) == 25
+    files = sorted(map(str, (tmp_path / "parquet").glob("*.parquet")))
+    assert [os.path.basename(f) for f in files] == [f"samples-{k:05d}.parquet" for k in range(3)]
+    rows = datasets.Dataset.from_parquet(files)
+    assert rows["label"] == [3, 4] * 12 + [3]
+    assert rows.features["label"].names[3] == "3"
+    assert_alike(
+        {f"{k:06d}": np.asarray(image).astype(int) for k, image in enumerate(rows["image"])}, pixels(tmp_path / "png")
+    )
+    (tmp_path / "parquet/samples-00001.parquet").unlink()
+    assert sample_to_folder(pipeline, tmp_path / "parquet", 27, format="parquet", **settings) == 17  # 10, and 7 for 5
+    assert SHARD == 1000
+
+
+def test_any_number_of_channels(tmp_path):
+    for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+        folder = tmp_path / str(channels)
+        pipeline = pipeline_of(in_channels=channels, sample_size=(4, 6))
+        sample_to_folder(pipeline, folder, 1, num_inference_steps=1)
+        assert (Image.open(folder / "000000.png").mode, Image.open(folder / "000000.png").size) == (mode, (6, 4))
+    with pytest.raises(ValueError, match="format='png' holds 1 to 4 channels and these images have 5: use npy"):
+        sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1)
+    sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1, format="npy", num_inference_steps=1)
+    assert np.load(tmp_path / "5/000000.npy").shape == (8, 8, 5)
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    pipeline = pipeline_of()
+    pipeline.unet.forward = lambda sample, timestep: type("Output", (), {"sample": sample})
+
+    def peak(n):
+        sample_to_folder(pipeline, tmp_path / str(n), n, batch_size=50, num_inference_steps=1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+    few = peak(500)
+    assert peak(5000) - few < 20_000  # 5,000 images as float32 in memory would be little; what holds them is not
+
+
+def test_solvers_side_by_side(digits_model, tmp_path, capsys):
+    flags = ["--compare", "--solvers", "ddpm", "ddim", "dpm++", "--steps", "2", "5", "--class_labels", "1", "8"]
+    assert main(["sample", str(digits_model), "--output", str(tmp_path), *flags]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "compare.png")
+    picture = np.asarray(Image.open(tmp_path / "compare.png").convert("L"))
+    row = len(picture) // 3
+    assert len({picture[k * row : (k + 1) * row, -150:-20].tobytes() for k in range(3)}) == 3
+    assert all((picture[k * row : (k + 1) * row, :20] < 128).any() for k in range(3))  # the names
+
+
+def test_comparing_begins_with_the_same_noise():
+    pipeline, seen = pipeline_of(), []
+    pipeline.unet.register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    compare_solvers(pipeline, ["ddim", "dpm++"], [2], num_images=3)
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[0], seen[4])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_images", "0"], "num_images=0 must be an integer of at least 1"),
+        (["--batch_size", "-2"], "batch_size=-2 must be an integer of at least 1"),
+        (["--seed", "-1"], "seed=-1 must be an integer in 0 ... 2^63 - 1"),
+        (["--format", "jpg"], "format='jpg'; choose from png, npy, parquet"),
+        (["--scheduler", "euler-b"], "scheduler='euler-b'; choose from ddpm, ddim"),
+        (["--num_inference_steps", "2000"], "num_inference_steps=2000 must be an integer in 1 ... 1000"),
+        (["--class_labels", "3"], "class_labels=[3]: this model is unconditional"),
+        (["--guidance_scale", "2"], "guidance_scale=2.0: this model is unconditional"),
+        (["--compare", "--solvers", "ddim", "magic"], "solvers: there is no 'magic'; choose from ddpm, ddim"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_commands_that_cannot_be(tmp_path, capsys, flags, message):
+    pipeline_of().save_pretrained(tmp_path / "model")
+    assert main(["sample", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_holds_one_kind_of_samples(tmp_path):
+    pipeline = pipeline_of()
+    sample_to_folder(pipeline, tmp_path / "out", 2, num_inference_steps=1)
+    kept = json.loads((tmp_path / "out/sampling.json").read_text())
+    assert len(kept.pop("model")) == 16
+    assert kept == {"seed": 0, "format": "png", "class_labels": None, "num_inference_steps": 1}
+    with pytest.raises(ValueError, match="seed=1: .* holds samples with 0; name another folder"):
+        sample_to_folder(pipeline, tmp_path / "out", 2, seed=1, num_inference_steps=1)
+    with pytest.raises(ValueError, match="num_inference_steps=2: .* holds samples with 1; name another folder"):
+        sample_to_folder(pipeline, tmp_path / "out", 2, num_inference_steps=2)
+    pipeline.unet.conv_out.bias.data += 1
+    with pytest.raises(ValueError, match="model='[0-9a-f]{16}': .* holds samples with '[0-9a-f]{16}'"):
+        sample_to_folder(pipeline, tmp_path / "out", 2, num_inference_steps=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="mine' holds other things: name a folder that is empty or not there yet"):
+        sample_to_folder(pipeline, tmp_path / "mine", 2)
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]

@@ -1,0 +1,111 @@
+"""Few steps: every solver by its name, against the closed form of Gaussian data."""
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from torch.testing import assert_close
+
+from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.solvers import SOLVERS, make_solver
+
+ODE_SOLVERS = [name for name in SOLVERS if name not in ("euler-a", "sa")]  # the two add noise
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+
+
+def error_of(name: str, steps: int, variance: float) -> float:
+    """Of x_0 by the solver with the perfect network for N(0, variance), against the exact flow from the same start."""
+    trained_with = LinearNoiseScheduler(clip_sample=False)
+    solver = make_solver(name, trained_with)
+    solver.set_timesteps(steps)
+    abar = trained_with._alphas_cumprod
+    odds = torch.log(abar / (1 - abar)).numpy()  # smooth in t: KDPM2 looks between timesteps
+
+    def at(timestep):
+        return 1 / (1 + math.exp(-np.interp(float(timestep), np.arange(1000), odds)))
+
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64) * solver.init_noise_sigma
+    start = solver.scale_model_input(x, solver.timesteps[0]).item()
+    first = at(solver.timesteps[0])
+    for t in solver.timesteps:
+        a, model_input = at(t), solver.scale_model_input(x, t)
+        x = solver.step(math.sqrt(1 - a) * model_input / (a * variance + 1 - a), t, x).prev_sample
+    exact = start * math.sqrt(variance / (first * variance + 1 - first))
+    return abs(x.item() - exact)
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm++", 2), ("heun", 2)])
+def test_the_order_of_the_error(name, order):
+    """From 25 to 100 steps, with data N(0, 0.04)."""
+    slope = math.log(error_of(name, 25, 0.04) / error_of(name, 100, 0.04)) / math.log(4)
+    assert abs(slope - order) < 0.3
+
+
+@pytest.mark.parametrize("name", ODE_SOLVERS)
+def test_the_error_falls_with_the_steps(name):
+    """At 5, 10, 20 and 40 steps, with data N(0, 0.25)."""
+    errors = [error_of(name, steps, 0.25) for steps in (5, 10, 20, 40)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("kind", [LinearNoiseScheduler, CosineNoiseScheduler])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_nothing_is_lost_or_changed(name, kind):
+    trained_with = kind(prediction_type="sample", timestep_spacing="trailing")
+    solver = make_solver(name, trained_with)
+    assert type(solver) is getattr(diffusers, SOLVERS[name])
+    assert_close(solver.alphas_cumprod, trained_with.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    for key, value in trained_with.config.items():
+        assert key.startswith("_") or solver.config.get(key, value) == value, key
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_zero_terminal_snr_is_kept_or_refused(name):
+    if name in ("ddim", "dpm++", "unipc", "euler", "euler-a"):
+        solver = make_solver(name, LinearNoiseScheduler(**ZERO_SNR))
+        assert solver.alphas_cumprod[-1] < 1e-7
+    else:
+        with pytest.raises(ValueError, match=f"scheduler='{name}' can't have this model's betas"):
+            make_solver(name, LinearNoiseScheduler(**ZERO_SNR))
+
+
+def test_a_solver_for_one_call(digits_model):
+    pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
+    pipeline.set_progress_bar_config(disable=True)
+    own = pipeline.scheduler
+
+    def samples(**settings):
+        settings = {
+            "class_labels": [3, 4],
+            "guidance_scale": 2,
+            "output_type": "pt",
+            "num_inference_steps": 10,
+        } | settings
+        return pipeline(generator=torch.Generator().manual_seed(0), **settings).images
+
+    plain = samples()
+    seen = {"ddpm": samples(scheduler="ddpm")}
+    assert_close(seen["ddpm"], plain, rtol=0, atol=1e-6)
+    for name in SOLVERS:
+        seen[name] = samples(scheduler=name)
+        assert seen[name].isfinite().all()
+        by_hand = getattr(diffusers, SOLVERS[name]).from_config(own.config)
+        assert_close(samples(scheduler=by_hand), seen[name], rtol=0, atol=1e-6)
+        assert not torch.allclose(seen[name], plain, atol=1e-3)
+    assert pipeline.scheduler is own
+    assert not torch.allclose(samples(scheduler="ddim", clip_sample=False), seen["ddim"], atol=1e-5)
+
+
+def test_solvers_that_cannot_be():
+    pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
+    with pytest.raises(ValueError, match="scheduler='dpm'; choose from ddpm, ddim, pndm, .*unipc"):
+        pipeline(scheduler="dpm")
+    with pytest.raises(ValueError, match="clip_sample=False: say for which scheduler, by its name"):
+        pipeline(clip_sample=False)
+    quadratic = LinearNoiseScheduler(timestep_spacing="quadratic")
+    with pytest.raises(ValueError, match="timestep_spacing='quadratic' is known to ddpm_hf alone"):
+        DDPMCustomPipeline(tiny_unet(), quadratic)(scheduler="ddim")
