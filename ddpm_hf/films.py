@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm_hf.pipeline import PIL_MODES, to_output, to_pil
+from ddpm_hf.images import PIL_MODES, to_output, to_pil
 
 LONGEST_NAME = 24  # letters
 FILMS = (".gif", ".webp", ".mp4")

@@ -10,7 +10,8 @@ from PIL import Image
 
 from ddpm_hf.data import ImageData, batch_indices
 from ddpm_hf.films import grid, save_film, with_caption, with_row_names
-from ddpm_hf.pipeline import DDPMCustomPipeline, to_output
+from ddpm_hf.images import to_output
+from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.previews import sample_together
 from ddpm_hf.progress import Progress, read_log
 from ddpm_hf.training import Run, draw

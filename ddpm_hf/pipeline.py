@@ -10,14 +10,12 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
-from PIL import Image
 
+from ddpm_hf.images import OUTPUT_TYPES, PIL_MODES, from_unit, to_mask, to_output, to_unit
 from ddpm_hf.scheduler import CosineNoiseScheduler, LinearNoiseScheduler, draw_noise
 from ddpm_hf.solvers import make_solver, scheduler_class
 from ddpm_hf.unet import DDPMUNet
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 INTERPOLATIONS = ("mix", "slerp", "inversion")
 
 
@@ -91,7 +89,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         """
         if image is not None and latents is not None:
             raise ValueError("image, latents: give one of them to begin with")
-        start = self._latents(latents) if image is None else self._images("image", image)
+        start = self._latents(latents) if image is None else self._noiseless("image", image)
         solver, labels, batch_size = self._prepare(
             batch_size, num_inference_steps, output_type, class_labels, guidance_scale, scheduler, start, clip_sample
         )
@@ -144,8 +142,9 @@ class DDPMCustomPipeline(DiffusionPipeline):
         for name, value in (("jump_length", jump_length), ("num_resamples", num_resamples)):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        image = self._images("image", image)
-        mask = _mask(mask, image.shape).to(self._execution_device)
+        given = to_unit("image", image, self.unet.config.in_channels).to(self._execution_device)
+        image = given.to(self._state_dtype) * 2 - 1
+        mask = to_mask(mask, image.shape).to(self._execution_device)
         solver, labels, batch_size = self._prepare(
             None, num_inference_steps, output_type, class_labels, guidance_scale, "ddpm", image
         )
@@ -168,7 +167,11 @@ class DDPMCustomPipeline(DiffusionPipeline):
             sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
             if self.interrupt:
                 break
-        return self._output(torch.where(mask, sample, image), output_type, return_dict)
+        sample = torch.where(mask, sample, image)
+        if output_type == "latent":
+            return self._output(sample, output_type, return_dict)
+        unit = torch.where(mask, to_output(sample, "pt"), given)  # the same bits, which [-1, 1] and back would not give
+        return self._output(unit, output_type, return_dict, from_unit)
 
     @torch.no_grad()
     def interpolate(
@@ -216,7 +219,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(f"t={t!r} must be an integer in 0 ... {most}")
         if method != "mix" and t is not None:
             raise ValueError(f"t={t!r}: only method='mix' stops at a timestep; leave it out")
-        ends = [self._images(name, e) for name, e in (("image_a", image_a), ("image_b", image_b)) if e is not None]
+        ends = [self._noiseless(name, e) for name, e in (("image_a", image_a), ("image_b", image_b)) if e is not None]
         if len(ends) != (0 if method == "slerp" else 2):
             raise ValueError(f"image_a, image_b: method={method!r} takes {'none' if method == 'slerp' else 'both'}")
         if ends and (ends[0].shape != ends[1].shape or len(ends[0]) != 1):
@@ -234,7 +237,8 @@ class DDPMCustomPipeline(DiffusionPipeline):
         weights = torch.linspace(0, 1, steps, dtype=dtype, device=device).reshape(-1, 1, 1, 1)
         timesteps = solver.timesteps
         if method == "mix":
-            timesteps = self._from(solver, int((timesteps > t).sum()))
+            visited = timesteps[:: solver.order]  # of order 2, each step looks at two
+            timesteps = self._from(solver, min(int((visited > t).sum()), len(visited) - 1) * solver.order)
             noise = draw_noise(ends[0].shape, generator, device, dtype)
             a, b = (solver.add_noise(end, noise, timesteps[:1]) for end in ends)
             sample = a + weights * (b - a)
@@ -268,11 +272,15 @@ class DDPMCustomPipeline(DiffusionPipeline):
         """
         if not isinstance(iterations, Integral) or iterations < 1:
             raise ValueError(f"iterations={iterations!r} must be an integer of at least 1")
-        image = self._images("image", image)
+        image = self._noiseless("image", image)
         solver, labels, batch_size = self._prepare(
             None, num_inference_steps, "latent", class_labels, guidance_scale, "ddim", image, clip_sample=False
         )
         ours = scheduler_class(self.scheduler.config).from_config(self.scheduler.config)
+        if ours.config.rescale_betas_zero_snr:
+            raise ValueError(
+                "rescale_betas_zero_snr: nothing of an image is left in this model's noise, so none leads back"
+            )
         sample, before = image.expand(batch_size, -1, -1, -1), -1
         for timestep in self.progress_bar(solver.timesteps.flip(0).tolist()):
             target = sample
@@ -357,9 +365,9 @@ class DDPMCustomPipeline(DiffusionPipeline):
         changed = {} if callback is None else callback(self, i, timestep, tensors) or {}
         return changed.get("sample", tensors["sample"])
 
-    def _output(self, sample, output_type: str, return_dict: bool):
+    def _output(self, sample, output_type: str, return_dict: bool, convert=to_output):
         self.maybe_free_model_hooks()
-        images = to_output(sample, output_type)
+        images = convert(sample, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _predict(self, sample, timestep, labels, guidance_scale: float, dtype) -> torch.Tensor:
@@ -412,29 +420,9 @@ class DDPMCustomPipeline(DiffusionPipeline):
             labels.append(int(number))
         return torch.tensor(labels, dtype=torch.int64, device=self._execution_device)
 
-    def _images(self, name: str, images) -> torch.Tensor:
-        """`PIL.Image`s, arrays or tensors as `output_type` gives them -> (B, C, H, W) in [-1, 1], on the device."""
-        channels = self.unet.config.in_channels
-        if isinstance(images, Image.Image):
-            images = [images]
-        if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
-            for image in images:
-                if image.mode != PIL_MODES.get(channels):
-                    raise ValueError(f"{name}: is of mode {image.mode!r}; this model wants {PIL_MODES.get(channels)!r}")
-            if len({image.size for image in images}) != 1:
-                raise ValueError(f"{name}: must be at least one, and all of one size")
-            pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
-            images = pixels.reshape(*pixels.shape[:3], channels)
-        if isinstance(images, np.ndarray):
-            images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
-        if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-            kind = getattr(images, "dtype", type(images).__name__)
-            raise ValueError(f"{name}: is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
-        images = images[None] if images.ndim == 3 else images
-        if images.ndim != 4 or images.shape[1] != channels or not images.numel():
-            raise ValueError(f"{name}: has the shape {tuple(images.shape)}; it must be (B, {channels}, H, W)")
-        if not (images.min() >= 0 and images.max() <= 1):
-            raise ValueError(f"{name}: has values {images.min():g} ... {images.max():g}; they must lie in 0 ... 1")
+    def _noiseless(self, name: str, images) -> torch.Tensor:
+        """What `to_unit` takes, as the network sees it: (B, C, H, W) in [-1, 1], on the device."""
+        images = to_unit(name, images, self.unet.config.in_channels)
         return images.to(self._execution_device, self._state_dtype) * 2 - 1
 
     def _latents(self, latents) -> torch.Tensor | None:
@@ -457,20 +445,6 @@ class DDPMCustomPipeline(DiffusionPipeline):
         channels = self.unet.config.in_channels
         if output_type == "pil" and channels not in PIL_MODES:
             raise ValueError(f"output_type='pil' shows 1 to 4 channels, not {channels}: use output_type='np' or 'pt'")
-
-
-def _mask(mask, shape) -> torch.Tensor:
-    """(B or 1, 1, H, W) bool, of images of `shape`."""
-    if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L")) / 255.0
-    mask = torch.as_tensor(mask)
-    wanted = [shape[2:], (shape[0], *shape[2:]), (shape[0], 1, *shape[2:])]
-    if mask.shape not in [torch.Size(each) for each in wanted]:
-        sizes = ", ".join(str(tuple(each)) for each in wanted)
-        raise ValueError(f"mask: has the shape {tuple(mask.shape)}; for these images it must be one of {sizes}")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask: must hold 0 (known) and 1 (to paint) only")
-    return mask.bool().reshape(-1, 1, *shape[2:])
 
 
 def _repaint_moves(length: int, jump_length: int, num_resamples: int) -> list[int]:
@@ -519,20 +493,3 @@ def load_pipeline(source: str, name: str) -> DDPMCustomPipeline:
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
-
-
-def to_output(sample: torch.Tensor, output_type: str):
-    """(B, C, H, W) as the network sees images, [-1, 1] -> what `DDPMCustomPipeline` returns for `output_type`."""
-    if output_type == "latent":
-        return sample
-    images = (sample / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    images = images.float().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
-    return images if output_type == "np" else to_pil(images)
-
-
-def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """(B, H, W, C) in [0, 1] with C of 1, 2, 3 or 4 -> PIL images of 8 bits a channel."""
-    pixels = (images * 255).round().astype(np.uint8)
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from ddpm_hf.pipeline import DDPMCustomPipeline, to_output
+from ddpm_hf.images import to_output
+from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.seeds import image_generators
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ddpm_hf.films import grid, with_caption, with_row_names
-from ddpm_hf.pipeline import PIL_MODES, DDPMCustomPipeline, to_pil
+from ddpm_hf.images import PIL_MODES, to_pil
+from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.seeds import image_generators
 from ddpm_hf.solvers import SOLVERS
 

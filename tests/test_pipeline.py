@@ -358,6 +358,9 @@ def test_known_pixels_come_back_exactly(channels, guided):
     made = pipeline.inpaint(images, mask, output_type="latent", **settings).images
     assert torch.equal(made[..., ~mask], (images * 2 - 1)[..., ~mask])
     assert (made[..., mask] != (images * 2 - 1)[..., mask]).all()
+    settings["generator"] = seeded(2)
+    floats = pipeline.inpaint(images, mask, output_type="pt", **settings).images
+    assert torch.equal(floats[..., ~mask], images[..., ~mask])
     covered = torch.where(mask, 0.123, images)  # what is under the mask does not matter
     settings["generator"] = seeded(2)
     assert torch.equal(pipeline.inpaint(covered, mask, output_type="latent", **settings).images, made)

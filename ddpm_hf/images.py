@@ -1,0 +1,70 @@
+"""Images as people have them, PIL's, arrays and tensors in [0, 1], to the network's [-1, 1] and back."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def to_unit(name: str, images, channels: int) -> torch.Tensor:
+    """One or several `PIL.Image`s, an array (B, H, W, C) or a tensor (B, C, H, W) -> (B, C, H, W) in [0, 1].
+
+    Raises:
+        ValueError: `name`, what is wrong and what would be right.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
+        for image in images:
+            if image.mode != PIL_MODES.get(channels):
+                raise ValueError(f"{name}: is of mode {image.mode!r}; this model wants {PIL_MODES.get(channels)!r}")
+        if len({image.size for image in images}) != 1:
+            raise ValueError(f"{name}: must be at least one, and all of one size")
+        pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
+        images = pixels.reshape(*pixels.shape[:3], channels)
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise ValueError(f"{name}: is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[1] != channels or not images.numel():
+        raise ValueError(f"{name}: has the shape {tuple(images.shape)}; it must be (B, {channels}, H, W)")
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"{name}: has values {images.min():g} ... {images.max():g}; they must lie in 0 ... 1")
+    return images.float()
+
+
+def to_mask(mask, shape: tuple[int, ...]) -> torch.Tensor:
+    """0 and 1, (H, W), (B, H, W), (B, 1, H, W) or a `PIL.Image`, for images of `shape` -> bool (B or 1, 1, H, W)."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L")) / 255.0
+    mask = torch.as_tensor(mask)
+    wanted = [shape[2:], (shape[0], *shape[2:]), (shape[0], 1, *shape[2:])]
+    if mask.shape not in [torch.Size(each) for each in wanted]:
+        sizes = ", ".join(str(tuple(each)) for each in wanted)
+        raise ValueError(f"mask: has the shape {tuple(mask.shape)}; for these images it must be one of {sizes}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask: must hold 0 (known) and 1 (to paint) only")
+    return mask.bool().reshape(-1, 1, *shape[2:])
+
+
+def to_output(sample: torch.Tensor, output_type: str):
+    """(B, C, H, W) as the network sees images, [-1, 1] -> what `DDPMCustomPipeline` returns for `output_type`."""
+    return sample if output_type == "latent" else from_unit((sample / 2 + 0.5).clamp(0, 1), output_type)
+
+
+def from_unit(images: torch.Tensor, output_type: str):
+    """(B, C, H, W) in [0, 1] -> `"pt"`: the same, `"np"`: (B, H, W, C) float32, `"pil"`: a list of `PIL.Image`."""
+    if output_type == "pt":
+        return images
+    images = images.float().permute(0, 2, 3, 1).cpu().numpy()
+    return images if output_type == "np" else to_pil(images)
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """(B, H, W, C) in [0, 1] with C of 1, 2, 3 or 4 -> PIL images of 8 bits a channel."""
+    pixels = (images * 255).round().astype(np.uint8)
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
