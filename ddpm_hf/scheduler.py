@@ -51,7 +51,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
     It has the interface and the config keys of diffusers' schedulers, so `DDIMScheduler.from_config(ours.config)` and
     `LinearNoiseScheduler.from_config(theirs.config)` both work. `LinearNoiseScheduler` and `CosineNoiseScheduler` add
-    the betas.
+    `_make_betas`: beta_0 ... beta_{T-1}, float64 (T,), each in (0, 1).
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -98,10 +98,6 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
         self._make_walk()
-
-    def _make_betas(self) -> torch.Tensor:
-        """beta_0 ... beta_{T-1}, float64 (T,), each in (0, 1)."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
