@@ -61,18 +61,22 @@ def sample(args: list[str]) -> int:
     parser = _Parser(prog="ddpm-hf sample", description=sampling.__doc__)
     parser.add_argument("model", help="a pipeline folder, or user/model on the Hub")
     parser.add_argument("--output", default="samples", help="the folder to fill; what is there is not made again")
-    parser.add_argument("--num_images", type=int, default=16, help="in the folder in the end")
-    parser.add_argument("--batch_size", type=int, default=64, help="made at a time; it changes no image")
+    parser.add_argument("--num_images", type=int, help="in the folder in the end; default: 16")
+    parser.add_argument("--batch_size", type=int, help="made at a time, which changes no image; default: 64")
     parser.add_argument("--seed", type=int, default=0, help="image k is a function of this and k")
     parser.add_argument("--scheduler", help=f"ddpm, {', '.join(SOLVERS)}; default: the model's own")
     parser.add_argument("--num_inference_steps", type=int, help="default: all that it was trained with")
     parser.add_argument("--class_labels", nargs="+", help="names or numbers of classes, in turns")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1: none")
-    parser.add_argument("--format", default="png", help=f"one of {', '.join(sampling.FORMATS)}")
+    parser.add_argument("--format", help=f"one of {', '.join(sampling.FORMATS)}; default: png")
     parser.add_argument("--compare", action="store_true", help="compare.png instead: a row a solver, a column a number")
-    parser.add_argument("--solvers", nargs="+", default=["ddpm", *SOLVERS], help="of --compare")
-    parser.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], help="of --compare")
+    parser.add_argument("--solvers", nargs="+", help="of --compare; default: all")
+    parser.add_argument("--steps", nargs="+", type=int, help="of --compare; default: 5 10 20 50")
     given = parser.parse_args(args)
+    others = ("scheduler", "num_inference_steps", "num_images", "batch_size", "format")
+    for name in others if given.compare else ("solvers", "steps"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"--{name} is {'not ' if given.compare else ''}for --compare")
     pipeline = load_pipeline(given.model, "model")
     pipeline.set_progress_bar_config(leave=False, disable=True)
     if torch.cuda.is_available():
@@ -81,17 +85,19 @@ def sample(args: list[str]) -> int:
     labels = given.class_labels and [int(x) if x.isdigit() and x not in names else x for x in given.class_labels]
     settings = {"guidance_scale": given.guidance_scale}
     if not given.compare:
-        settings |= {"scheduler": given.scheduler, "num_inference_steps": given.num_inference_steps}
-        made = sampling.sample_to_folder(
-            pipeline, given.output, given.num_images, given.batch_size, given.seed, given.format, labels, **settings
-        )
+        chosen = {name: getattr(given, name) for name in others if getattr(given, name) is not None}
+        settings |= {"num_images": 16, "seed": given.seed, "class_labels": labels, **chosen}
+        made = sampling.sample_to_folder(pipeline, given.output, **settings)
         print(f"{made} images made -> {given.output}", flush=True)
         return 0
     if labels:
         settings["class_labels"] = [labels[k % len(labels)] for k in range(4)]
-    picture = sampling.compare_solvers(pipeline, given.solvers, given.steps, seed=given.seed, **settings)
+    if os.path.exists(given.output) and not os.path.isdir(given.output):
+        raise ValueError(f"output={given.output!r} is a file; it must be a folder or not be there yet")
+    solvers, steps = given.solvers or ["ddpm", *SOLVERS], given.steps or [5, 10, 20, 50]
+    picture = sampling.compare_solvers(pipeline, solvers, steps, seed=given.seed, **settings)
     os.makedirs(given.output, exist_ok=True)
-    path = os.path.join(given.output, "compare.png")
+    path = os.path.join(given.output, sampling.COMPARISON)
     picture.save(path)
     print(path)
     return 0

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm_hf.images import PIL_MODES, to_output, to_pil
+from ddpm_hf.images import PIL_MODES, to_output, to_pil, to_unit
+from ddpm_hf.scheduler import draw_noise
 
 LONGEST_NAME = 24  # letters
 FILMS = (".gif", ".webp", ".mp4")
@@ -98,7 +99,7 @@ class Film:
     Args:
         steps: numbers of the steps to keep, counted from 0; `None`: all.
 
-    After sampling it holds
+    After sampling it holds, of the last call,
         timesteps: of each frame.
         samples: (frames, B, C, H, W), x after each kept step, as the network sees images.
         pred_original_samples: the same of the x_0 that each step assumed.
@@ -109,6 +110,8 @@ class Film:
         self.timesteps, self._samples, self._originals = [], [], []
 
     def __call__(self, pipeline, step: int, timestep, tensors: dict) -> None:
+        if step == 0:  # of another call
+            self.timesteps, self._samples, self._originals = [], [], []
         if self.steps is None or step in self.steps:
             self.timesteps.append(float(timestep))
             self._samples.append(tensors["sample"].float().cpu())
@@ -116,13 +119,13 @@ class Film:
 
     @classmethod
     def of_forward_process(cls, images: torch.Tensor, scheduler, timesteps: list[int], generator=None) -> "Film":
-        """The images (B, C, H, W) in [-1, 1] at these timesteps, all with the same noise."""
-        film = cls()
-        noise = torch.randn(images.shape, generator=generator)
+        """The images (B, C, H, W) in [0, 1] at these timesteps, all with the same noise."""
+        film, images = cls(), to_unit("images", images, images.shape[1]) * 2 - 1
+        noise = draw_noise(images.shape, generator, images.device, images.dtype)
         for timestep in timesteps:
             film.timesteps.append(float(timestep))
-            film._samples.append(scheduler.add_noise(images, noise, timestep))
-            film._originals.append(images)
+            film._samples.append(scheduler.add_noise(images, noise, torch.tensor([timestep])).cpu())
+            film._originals.append(images.cpu())
         return film
 
     @property

@@ -24,6 +24,8 @@ def to_unit(name: str, images, channels: int) -> torch.Tensor:
             raise ValueError(f"{name}: must be at least one, and all of one size")
         pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
         images = pixels.reshape(*pixels.shape[:3], channels)
+    given = tuple(getattr(images, "shape", ()))
+    wanted = f"(B, H, W, {channels})" if isinstance(images, np.ndarray) else f"(B, {channels}, H, W)"
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
@@ -31,10 +33,10 @@ def to_unit(name: str, images, channels: int) -> torch.Tensor:
         raise ValueError(f"{name}: is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
     images = images[None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] != channels or not images.numel():
-        raise ValueError(f"{name}: has the shape {tuple(images.shape)}; it must be (B, {channels}, H, W)")
+        raise ValueError(f"{name}: has the shape {given}; it must be {wanted}")
     if not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"{name}: has values {images.min():g} ... {images.max():g}; they must lie in 0 ... 1")
-    return images.float()
+    return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def to_mask(mask, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """From noise to images, from images to noise, and what lies between: `DDPMCustomPipeline`."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -7,13 +8,13 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, PNDMScheduler, UNet2DModel
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
 from ddpm_hf.images import OUTPUT_TYPES, PIL_MODES, from_unit, to_mask, to_output, to_unit
 from ddpm_hf.scheduler import CosineNoiseScheduler, LinearNoiseScheduler, draw_noise
-from ddpm_hf.solvers import make_solver, scheduler_class
+from ddpm_hf.solvers import CLAMPING, make_solver, set_walk
 from ddpm_hf.unet import DDPMUNet
 
 INTERPOLATIONS = ("mix", "slerp", "inversion")
@@ -54,7 +55,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         scheduler: str | SchedulerMixin | None = None,
         image=None,
-        strength: float = 0.8,
+        strength: float | None = None,
         latents: torch.Tensor | None = None,
         clip_sample: bool | None = None,
     ) -> ImagePipelineOutput | tuple:
@@ -64,7 +65,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             batch_size: images to make; `None`: one a label, an image or a latent, or one.
             generator: one generator, from which noise for the whole batch is drawn, or a list of one an image: an
                 image then does not depend on the batch it is in.
-            num_inference_steps: steps of the walk, 1 ... T; `None`: all T.
+            num_inference_steps: steps of the walk, 1 ... T; `None`: all T, or as many as the solver can take.
             output_type: `"pil"`: a list of `PIL.Image` (1 to 4 channels); `"np"`: (B, H, W, C) float32 in [0, 1];
                 `"pt"`: (B, C, H, W) float in [0, 1]; `"latent"`: (B, C, H, W) as the network sees images, nominally
                 in [-1, 1] and not clamped.
@@ -80,7 +81,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
                 a scheduler; `None`: the pipeline's own.
             image: begin from this, not from noise alone (SDEdit, Meng et al. 2022, arXiv:2108.01073): one `PIL.Image`
                 or a list, or an array or tensor in [0, 1] as `output_type` gives them; of any height and width.
-            strength: of `image`: the part of the walk to go, in (0, 1]; 1 leaves next to nothing of it.
+            strength: of `image`: the part of the walk to go, in (0, 1]; 1 leaves next to nothing of it. `None`: 0.8.
             latents: the noise to begin with, (B, C, H, W), in place of drawn noise: what `invert` gives.
             clip_sample: of a `scheduler` by name: whether it clamps the predicted x_0; `None`: as the pipeline's own.
 
@@ -89,6 +90,11 @@ class DDPMCustomPipeline(DiffusionPipeline):
         """
         if image is not None and latents is not None:
             raise ValueError("image, latents: give one of them to begin with")
+        if image is None and strength is not None:
+            raise ValueError(f"strength={strength!r} is of an image to begin with: give image too")
+        strength = 0.8 if strength is None else strength
+        if not isinstance(strength, Real) or not 0 < strength <= 1:
+            raise ValueError(f"strength={strength!r} must lie in (0, 1]")
         start = self._latents(latents) if image is None else self._noiseless("image", image)
         solver, labels, batch_size = self._prepare(
             batch_size, num_inference_steps, output_type, class_labels, guidance_scale, scheduler, start, clip_sample
@@ -96,8 +102,6 @@ class DDPMCustomPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self._state_dtype
         timesteps = solver.timesteps
         if image is not None:
-            if not isinstance(strength, Real) or not 0 < strength <= 1:
-                raise ValueError(f"strength={strength!r} must lie in (0, 1]")
             steps = solver.num_inference_steps
             timesteps = self._from(solver, (steps - max(1, round(steps * strength))) * solver.order)
             start = start.expand(batch_size, -1, -1, -1)
@@ -106,7 +110,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         elif latents is not None:
             sample = start.expand(batch_size, -1, -1, -1) * solver.init_noise_sigma
         else:
-            sample = draw_noise((batch_size, *self._shape), generator, device, dtype) * solver.init_noise_sigma
+            sample = draw_noise((batch_size, *self.image_shape), generator, device, dtype) * solver.init_noise_sigma
         sample = self._denoise(solver, timesteps, sample, generator, labels, guidance_scale, callback_on_step_end)
         return self._output(sample, output_type, return_dict)
 
@@ -115,7 +119,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         self,
         image,
         mask,
-        num_inference_steps: int = 250,
+        num_inference_steps: int | None = None,
         jump_length: int = 10,
         num_resamples: int = 10,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -134,7 +138,8 @@ class DDPMCustomPipeline(DiffusionPipeline):
         Args:
             image: as `__call__` takes it. What the mask covers is not looked at.
             mask: where to paint: bool or 0 and 1, (H, W), (B, H, W) or (B, 1, H, W), or a `PIL.Image` (white: paint).
-            num_inference_steps, generator and all others: as `__call__`'s. The solver is always our own scheduler.
+            num_inference_steps: `None`: 250, or all T if they are fewer.
+            generator and all others: as `__call__`'s. The solver is always our own scheduler.
 
         Returns:
             As `__call__`. The known pixels are exactly those of `image`.
@@ -145,6 +150,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         given = to_unit("image", image, self.unet.config.in_channels).to(self._execution_device)
         image = given.to(self._state_dtype) * 2 - 1
         mask = to_mask(mask, image.shape).to(self._execution_device)
+        num_inference_steps = self._at_most(250) if num_inference_steps is None else num_inference_steps
         solver, labels, batch_size = self._prepare(
             None, num_inference_steps, output_type, class_labels, guidance_scale, "ddpm", image
         )
@@ -154,14 +160,15 @@ class DDPMCustomPipeline(DiffusionPipeline):
             return draw_noise(image.shape, generator, image.device, image.dtype)
 
         visited = solver.timesteps.flip(0).tolist()  # upwards; x is at visited[position], -1 being the image
-        sample, position, self.interrupt = noise(), len(visited) - 1, False
+        sample, position = noise(), len(visited) - 1
         moves = _repaint_moves(len(visited), jump_length, num_resamples)
-        for i, move in enumerate(self.progress_bar(moves)):
+        i, generator = -1, list(generator) if isinstance(generator, tuple) else generator
+        for move in self.progress_bar(moves):
             timestep, position = visited[position], position + move
             if move > 0:
                 sample = solver.renoise(sample, timestep, visited[position], noise())
                 continue
-            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, callback_on_step_end)
+            tensors, i = self._step(solver, timestep, sample, generator, labels, guidance_scale), i + 1
             known = solver.add_noise(image, noise(), visited[position]) if position >= 0 else image
             tensors["sample"] = torch.where(mask, tensors["sample"], known)
             sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
@@ -195,7 +202,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         Args:
             image_a, image_b: the ends, as `__call__` takes an image. For `"slerp"` none: its ends are drawn.
             t: of `"mix"`: the timestep, 0 ... T-1, up to which noise is added; the more, the more is made up. In a walk
-                of fewer than T steps, the last one visited up to it.
+                of fewer than T steps, the last one visited up to it (a ValueError if there is none).
             method: `"mix"`: noise is added to both, the same to each; mixtures of the two are denoised, with the same
                 noise again (Ho et al. 2020, section 4.3, appendix D). `"slerp"`: images of noise on the arc between two
                 (Song et al. 2021, arXiv:2010.02502, section 5.3). `"inversion"`: the same, between the noises that the
@@ -227,7 +234,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(f"image_a, image_b: are {shapes}; they must be single images of one size")
 
         scheduler = scheduler or (None if method == "mix" else "ddim")
-        clip = False if method == "inversion" and isinstance(scheduler, str) else None
+        clip = False if method == "inversion" and scheduler in CLAMPING else None
         solver, labels, _ = self._prepare(
             steps, num_inference_steps, output_type, class_labels, guidance_scale, scheduler, clip_sample=clip
         )
@@ -238,17 +245,22 @@ class DDPMCustomPipeline(DiffusionPipeline):
         timesteps = solver.timesteps
         if method == "mix":
             visited = timesteps[:: solver.order]  # of order 2, each step looks at two
-            timesteps = self._from(solver, min(int((visited > t).sum()), len(visited) - 1) * solver.order)
+            if visited[-1] > t:
+                raise ValueError(f"t={t} comes before {visited[-1]:g}, the first timestep that so few steps visit")
+            timesteps = self._from(solver, int((visited > t).sum()) * solver.order)
             noise = draw_noise(ends[0].shape, generator, device, dtype)
             a, b = (solver.add_noise(end, noise, timesteps[:1]) for end in ends)
             sample = a + weights * (b - a)
         else:
             if method == "slerp":
-                a, b = (draw_noise((1, *self._shape), generator, device, dtype) for _ in range(2))
+                a, b = (draw_noise((1, *self.image_shape), generator, device, dtype) for _ in range(2))
             else:
                 own = (None, None) if labels is None else (labels[:1], labels[-1:])
+                steps_back = self._prepare(
+                    None, solver.num_inference_steps, "latent", class_labels, guidance_scale, "ddim", clip_sample=False
+                )[0].timesteps
                 a, b = (
-                    self.invert(end / 2 + 0.5, len(timesteps), class_labels=label, guidance_scale=guidance_scale)
+                    self._invert(end, steps_back, 3, label, guidance_scale, None)
                     for end, label in zip(ends, own, strict=True)
                 )
             sample = slerp(a, b, weights) * solver.init_noise_sigma
@@ -258,7 +270,13 @@ class DDPMCustomPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def invert(
-        self, image, num_inference_steps: int = 50, iterations: int = 3, class_labels=None, guidance_scale: float = 1.0
+        self,
+        image,
+        num_inference_steps: int | None = None,
+        iterations: int = 3,
+        class_labels=None,
+        guidance_scale: float = 1.0,
+        callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
         """The noise (B, C, H, W) from which DDIM makes these images in as many steps.
 
@@ -268,32 +286,46 @@ class DDPMCustomPipeline(DiffusionPipeline):
 
         Args:
             image: as `__call__` takes it.
-            num_inference_steps, class_labels, guidance_scale: those with which the images will be made again.
+            num_inference_steps, class_labels, guidance_scale: those with which the images will be made again; `None`:
+                50 steps, or all T if they are fewer.
+            callback_on_step_end: as `__call__`'s.
         """
         if not isinstance(iterations, Integral) or iterations < 1:
             raise ValueError(f"iterations={iterations!r} must be an integer of at least 1")
         image = self._noiseless("image", image)
+        num_inference_steps = self._at_most(50) if num_inference_steps is None else num_inference_steps
         solver, labels, batch_size = self._prepare(
             None, num_inference_steps, "latent", class_labels, guidance_scale, "ddim", image, clip_sample=False
         )
-        ours = scheduler_class(self.scheduler.config).from_config(self.scheduler.config)
-        if ours.config.rescale_betas_zero_snr:
+        sample = image.expand(batch_size, -1, -1, -1)
+        sample = self._invert(sample, solver.timesteps, iterations, labels, guidance_scale, callback_on_step_end)
+        self.maybe_free_model_hooks()
+        return sample
+
+    def _invert(self, sample, timesteps, iterations, labels, guidance_scale, callback) -> torch.Tensor:
+        ours = make_solver("ddpm", self.scheduler)
+        if ours.alphas_cumprod[int(timesteps[0])] == 0:
             raise ValueError(
-                "rescale_betas_zero_snr: nothing of an image is left in this model's noise, so none leads back"
+                f"nothing of an image is left at timestep {timesteps[0]} (rescale_betas_zero_snr): no way back"
             )
-        sample, before = image.expand(batch_size, -1, -1, -1), -1
-        for timestep in self.progress_bar(solver.timesteps.flip(0).tolist()):
+        before = -1
+        for i, timestep in enumerate(self.progress_bar(timesteps.flip(0).tolist())):
             target = sample
             for _ in range(iterations):
                 output = self._predict(sample.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
                 sample = ours.ddim_start(output, timestep, before, sample, target)
-            before = timestep
-        self.maybe_free_model_hooks()
+            original = ours.predicted_original(output, timestep, sample)
+            tensors = {"sample": sample, "pred_original_sample": original}
+            sample, before = self._after_step(callback, i, torch.tensor(timestep), tensors), timestep
+            if self.interrupt:
+                break
         return sample
 
-    def check_call(self, class_labels=None, guidance_scale=1.0, scheduler=None, num_inference_steps=None) -> None:
+    def check_call(
+        self, class_labels=None, guidance_scale=1.0, scheduler=None, num_inference_steps=None, clip_sample=None
+    ) -> None:
         """A ValueError if a call with these arguments can't be."""
-        self._prepare(None, num_inference_steps, "np", class_labels, guidance_scale, scheduler)
+        self._prepare(None, num_inference_steps, "np", class_labels, guidance_scale, scheduler, None, clip_sample)
 
     # ------------------------------------------------------------------ the walk
 
@@ -310,8 +342,6 @@ class DDPMCustomPipeline(DiffusionPipeline):
     ):
         """The solver with its timesteps, the labels (B,) or None, and B; `start`: what is begun with, or None."""
         solver = make_solver(scheduler, self.scheduler, clip_sample)
-        if num_inference_steps is None:
-            num_inference_steps = solver.config.num_train_timesteps
         self._check_inputs(batch_size, num_inference_steps, output_type)
         if start is not None and batch_size not in (None, len(start)) and len(start) > 1:
             raise ValueError(f"batch_size={batch_size} and {len(start)} images to begin with: give one of them")
@@ -319,11 +349,15 @@ class DDPMCustomPipeline(DiffusionPipeline):
         labels = self._labels(class_labels, batch_size or several, guidance_scale)
         if batch_size is None:
             batch_size = several or (1 if labels is None else len(labels))
-        solver.set_timesteps(num_inference_steps, device=self._execution_device)
+        set_walk(solver, num_inference_steps, self._execution_device)
+        self.interrupt = False
         return solver, labels, batch_size
 
+    def _at_most(self, steps: int) -> int:
+        return min(steps, self.scheduler.config.num_train_timesteps)
+
     @property
-    def _shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what is sampled"""
         size = self.unet.config.sample_size
         return self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
@@ -337,27 +371,32 @@ class DDPMCustomPipeline(DiffusionPipeline):
         """The timesteps of the walk without the first ones, of which the solver is told."""
         if hasattr(solver, "set_begin_index"):
             solver.set_begin_index(first)
+        elif first and isinstance(solver, PNDMScheduler):
+            raise ValueError("scheduler: PNDM can't begin in the middle of a walk; another solver can")
         return solver.timesteps[first:]
 
     def _denoise(self, solver, timesteps, sample, generator, labels, guidance_scale, callback) -> torch.Tensor:
-        self.interrupt = False
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        ours = None
+        if callback is not None:
+            with contextlib.suppress(ValueError):  # betas that ours can't have: then nobody knows the x_0
+                ours = make_solver("ddpm", solver)
         for i, timestep in enumerate(self.progress_bar(timesteps)):
-            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, callback)
-            sample = self._after_step(callback, i, timestep, tensors)
             if self.interrupt:
                 break
+            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, ours)
+            sample = self._after_step(callback, i, timestep, tensors)
         return sample
 
-    def _step(self, solver, timestep, sample, generator, labels, guidance_scale, callback) -> dict:
-        """x after one step and, for a callback, the x_0 that it assumed."""
+    def _step(self, solver, timestep, sample, generator, labels, guidance_scale, ours=None) -> dict:
+        """x after one step and the x_0 that it assumed; of solvers that keep that to themselves `ours` knows it."""
         # Some solvers of diffusers draw noise, others would not take a generator.
         takes_generator = "generator" in inspect.signature(solver.step).parameters
         model_input = solver.scale_model_input(sample, timestep)
         model_output = self._predict(model_input.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
         output = solver.step(model_output, timestep, sample, **({"generator": generator} if takes_generator else {}))
         original = getattr(output, "pred_original_sample", None)
-        if original is None and callback is not None:  # many solvers keep it to themselves
-            ours = scheduler_class(solver.config).from_config(solver.config)
+        if original is None and ours is not None:
             original = ours.predicted_original(model_output, round(float(timestep)), model_input)
         return {"sample": output.prev_sample, "pred_original_sample": original}
 
@@ -438,7 +477,8 @@ class DDPMCustomPipeline(DiffusionPipeline):
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
         most = self.scheduler.config.num_train_timesteps  # beyond it diffusers' solvers give noise and no error
-        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= most:
+        steps = most if num_inference_steps is None else num_inference_steps
+        if not isinstance(steps, Integral) or not 1 <= steps <= most:
             raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer in 1 ... {most}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from ddpm_hf.solvers import SOLVERS
 
 FORMATS = ("png", "npy", "parquet")
 SHARD = 1000  # images a parquet file
-SETTINGS = "sampling.json"
+SETTINGS, COMPARISON = "sampling.json", "compare.png"
+log = logging.getLogger(__name__)
 
 
 def sample_to_folder(
@@ -31,8 +33,11 @@ def sample_to_folder(
     batch_size: int = 64,
     seed: int = 0,
     format: str = "png",
-    class_labels: list[int | str] | None = None,
-    **settings,
+    class_labels: int | str | list[int | str] | None = None,
+    guidance_scale: float = 1.0,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    clip_sample: bool | None = None,
 ) -> int:
     """Write samples 0 ... `num_images` - 1, but those that are there already; how many were made is given back.
 
@@ -42,10 +47,11 @@ def sample_to_folder(
 
     Args:
         output: the folder. `sampling.json` in it keeps the settings; others are refused, so that it holds one kind.
-        format: `"png"` and `"npy"` (float32 (H, W, C) in [0, 1], for any number of channels): a file an image;
-            `"parquet"`: files of 1,000, with the columns image and, of classes, label, which `datasets` reads.
+        format: `"png"` and `"npy"` (float32 (H, W, C) in [0, 1], for any number of channels): a file an image, which is
+            written with the batch that it was made in; `"parquet"`: files of 1,000, each written when it is whole, with
+            the columns image and, of classes, label, which `datasets` reads.
         class_labels: image k is of the k-th of them, in turns.
-        settings: more arguments of the pipeline.
+        guidance_scale, scheduler (a name), num_inference_steps, clip_sample: as the pipeline has them.
 
     Raises:
         ValueError: an argument that can't be, or a folder that holds samples of other settings.
@@ -60,16 +66,21 @@ def sample_to_folder(
         raise ValueError(f"format={format!r}; choose from {', '.join(FORMATS)}")
     if format != "npy" and channels not in PIL_MODES:
         raise ValueError(f"format={format!r} holds 1 to 4 channels and these images have {channels}: use npy")
-    pipeline.check_call(class_labels=class_labels, **settings)  # before anything is written
-    model = {"model": _checksum(pipeline)}
-    _keep_settings(output, {**model, "seed": seed, "format": format, "class_labels": class_labels, **settings})
+    if not isinstance(scheduler, str | None):
+        raise ValueError(f"scheduler={scheduler!r}: give a name, which can be kept; or set pipeline.scheduler")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={str(output)!r} is a file; it must be a folder or not be there yet")
+    labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
+    of_call = {"guidance_scale": float(guidance_scale), "scheduler": scheduler, "clip_sample": clip_sample}
+    of_call["num_inference_steps"] = num_inference_steps
+    pipeline.check_call(class_labels=labels, **of_call)  # before anything is written
+    model = _checksum(pipeline)
+    _keep_settings(output, {"model": model, "seed": seed, "format": format, "class_labels": labels, **of_call})
 
     def make(numbers: list[int]) -> np.ndarray:
-        labels = (
-            {} if class_labels is None else {"class_labels": [class_labels[k % len(class_labels)] for k in numbers]}
-        )
+        classes = {} if labels is None else {"class_labels": [labels[k % len(labels)] for k in numbers]}
         generators = image_generators(seed, numbers)
-        return pipeline(len(numbers), generators, output_type="np", **labels, **settings).images  # (B, H, W, C)
+        return pipeline(len(numbers), generators, output_type="np", **classes, **of_call).images  # (B, H, W, C)
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     unit = SHARD if format == "parquet" else batch_size
@@ -78,9 +89,8 @@ def sample_to_folder(
     for start in mine:
         numbers = range(start, min(start + unit, num_images))
         if format == "parquet":
-            made += _write_shard(
-                output / f"samples-{start // SHARD:05d}.parquet", numbers, batch_size, make, pipeline, class_labels
-            )
+            path = output / f"samples-{start // SHARD:05d}.parquet"
+            made += _fill_shard(path, numbers, batch_size, make, pipeline.unet.config, labels)
         else:
             missing = [k for k in numbers if not (output / f"{k:06d}.{format}").exists()]
             for k, image in zip(missing, make(missing) if missing else (), strict=True):
@@ -93,7 +103,8 @@ def sample_to_folder(
 
 def _checksum(pipeline) -> str:
     """Other weights or another scheduler have another."""
-    digest = hashlib.sha256(pipeline.scheduler.to_json_string().encode())
+    config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(pipeline.unet.state_dict().items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -103,7 +114,8 @@ def _keep_settings(output: Path, settings: dict) -> None:
     path = output / SETTINGS
     settings = json.loads(json.dumps(settings))
     # Looked at before the settings are: another process may just now be writing them, and then the first images.
-    there = [file for file in output.iterdir() if not file.name.endswith(".part")] if output.exists() else []
+    files = output.iterdir() if output.exists() else ()
+    there = [file for file in files if file.name != COMPARISON and not file.name.endswith(".part")]
     if path.exists():
         before = json.loads(path.read_text())
         for name in sorted(before.keys() | settings.keys()):
@@ -131,30 +143,27 @@ def _encoded(image: np.ndarray, format: str) -> bytes:
     return file.getvalue()
 
 
-def _write_shard(path: Path, numbers: range, batch_size: int, make: Callable, pipeline, class_labels) -> int:
-    """How many were made: all of the shard, or none if a whole one is there."""
+def _fill_shard(path: Path, numbers: range, batch_size: int, make: Callable, config, labels) -> int:
+    """How many were made: those that the file does not hold yet."""
     import datasets
     import pyarrow.parquet
 
-    if path.exists() and pyarrow.parquet.read_metadata(path).num_rows >= len(numbers):
+    there = [row["bytes"] for row in pyarrow.parquet.read_table(path)["image"].to_pylist()] if path.exists() else []
+    missing = numbers[len(there) :]
+    if not missing:
         return 0
-    images = [image for part in _parts(numbers, batch_size) for image in make(part)]
-    columns = {"image": [{"bytes": _encoded(image, "png"), "path": None} for image in images]}
-    features = {"image": datasets.Image()}
-    if class_labels is not None:
-        config = pipeline.unet.config
+    parts = (missing[k : k + batch_size] for k in range(0, len(missing), batch_size))
+    images = there + [_encoded(image, "png") for part in parts for image in make(list(part))]
+    columns, features = {"image": [{"bytes": image, "path": None} for image in images]}, {"image": datasets.Image()}
+    if labels is not None:
         names = config.class_names or [str(k) for k in range(config.num_classes)]
-        columns["label"] = [class_labels[k % len(class_labels)] for k in numbers]
-        columns["label"] = [names.index(label) if isinstance(label, str) else label for label in columns["label"]]
+        of_images = [labels[k % len(labels)] for k in numbers]
+        columns["label"] = [names.index(label) if label in names else label for label in of_images]
         features["label"] = datasets.ClassLabel(names=names)
     file = BytesIO()
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(file)
     _write(path, file.getvalue())
-    return len(numbers)
-
-
-def _parts(numbers: range, size: int) -> Iterator[list[int]]:
-    return (list(numbers[start : start + size]) for start in range(0, len(numbers), size))
+    return len(missing)
 
 
 def compare_solvers(
@@ -167,6 +176,8 @@ def compare_solvers(
 ) -> Image.Image:
     """A picture: a row a solver, a column a number of steps, the same noise everywhere, and what each took.
 
+    A cell is empty where a solver can't do it, for the number of steps or the model's betas.
+
     Args:
         solvers: of "ddpm" and `SOLVERS`.
         num_images: in each cell.
@@ -175,18 +186,26 @@ def compare_solvers(
     for solver in solvers:
         if solver not in ("ddpm", *SOLVERS):
             raise ValueError(f"solvers: there is no {solver!r}; choose from ddpm, {', '.join(SOLVERS)}")
-    generators = image_generators(seed, range(num_images))
-    pipeline(num_images, generators, min(steps), scheduler=solvers[0], **settings)  # which takes longer the first time
-    cells = []
+    cells, warm, side = [], False, max(pipeline.image_shape[1:])
     for solver in solvers:
         for n in steps:
+            try:
+                pipeline.check_call(scheduler=solver, num_inference_steps=n, **settings)
+            except ValueError as error:
+                if not 1 <= n <= pipeline.scheduler.config.num_train_timesteps or solver == "ddpm":
+                    raise
+                log.warning(f"{solver} with {n} steps is left out: {error}")
+                cells.append(with_caption(Image.new("L", (1, 1)), [f"{n} steps: can't"]))
+                continue
+            if not warm:  # the first time takes longer
+                pipeline(num_images, image_generators(seed, range(num_images)), n, scheduler=solver, **settings)
+                warm = True
             began = time.perf_counter()
             generators = image_generators(seed, range(num_images))
             images = pipeline(num_images, generators, n, "np", scheduler=solver, **settings).images
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             took = time.perf_counter() - began
-            side = max(images.shape[1:3])
             cells.append(with_caption(grid(images, num_images, max(1, 48 // side)), [f"{n} steps, {took:.2f} s"]))
     width, height = (max(cell.size[axis] for cell in cells) + 6 for axis in (0, 1))
     picture = Image.new("RGB", (width * len(steps), height * len(solvers)), "white")

@@ -1,3 +1,4 @@
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,17 +20,22 @@ def filmed(channels=1, steps=None, **settings):
 
 
 def test_a_film_is_the_trajectory():
+    """Against the walk written out."""
     film, images, pipeline = filmed()
     assert film.samples.shape == film.pred_original_samples.shape == (5, 3, 1, 8, 12)
     assert film.timesteps == [800, 600, 400, 200, 0]
     assert_close(film.samples[-1], images)
-    # every frame follows from the one before, which is what makes it the trajectory
-    ours, scheduler = film.samples, pipeline.scheduler
-    for k in range(1, 5):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, 8, 12, generator=generator)
+    for k, t in enumerate((800, 600, 400, 200, 0)):
         with torch.no_grad():
-            output = pipeline.unet(ours[k - 1], film.timesteps[k]).sample
-        step = scheduler.step(output, int(film.timesteps[k]), ours[k - 1], torch.Generator().manual_seed(0))
+            output = pipeline.unet(x, t).sample
+        step = pipeline.scheduler.step(output, t, x, generator)
+        x = step.prev_sample
+        assert_close(film.samples[k], x, rtol=1e-4, atol=1e-5)
         assert_close(film.pred_original_samples[k], step.pred_original_sample, rtol=1e-4, atol=1e-5)
+    pipeline(1, num_inference_steps=2, callback_on_step_end=film)
+    assert film.timesteps == [500, 0]  # of the last call
 
 
 def test_chosen_steps_only():
@@ -72,11 +78,13 @@ def test_mp4(tmp_path):
 
 
 def test_the_forward_process_is_a_film_too():
-    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = LinearNoiseScheduler()
     film = Film.of_forward_process(images, scheduler, [0, 500, 999], torch.Generator().manual_seed(1))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    assert_close(film.samples[1], scheduler.add_noise(images, noise, 500))
+    assert_close(film.samples[1], scheduler.add_noise(images * 2 - 1, noise, 500))
+    theirs = Film.of_forward_process(images, diffusers.DDIMScheduler(), [0, 500, 999], torch.Generator().manual_seed(1))
+    assert_close(theirs.samples, film.samples, rtol=0, atol=1e-5)
     assert_close(film.samples[2], noise, rtol=0, atol=0.03)
     assert film.contact_sheet().size == (3 * 9 - 1, 2 * 9 - 1)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -121,7 +120,11 @@ def test_parquet_is_a_data_set(digits_model, tmp_path, monkeypatch):
         {f"{k:06d}": np.asarray(image).astype(int) for k, image in enumerate(rows["image"])}, pixels(tmp_path / "png")
     )
     (tmp_path / "parquet/samples-00001.parquet").unlink()
-    assert sample_to_folder(pipeline, tmp_path / "parquet", 27, format="parquet", **settings) == 17  # 10, and 7 for 5
+    assert sample_to_folder(pipeline, tmp_path / "parquet", 27, format="parquet", **settings) == 12  # and the 5 kept
+    assert sample_to_folder(pipeline, tmp_path / "png", 27, **settings) == 2
+    images = {k: np.asarray(im).astype(int) for k, im in enumerate(datasets.Dataset.from_parquet(files)["image"])}
+    assert_alike({f"{k:06d}": image for k, image in images.items()}, pixels(tmp_path / "png"))
+    assert sample_to_folder(pipeline, tmp_path / "parquet", 9, format="parquet", **settings) == 0
     assert SHARD == 1000
 
 
@@ -137,16 +140,27 @@ def test_any_number_of_channels(tmp_path):
     assert np.load(tmp_path / "5/000000.npy").shape == (8, 8, 5)
 
 
+MEMORY = """
+import resource, sys; sys.path.insert(0, {tests!r})
+from conftest import tiny_unet
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.sampling import sample_to_folder
+pipeline = DDPMCustomPipeline(tiny_unet(sample_size=48, in_channels=3), LinearNoiseScheduler())
+pipeline.set_progress_bar_config(disable=True)
+pipeline.unet.forward = lambda sample, timestep: type("Output", (), {{"sample": 0 * sample}})
+for n in (200, 3000):
+    sample_to_folder(pipeline, {out!r} + str(n), n, batch_size=50, num_inference_steps=1, format={format!r})
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
 def test_memory_does_not_grow_with_the_images(tmp_path):
-    pipeline = pipeline_of()
-    pipeline.unet.forward = lambda sample, timestep: type("Output", (), {"sample": sample})
-
-    def peak(n):
-        sample_to_folder(pipeline, tmp_path / str(n), n, batch_size=50, num_inference_steps=1)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-
-    few = peak(500)
-    assert peak(5000) - few < 20_000  # 5,000 images as float32 in memory would be little; what holds them is not
+    """2,800 images more would be 77 MB as floats."""
+    script = MEMORY.format(tests=os.path.dirname(__file__), out=f"{tmp_path}/", format="npy")
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    few, many = map(int, done.stdout.split())
+    assert many - few < 25  # MB
+    assert len(list((tmp_path / "3000").glob("*.npy"))) == 3000
 
 
 def test_solvers_side_by_side(digits_model, tmp_path, capsys):
@@ -157,6 +171,38 @@ def test_solvers_side_by_side(digits_model, tmp_path, capsys):
     row = len(picture) // 3
     assert len({picture[k * row : (k + 1) * row, -150:-20].tobytes() for k in range(3)}) == 3
     assert all((picture[k * row : (k + 1) * row, :20] < 128).any() for k in range(3))  # the names
+
+
+def test_what_a_solver_cannot_do_is_an_empty_cell(tmp_path, caplog):
+    zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler(**zero))
+    pipeline.set_progress_bar_config(disable=True)
+    picture = compare_solvers(pipeline, ["pndm", "ddim", "unipc"], [3, 10])
+    assert picture.height > 3 * 48
+    assert "pndm with 3 steps is left out: scheduler='pndm' can't have this model's betas" in caplog.text
+    assert "ddim with 3 steps is left out: num_inference_steps=3: DDIMScheduler with timestep_spacing" in caplog.text
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_launcher_take_part(tmp_path):
+    pipeline_of().save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577"]
+    command += [
+        "-m",
+        "ddpm_hf",
+        "sample",
+        "model",
+        "--num_images",
+        "12",
+        "--batch_size",
+        "2",
+        *STEPS,
+        "--output",
+        "out",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("6 images made") == 2
+    assert len(list((tmp_path / "out").glob("*.png"))) == 12
 
 
 def test_comparing_begins_with_the_same_noise():
@@ -180,6 +226,12 @@ def test_comparing_begins_with_the_same_noise():
         (["--guidance_scale", "2"], "guidance_scale=2.0: this model is unconditional"),
         (["--compare", "--solvers", "ddim", "magic"], "solvers: there is no 'magic'; choose from ddpm, ddim"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (
+            ["--scheduler", "dpm++", "--num_inference_steps", "1000"],
+            "num_inference_steps=1000: DPMSolverMultistepSched",
+        ),
+        (["--compare", "--format", "png"], "--format is not for --compare"),
+        (["--steps", "5"], "--steps is for --compare"),
     ],
 )
 def test_commands_that_cannot_be(tmp_path, capsys, flags, message):
@@ -196,7 +248,13 @@ def test_a_folder_holds_one_kind_of_samples(tmp_path):
     sample_to_folder(pipeline, tmp_path / "out", 2, num_inference_steps=1)
     kept = json.loads((tmp_path / "out/sampling.json").read_text())
     assert len(kept.pop("model")) == 16
-    assert kept == {"seed": 0, "format": "png", "class_labels": None, "num_inference_steps": 1}
+    assert kept == {
+        "seed": 0, "format": "png", "class_labels": None, "num_inference_steps": 1, "clip_sample": None,
+        "guidance_scale": 1.0, "scheduler": None,
+    }  # fmt: skip
+    main_settings = ["--num_inference_steps", "1", "--num_images", "3", "--output", str(tmp_path / "out")]
+    pipeline.save_pretrained(tmp_path / "model")
+    assert main(["sample", str(tmp_path / "model"), *main_settings]) == 0  # the command means the same
     with pytest.raises(ValueError, match="seed=1: .* holds samples with 0; name another folder"):
         sample_to_folder(pipeline, tmp_path / "out", 2, seed=1, num_inference_steps=1)
     with pytest.raises(ValueError, match="num_inference_steps=2: .* holds samples with 1; name another folder"):

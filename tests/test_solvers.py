@@ -10,17 +10,17 @@ from conftest import tiny_unet
 from torch.testing import assert_close
 
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.solvers import SOLVERS, make_solver
+from ddpm_hf.solvers import SOLVERS, make_solver, set_walk
 
 ODE_SOLVERS = [name for name in SOLVERS if name not in ("euler-a", "sa")]  # the two add noise
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 
 
-def error_of(name: str, steps: int, variance: float) -> float:
+def error_of(name: str, steps: int, variance: float, **settings) -> float:
     """Of x_0 by the solver with the perfect network for N(0, variance), against the exact flow from the same start."""
-    trained_with = LinearNoiseScheduler(clip_sample=False)
+    trained_with = LinearNoiseScheduler(clip_sample=False, **settings)
     solver = make_solver(name, trained_with)
-    solver.set_timesteps(steps)
+    set_walk(solver, steps, "cpu")
     abar = trained_with._alphas_cumprod
     odds = torch.log(abar / (1 - abar)).numpy()  # smooth in t: KDPM2 looks between timesteps
 
@@ -50,6 +50,39 @@ def test_the_error_falls_with_the_steps(name):
     errors = [error_of(name, steps, 0.25) for steps in (5, 10, 20, 40)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", ODE_SOLVERS)
+def test_any_number_of_steps_is_right_or_refused(name, spacing):
+    """From 50 steps on all are near the exact x_0, whose size is 0.5."""
+    taken, refused = {}, {}
+    for steps in (1, 2, 3, 4, 7, 50, 100, 300, 501, 999, 1000):
+        try:
+            taken[steps] = error_of(name, steps, 0.25, timestep_spacing=spacing)
+        except ValueError as error:
+            refused[steps] = str(error)
+    assert all(message.startswith(f"num_inference_steps={steps}: ") for steps, message in refused.items())
+    assert all(math.isfinite(error) for error in taken.values())
+    assert all(error < 0.08 for steps, error in taken.items() if steps >= 50), taken
+    if name not in ("ddim", "pndm"):
+        assert set(taken) >= {1, 2, 3, 4, 7, 50, 100, 300, 501, 999}
+    elif spacing != "linspace":
+        assert set(taken) >= {4, 50, 100, 1000}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_as_many_steps_as_it_can_take(name):
+    pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler(20, clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(scheduler=name, output_type="pt").images.isfinite().all()
+
+
+def test_what_was_left_at_its_default_stays():
+    """Heun's betas are others than DDIM's where neither was given any."""
+    theirs = diffusers.HeunDiscreteScheduler()
+    for name in ("ddpm", "ddim", "unipc"):
+        assert_close(make_solver(name, theirs).alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", [LinearNoiseScheduler, CosineNoiseScheduler])
@@ -106,6 +139,11 @@ def test_solvers_that_cannot_be():
         pipeline(scheduler="dpm")
     with pytest.raises(ValueError, match="clip_sample=False: say for which scheduler, by its name"):
         pipeline(clip_sample=False)
+    with pytest.raises(ValueError, match=r"clip_sample=True: scheduler='dpm\+\+' can't clamp; ddpm, ddim, heun can"):
+        pipeline(clip_sample=True, scheduler="dpm++")
+    for wrong in (5, diffusers.DDIMScheduler):
+        with pytest.raises(ValueError, match="scheduler=.*; choose from ddpm, ddim, .* or give a scheduler"):
+            pipeline(scheduler=wrong)
     quadratic = LinearNoiseScheduler(timestep_spacing="quadratic")
     with pytest.raises(ValueError, match="timestep_spacing='quadratic' is known to ddpm_hf alone"):
         DDPMCustomPipeline(tiny_unet(), quadratic)(scheduler="ddim")
