@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import datasets
 import numpy as np
@@ -89,18 +90,19 @@ def test_only_what_is_missing_is_made(tmp_path):
 
 def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
     pipeline_of().save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "ddpm_hf", "sample", "model", "--num_images", "200", "--batch_size", "5"]
+    command = [sys.executable, "-m", "ddpm_hf", "sample", "model", "--num_images", "600", "--batch_size", "5"]
     command += ["--num_inference_steps", "10", "--output", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     while len(list(tmp_path.glob("out/*.png"))) < 20:
         assert process.poll() is None
+        time.sleep(0.01)
     process.kill()
     process.wait()
     there = pixels(tmp_path / "out")
-    assert 20 <= len(there) < 200
+    assert 20 <= len(there) < 600
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     whole = pixels(tmp_path / "out")
-    assert len(whole) == 200
+    assert len(whole) == 600
     assert all(np.array_equal(whole[name], image) for name, image in there.items())
 
 
