@@ -115,7 +115,8 @@ class Film:
         if self.steps is None or step in self.steps:
             self.timesteps.append(float(timestep))
             self._samples.append(tensors["sample"].float().cpu())
-            self._originals.append(tensors["pred_original_sample"].float().cpu())
+            if tensors["pred_original_sample"] is not None:
+                self._originals.append(tensors["pred_original_sample"].float().cpu())
 
     @classmethod
     def of_forward_process(cls, images: torch.Tensor, scheduler, timesteps: list[int], generator=None) -> "Film":
@@ -130,10 +131,14 @@ class Film:
 
     @property
     def samples(self) -> torch.Tensor:
+        if not self._samples:
+            raise ValueError("the film has no frame yet: give it to a pipeline as callback_on_step_end")
         return torch.stack(self._samples)
 
     @property
     def pred_original_samples(self) -> torch.Tensor:
+        if not self._originals:
+            raise ValueError("pred_original_samples: there is no frame, or a scheduler that does not tell its x_0")
         return torch.stack(self._originals)
 
     def contact_sheet(self, of: str = "samples", scale: int = 1) -> Image.Image:
@@ -150,6 +155,4 @@ class Film:
     def _frames(self, of: str) -> list[np.ndarray]:
         if of not in ("samples", "pred_original_samples"):
             raise ValueError(f"of={of!r}; choose from samples, pred_original_samples")
-        if not self._samples:
-            raise ValueError("the film has no frame yet: give it to a pipeline as callback_on_step_end")
         return [to_output(frame, "np") for frame in getattr(self, of)]

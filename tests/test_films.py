@@ -77,6 +77,14 @@ def test_mp4(tmp_path):
     assert abs(frames[0][:24, :36].astype(float) - first[:24, :36]).mean() < 40  # compressed, but this
 
 
+def test_betas_that_ours_cannot_have_are_filmed_too():
+    pipeline = DDPMCustomPipeline(tiny_unet(), diffusers.DDPMScheduler(beta_schedule="sigmoid"))
+    pipeline.set_progress_bar_config(disable=True)
+    film = Film()
+    pipeline(num_inference_steps=3, callback_on_step_end=film)
+    assert film.pred_original_samples.shape == (3, 1, 1, 8, 8)
+
+
 def test_the_forward_process_is_a_film_too():
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = LinearNoiseScheduler()
@@ -92,6 +100,11 @@ def test_the_forward_process_is_a_film_too():
 def test_films_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the film has no frame yet"):
         Film().contact_sheet()
+    film = Film()
+    film(None, 0, 999, {"sample": torch.zeros(1, 1, 4, 4), "pred_original_sample": None})
+    assert len(film.samples) == 1
+    with pytest.raises(ValueError, match="pred_original_samples: there is no frame, or a scheduler that does not tell"):
+        film.contact_sheet("pred_original_samples")
     film, _, _ = filmed()
     with pytest.raises(ValueError, match="of='x0'; choose from samples, pred_original_samples"):
         film.contact_sheet("x0")
