@@ -88,6 +88,7 @@ def test_only_what_is_missing_is_made(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
     pipeline_of().save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "ddpm_hf", "sample", "model", "--num_images", "600", "--batch_size", "5"]
@@ -156,6 +157,7 @@ for n in (200, 3000):
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path):
     """2,800 images more would be 77 MB as floats."""
     script = MEMORY.format(tests=os.path.dirname(__file__), out=f"{tmp_path}/", format="npy")
