@@ -145,12 +145,13 @@ def test_any_number_of_channels(tmp_path):
 
 MEMORY = """
 import resource, sys; sys.path.insert(0, {tests!r})
+from types import SimpleNamespace
 from conftest import tiny_unet
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.sampling import sample_to_folder
 pipeline = DDPMCustomPipeline(tiny_unet(sample_size=48, in_channels=3), LinearNoiseScheduler())
 pipeline.set_progress_bar_config(disable=True)
-pipeline.unet.forward = lambda sample, timestep: type("Output", (), {{"sample": 0 * sample}})
+pipeline.unet.forward = lambda sample, timestep: SimpleNamespace(sample=0 * sample)
 for n in (200, 3000):
     sample_to_folder(pipeline, {out!r} + str(n), n, batch_size=50, num_inference_steps=1, format={format!r})
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
