@@ -17,12 +17,13 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sample", help="make images with a model, or compare solvers", add_help=False)
     commands.add_parser("train", help="train a model; `ddpm-hf train --help` lists the settings", add_help=False)
+    commands.add_parser("push", help="upload a model to the Hub, with its card", add_help=False)
     commands.add_parser(
         "convert", help="a tutorial's or diffusers' checkpoint as a pipeline of ours, or back", add_help=False
     )
     try:
         command = parser.parse_args(argv[:1]).command
-        return {"train": train, "sample": sample, "convert": convert}[command](argv[1:])
+        return {"train": train, "sample": sample, "push": push, "convert": convert}[command](argv[1:])
     except (ValueError, FloatingPointError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -36,19 +37,20 @@ class _Parser(argparse.ArgumentParser):
 
 def train(args: list[str]) -> int:
     try:
-        from ddpm_hf import hub, pictures, training
+        from ddpm_hf import cards, hub, pictures, training
         from ddpm_hf.config import parse_train_config
         from ddpm_hf.data import has_embedded_digits
     except ImportError as error:
         raise ValueError(f"{error}: training needs more packages, `pip install ddpm-hf[train]`") from error
 
     config = parse_train_config(args)
-    on_start, on_save = [announce, pictures.draw_data], []
+    on_start, on_save = [announce, pictures.draw_data], [cards.keep_card]
     if config.push_to_hub:
-        on_start.insert(0, hub.check_login)
-        on_save.append(hub.push_when_finished)
-    if has_embedded_digits(config):
-        on_save.append(tell_legibility)
+        pushing = hub.PushInBackground()
+        on_start.insert(0, pushing.check)
+        on_save.append(pushing)
+    if has_embedded_digits(config):  # before the card
+        on_save.insert(0, tell_legibility)
     training.train(config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures)
     return 0
 
@@ -103,6 +105,21 @@ def sample(args: list[str]) -> int:
     return 0
 
 
+def push(args: list[str]) -> int:
+    from ddpm_hf import hub
+
+    parser = _Parser(prog="ddpm-hf push", description=hub.__doc__)
+    parser.add_argument("folder", help="a pipeline folder, such as training leaves")
+    parser.add_argument("repo_id", help="user/model")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--self-contained", action="store_true", help="put in the code, to be used without ddpm_hf")
+    parser.add_argument("--revision", help="the branch, made if need be; default: main")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument("--license", help="of the model, for its card, such as apache-2.0")
+    print(hub.push(**vars(parser.parse_args(args))), flush=True)
+    return 0
+
+
 def convert(args: list[str]) -> int:
     try:
         from ddpm_hf import conversion
@@ -145,4 +162,6 @@ def tell_legibility(run) -> None:
 
         config = run.config
         steps, guidance = config.ddpm_num_inference_steps, config.guidance_scale
-        print(digits_legibility(run.pipeline, steps, config.seed, guidance_scale=guidance), flush=True)
+        legibility = digits_legibility(run.pipeline, steps, config.seed, guidance_scale=guidance)
+        run.metrics.extend(legibility.metrics())
+        print(legibility, flush=True)

@@ -61,6 +61,7 @@ class TrainConfig:
     class_conditional: bool = _setting(
         "learn the classes too: those of the ClassLabel column, or a folder a class", False
     )
+    data_license: str | None = _setting("licence of the images, for the model card; default: what the data set says")
     label_dropout: float = _setting("hide the class of this part of the images, which guidance needs", 0.1)
     # model
     pretrained_model_name_or_path: str | None = _setting(
@@ -106,7 +107,7 @@ class TrainConfig:
         "part of the training time that previews may take; the last is always drawn", 0.05
     )
     logger: str | None = _setting("tensorboard, wandb or trackio, beside log.csv")
-    push_to_hub: bool = _setting("upload the pipeline when the training is done", False)
+    push_to_hub: bool = _setting("upload the pipeline at each save, in the background, and at the end", False)
     hub_model_id: str | None = _setting("<user>/<name> of the repository; default: the name of output_dir")
     hub_private_repo: bool = _setting("make the repository private", False)
 

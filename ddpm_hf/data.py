@@ -53,6 +53,7 @@ class ImageData:
         labels: (N,) int64, the classes, where the data set has them, -1 of an image without one; `label_names` are what
             they are called.
         bad: (name, reason) of the images that were left out, the held-out ones among them.
+        license: what the data set says of its licence, if it does.
     """
 
     pixels: torch.Tensor
@@ -60,6 +61,7 @@ class ImageData:
     labels: torch.Tensor | None = None
     label_names: list[str] | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
+    license: str | None = None
 
     def __post_init__(self):
         if self.pixels.dtype != torch.uint8 or self.value_range != EIGHT_BITS:
@@ -134,6 +136,7 @@ def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
     if has_embedded_digits(config):
         return _digits(config)
     train, test, label_names = source_of(config)
+    license = getattr(train, "license", None)
     if not len(test):
         order = torch.randperm(len(train), generator=seeded_generator(HELD_OUT_SEED, "held out", 0)).tolist()
         aside = min(max(1, round(len(train) * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if len(train) > 1 else 0
@@ -149,7 +152,7 @@ def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
         raise ValueError(f"{config.train_data_dir or config.dataset_name!r} holds no image to train on")
     if len(bad + bad_too) > config.max_bad_fraction * seen or images is None:
         raise BadImages(bad + bad_too, seen, config.max_bad_fraction)
-    images.bad = bad + bad_too
+    images.bad, images.license = bad + bad_too, license
     if config.value_range and images.pixels.dtype == torch.uint8 and tuple(config.value_range) != EIGHT_BITS:
         raise ValueError(
             f"value_range={config.value_range} is for images of more than 8 bits, and these have 8: they are 0 ... 255"
@@ -186,7 +189,9 @@ def _digits(config: TrainConfig) -> tuple[ImageData, ImageData]:
         pixels = torch.stack([torch.from_numpy(decoder(p[0].numpy()).pixels) for p in pixels])
     names = [str(name) for name in digits.target_names]
     held_out, train = order[:aside].sort().values, order[aside:].sort().values
-    return tuple(ImageData(pixels[part], (0.0, 16.0), labels[part], names) for part in (train, held_out))
+    parts = tuple(ImageData(pixels[part], (0.0, 16.0), labels[part], names) for part in (train, held_out))
+    parts[0].license = "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
+    return parts
 
 
 # ---------------------------------------------------------------- decoding all of them

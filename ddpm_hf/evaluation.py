@@ -25,6 +25,27 @@ class Legibility:
     as_asked: float | None = None  # share that is read, with whatever certainty, as the digit that was asked for
     guidance_scale: float = 1.0
 
+    def metrics(self) -> list[dict]:
+        """As a `Run` keeps them for the model card."""
+        of_all = f"of {self.num_samples} samples, {self.num_inference_steps} steps, none rejected"
+        judge = (
+            "scikit-learn's SVC(probability=True), fitted to four fifths of its real digits, {}; of "
+            f"{self.num_held_out} real digits that it was not fitted to it is certain of {self.held_out:.1%}"
+        )
+        guided = f", guidance {self.guidance_scale:g}" if self.as_asked is not None else ""
+        certain = judge.format(f"more than {CERTAIN} certain") + f"; {of_all}{guided}"
+        found = [
+            {"type": "legibility", "name": "Share of samples that a classifier reads", "value": self.samples,
+             "split": "test", "protocol": certain}
+        ]  # fmt: skip
+        if self.as_asked is not None:
+            name, protocol = "Share of samples read as what was asked for", judge.format("however certain")
+            found.append(
+                {"type": "accuracy", "name": name, "value": self.as_asked, "split": "test",
+                 "protocol": f"{protocol}; {of_all}{guided}"}
+            )  # fmt: skip
+        return found
+
     def __str__(self):
         text = (
             f"A support-vector classifier reads {self.samples:.1%} of {self.num_samples} samples with more than "

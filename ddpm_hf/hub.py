@@ -1,82 +1,322 @@
 """Sharing a trained pipeline on the Hugging Face Hub."""
 
-from importlib import metadata, resources
-from pathlib import Path
-from string import Template
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import threading
+import time
+from fnmatch import fnmatch
+from importlib import resources
+from pathlib import Path, PureWindowsPath
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
-from ddpm_hf.progress import read_log
-from ddpm_hf.training import Run
+from ddpm_hf.cards import CARD, FACTS, PICTURES, is_ours, model_card, read_facts
+from ddpm_hf.loading import INDEX, OURS, check_inside, root_of
+from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 
 # What belongs into a model's repository. Checkpoints do not, and neither do the pictures that show images of the data,
 # which may not be one's own to publish: data.png, forward.png, neighbours.png.
-UPLOADED = ["README.md", "model_index.json", "unet/*", "scheduler/*", "log.csv", "train_config.json"]
-UPLOADED += ["samples.png", "first_samples.png", "denoising.gif", "loss.png"]
+CONFIG = "train_config.json"
+MODEL = [INDEX, "unet/config.json", "unet/*.safetensors", "unet/*.safetensors.index*.json", "scheduler/*_config.json"]
+UPLOADED = [*MODEL, CARD, FACTS, CONFIG, "log.csv", *PICTURES]
+# The code of a repository that carries its own: pipeline.py and what it imports. Our modules as they are, but for the
+# names that they have for one another: diffusers copies the code of all repositories into one folder.
+MODULES = ("images", "loading", "scheduler", "solvers", "unet")
+SHIPPED = ["pipeline.py", "ddpm_hf_*.py", "unet/ddpm_hf_*.py", "scheduler/ddpm_hf_*.py"]
+WAITS = (1, 5, 20)  # seconds before an upload that broke off is gone on with
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that another time may be others
+log = logging.getLogger(__name__)
 
 
-def check_login(run: Run) -> None:
-    """Before training: a ValueError if the upload at its end would fail for want of a login or of a right name."""
-    validate_repo_id(_name(run))  # its error is a ValueError
-    try:
-        HfApi().whoami()
-    except Exception as error:  # no token, a wrong one, no network: each has an error of its own
-        raise ValueError(f"push_to_hub needs a login (`hf auth login`): {error}") from error
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    self_contained: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    license: str | None = None,
+) -> str:
+    """Upload a pipeline folder, in one commit, and give its address once it has been seen to be there.
 
+    The repository is made if it is not there. Of the folder goes what `UPLOADED` names, with a model card made of
+    run.json unless the folder has one that somebody has edited.
 
-def push_when_finished(run: Run) -> None:
-    """After the last save: write the model card and upload the pipeline folder to `hub_model_id`.
+    Args:
+        repo_id: user/name, or the name alone.
+        private: make the repository private.
+        self_contained: put in the code too, so that diffusers can load it without this package.
+        revision: the branch, made if need be; default: main.
+        create_pr: open a pull request.
+        license: of the model, for the card: an identifier of the Hub's, such as "apache-2.0".
 
     Raises:
-        ValueError: the upload failed. The model is in `output_dir`, and the message says how to try again.
+        ValueError: the folder can't be uploaded, nobody is logged in or may not write there, or the upload failed: then
+            the message has the command that tries again. Nothing here is changed by it.
     """
-    if not run.finished:
-        return
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is not there; it must be a pipeline folder")
+    pipeline = load_pipeline(str(folder), "folder")
+    repo_id = check_right_to_push(repo_id)
+    again = ["ddpm-hf", "push", str(folder), repo_id, *["--private"] * private, *["--self-contained"] * self_contained]
+    again += ["--revision", revision] if revision else []
+    again += ["--create-pr"] * create_pr + (["--license", license] if license else [])
+    files = files_of(folder, pipeline, repo_id, license, self_contained)
+    return _upload(files, repo_id, "Upload a DDPM", shlex.join(again), private, revision, create_pr)
+
+
+def check_right_to_push(repo_id: str) -> str:
+    """user/name of the repository, as the one who is logged in may write to it.
+
+    Raises:
+        ValueError: a name that can't be, no login, or no right to write.
+    """
+    validate_repo_id(repo_id)  # its error is a ValueError
     api = HfApi()
     try:
-        repo_id = api.create_repo(_name(run), private=run.config.hub_private_repo, exist_ok=True).repo_id
-        (run.output_dir / "README.md").write_text(model_card(run, repo_id))
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=run.output_dir,
-            allow_patterns=UPLOADED,
-            commit_message=f"Train for {run.step} updates",
+        me = api.whoami()
+    except Exception as error:  # no token, a wrong one, no network: each has an error of its own
+        raise ValueError(f"uploading needs a login (`hf auth login`): {error}") from error
+    repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
+    owner, token = repo_id.split("/")[0], me.get("auth", {}).get("accessToken", {})
+    roles = {me["name"]: "admin", **{org["name"]: org.get("roleInOrg", "write") for org in me.get("orgs", [])}}
+    if owner not in roles or roles[owner] == "read":
+        writable = ", ".join(name for name, role in roles.items() if role != "read")
+        raise ValueError(f"{repo_id!r}: {me['name']} may not write to {owner}; of names there are {writable}")
+    scoped = [
+        (part.get("entity", {}).get("name"), part.get("permissions", []))
+        for part in (token.get("fineGrained") or {}).get("scoped", [])
+    ]
+    fine = any(name in (owner, repo_id) and "repo.write" in permissions for name, permissions in scoped)
+    if token.get("role") == "read" or (token.get("role") == "fineGrained" and not fine):
+        raise ValueError(f"{repo_id!r}: the token of this login may only read; log in with one that may write")
+    try:
+        api.auth_check(repo_id, write=True)
+    except RepositoryNotFoundError:  # it will be made
+        pass
+    except Exception as error:
+        raise ValueError(f"{repo_id!r}: {me['name']} may not write to it: {error}") from error
+    return repo_id
+
+
+class PushInBackground:
+    """Uploads a run at each save while the training goes on; call `check` before, and the object after each save.
+
+    Its arguments are `Run`s. Of saves that come while an upload is under way the last one counts: it goes with the next. An upload that fails
+    is told and does nothing to the run; only when the last one fails, the training being done, is that a ValueError.
+    """
+
+    def __init__(self):
+        self.repo_id, self.thread, self.address = None, None, None
+
+    def check(self, run) -> None:
+        """Before training: a ValueError if an upload would fail for want of a login, a right or a right name."""
+        self.repo_id = check_right_to_push(run.config.hub_model_id or run.output_dir.resolve().name)
+
+    def __call__(self, run) -> None:
+        from ddpm_hf.checkpoints import SAVING  # of packages that only training needs
+
+        if run.finished:
+            self.wait()
+        elif self.thread is not None and self.thread.is_alive():
+            return
+        # What is uploaded must not change meanwhile: weights are replaced when they are saved, so that a link to the
+        # old ones serves; the rest is copied.
+        staged = tempfile.TemporaryDirectory(dir=run.output_dir, prefix=SAVING, ignore_cleanup_errors=True)
+        folder = Path(staged.name) / run.output_dir.resolve().name
+        for path, source in _belonging(run.output_dir).items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source, folder / path)
+        files = files_of(folder, run.pipeline, self.repo_id)
+        message, private = f"Train for {run.step} updates", run.config.hub_private_repo
+        again = shlex.join(["ddpm-hf", "push", str(run.output_dir), self.repo_id, *["--private"] * private])
+
+        def upload():
+            with staged:
+                self.address = _upload(files, self.repo_id, message, again, private)
+
+        if run.finished:
+            try:
+                upload()
+            except ValueError as error:
+                raise ValueError(f"the model is trained and saved in {run.output_dir}, but {error}") from error
+            print(self.address, flush=True)
+            return
+
+        def upload_or_tell():
+            try:
+                upload()
+            except Exception as error:
+                log.warning(f"training goes on, but {error}")
+
+        self.thread = threading.Thread(target=upload_or_tell, daemon=True)  # a stopped run does not wait for it
+        self.thread.start()
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+
+def files_of(
+    folder: Path,
+    pipeline: DDPMCustomPipeline,
+    repo_id: str,
+    license: str | None = None,
+    self_contained: bool = False,
+) -> dict[str, Path | bytes]:
+    """What goes into the repository: by its name there, a file of `folder` or a content."""
+    files = dict(_belonging(folder))
+    if is_ours(folder / CARD):
+        card = model_card(pipeline, read_facts(folder), folder, repo_id, license, self_contained)
+        files[CARD] = str(card).encode()
+    if CONFIG in files:
+        files[CONFIG] = _without_paths(files[CONFIG])
+    return files | (code_of(folder) if self_contained else {})
+
+
+def _belonging(folder: Path) -> dict[str, Path]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in UPLOADED):
+            check_inside(path, root_of(folder))  # what a link leads to may be nobody else's business
+            found[name] = path
+    return found
+
+
+def _without_paths(config: Path) -> bytes:
+    """Where on a disk data or weights were is nobody's business: of a path, its last part."""
+
+    def last_part(value):
+        path = PureWindowsPath(value) if isinstance(value, str) else None  # knows both kinds of slashes
+        absolute = path is not None and (path.root or value.startswith("~"))
+        return path.name if absolute else value
+
+    settings = json.loads(config.read_text())
+    return (json.dumps({name: last_part(value) for name, value in settings.items()}, indent=2) + "\n").encode()
+
+
+def code_of(folder: Path) -> dict[str, bytes]:
+    """The files with which diffusers loads this folder's pipeline where ddpm_hf is not installed.
+
+    model_index.json, with each component's class in a module that lies in the component's folder; these modules; and
+    pipeline.py with those that it imports. Modules bear a checksum in their names, so that those of two repositories
+    don't meet.
+    """
+    package = resources.files("ddpm_hf")
+    sources = {name: package.joinpath(f"{name}.py").read_text() for name in ("pipeline", *MODULES)}
+    checksum = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:12]
+
+    def shipped(name: str) -> bytes:
+        relative = re.sub(
+            r"^from ddpm_hf\.(\w+) import ", rf"from .ddpm_hf_{checksum}_\1 import ", sources[name], flags=re.M
         )
+        return relative.encode()
+
+    files = {f"ddpm_hf_{checksum}_{name}.py": shipped(name) for name in MODULES} | {"pipeline.py": shipped("pipeline")}
+    index = json.loads((folder / INDEX).read_text())
+    for component in ("unet", "scheduler"):
+        if index[component][1] in OURS:
+            module = f"ddpm_hf_{checksum}_{component}"
+            index[component][0] = module
+            files[f"{component}/{module}.py"] = shipped(component)
+    index["_class_name"] = ["pipeline", DDPMCustomPipeline.__name__]
+    return files | {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.suffix == ".safetensors":
+        try:
+            return os.link(source, target)
+        except OSError:  # a file system without links
+            pass
+    shutil.copyfile(source, target)
+
+
+# ---------------------------------------------------------------- the upload
+
+
+def _upload(files, repo_id: str, message: str, again: str, private=False, revision=None, create_pr=False) -> str:
+    """Address of the commit, which is there. A ValueError that has `again`, the command to try again with."""
+    api = HfApi()
+    adds = [
+        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in files.items()
+    ]
+    try:
+        _with_patience(lambda: _make_repository(api, repo_id, private, revision))
+        stale = [
+            CommitOperationDelete(name)
+            for name in _with_patience(lambda: api.list_repo_files(repo_id, revision=revision))
+            if name not in files and any(fnmatch(name, pattern) for pattern in (*MODEL, *SHIPPED))
+        ]
+        commit = _with_patience(
+            lambda: api.create_commit(
+                repo_id, [*adds, *stale], commit_message=message, revision=revision, create_pr=create_pr
+            )
+        )
+        _with_patience(lambda: _check_there(api, repo_id, commit, adds))
     except Exception as error:  # the Hub, its client, the network and the disk all raise their own
-        raise ValueError(
-            f"the model is trained and saved in {run.output_dir}, but its upload failed ({error}); the same command "
-            "with --resume_from_checkpoint latest tries again"
-        ) from error
-    print(commit.commit_url, flush=True)
+        reason = " ".join(": ".join(str(e) for e in _chain(error) if str(e)).split())
+        raise ValueError(f"its upload to {repo_id} failed ({reason}); `{again}` tries again") from error
+    return commit.pr_url or commit.commit_url
 
 
-def _name(run: Run) -> str:
-    return run.config.hub_model_id or Path(run.config.output_dir).name
+def _make_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
+    if not api.repo_exists(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)  # by now somebody else may have
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError("the repository is there and public: make it private on the Hub, or leave out --private")
+    if revision is not None and not api.revision_exists(repo_id, revision):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
 
 
-def model_card(run: Run, repo_id: str) -> str:
-    """The card of a finished run: what was done and measured, nothing else."""
-    last, unet = read_log(run.output_dir / "log.csv")[-1], run.pipeline.unet
-    channels, height, width = run.images.shape
-    names, guidance = unet.config.get("class_names"), run.config.guidance_scale  # all that have classes have names
-    packages = ("ddpm-hf", "torch", "diffusers", "accelerate")
-    return Template(
-        resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text()
-    ).substitute(
-        name=repo_id.split("/")[-1],
-        repo_id=repo_id,
-        data=Path(run.config.train_data_dir).name if run.config.train_data_dir else run.config.dataset_name,
-        shape=f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}",
-        num_images="a stream of them" if run.images.num_images is None else f"{run.images.num_images:,}",
-        task="unconditional-image-generation" if names is None else "other",  # the Hub has no name for it
-        call="batch_size=16" if names is None else f"class_labels={names[:4]}, guidance_scale={guidance:g}",
-        classes="none" if names is None else f"{len(names)}: {', '.join(names)[:200]}",
-        network=type(unet).__name__,
-        parameters=f"{sum(p.numel() for p in unet.parameters()):,}",
-        steps=f"{run.step:,}",
-        images_seen=f"{int(last['images_seen']):,}",
-        held_out_loss=f"{last['held_out_loss']:.4f}" if run.held_out else "not measured",
-        num_held_out=len(run.held_out) if run.held_out else 0,
-        versions=", ".join(f"{name} {metadata.version(name)}" for name in packages),
-    )
+def _check_there(api: HfApi, repo_id: str, commit: CommitInfo, adds: list[CommitOperationAdd]) -> None:
+    names = [add.path_in_repo for add in adds]
+    there = {info.path: info for info in api.get_paths_info(repo_id, names, revision=commit.oid)}
+    for add in adds:
+        info = there.get(add.path_in_repo)
+        if info is None or info.size != add.upload_info.size:
+            raise ValueError(f"{add.path_in_repo} is not in the repository as it was sent")
+        if info.lfs is not None:
+            same = info.lfs.sha256 == add.upload_info.sha256.hex()
+        else:
+            with add.as_file() as file:
+                same = info.blob_id == git_hash(file.read())
+        if not same:
+            raise ValueError(f"{add.path_in_repo} is not in the repository as it was sent")
+
+
+def _with_patience(call):
+    """Its result, tried again if the connection broke. What has been sent is not sent again."""
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except Exception as error:
+            if wait is None or not any(_passes(e) for e in _chain(error)):
+                raise
+            time.sleep(wait)
+
+
+def _passes(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in PASSING
+    # Of the client's own HTTP library, which the Hub's client has changed before.
+    return isinstance(error, ConnectionError) or any(cls.__name__ == "TransportError" for cls in type(error).__mro__)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes

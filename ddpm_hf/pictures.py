@@ -21,6 +21,7 @@ FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 CHUNK_BYTES = 2**26  # of images looked at at a time
 MOST_ROWS = 100  # classes
+MOST_HELD_OUT = 256  # images whose distance to the data is measured
 MEASURED = 10_000  # images whose mean and spread stand beside data.png
 
 
@@ -109,8 +110,15 @@ def _chunk(images: ImageData) -> int:
     return max(1, CHUNK_BYTES // (4 * images.pixels[0].numel()))
 
 
-def nearest(samples: torch.Tensor, images: ImageData, k: int) -> torch.Tensor:
-    """Samples (B, C, H, W) in [-1, 1] -> the `k` images nearest to each in Euclidean distance, (B, k, C, H, W)."""
+def nearest(samples: torch.Tensor, images: ImageData, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` images nearest to each sample in Euclidean distance.
+
+    Args:
+        samples: (B, C, H, W) in [-1, 1].
+
+    Returns:
+        The images (B, k, C, H, W) in [-1, 1], and their distances (B, k), nearest first.
+    """
     k = min(k, len(images))
     best = torch.full((len(samples), k), math.inf)
     which = torch.zeros((len(samples), k), dtype=torch.long)
@@ -118,7 +126,7 @@ def nearest(samples: torch.Tensor, images: ImageData, k: int) -> torch.Tensor:
         distances = torch.cdist(samples.flatten(1), images.batch(indices).flatten(1))
         best, order = torch.cat([best, distances], dim=1).topk(k, largest=False)
         which = torch.cat([which, indices.expand(len(samples), -1)], dim=1).gather(1, order)
-    return images.batch(which.flatten()).unflatten(0, which.shape)
+    return images.batch(which.flatten()).unflatten(0, which.shape), best
 
 
 def draw_pictures(run: Run) -> None:
@@ -173,8 +181,11 @@ def draw_pictures(run: Run) -> None:
         row = forward_process(shown, run.pipeline.scheduler)
         grid(row, len(row) // len(shown), scale).save(run.output_dir / "forward.png")
         if isinstance(run.images, ImageData):
+            x = torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1
+            found, distances = nearest(x, run.images, NEIGHBOURS)
             some = np.linspace(0, number - 1, min(number, NEIGHBOURS_SHOWN)).astype(int)
-            _draw_neighbours(run, samples[some], scale)
+            _draw_neighbours(run, x[some], found[some], scale)
+            _tell_nearness(run, distances[:, 0])
 
 
 def _layout(run: Run) -> tuple[list[int] | None, int, int]:
@@ -187,9 +198,29 @@ def _layout(run: Run) -> tuple[list[int] | None, int, int]:
     return [row for row in range(rows) for _ in range(columns)], rows * columns, columns
 
 
-def _draw_neighbours(run: Run, samples: np.ndarray, scale: int) -> None:
-    found = nearest(torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1, run.images, NEIGHBOURS)
-    pairs = torch.cat([torch.from_numpy(samples).permute(0, 3, 1, 2)[:, None] * 2 - 1, found], dim=1)
+def _tell_nearness(run: Run, of_samples: torch.Tensor) -> None:
+    """A metric of the run: whether samples are nearer to images of the data than images are that it has not seen."""
+    if run.held_out is None:
+        return
+    held_out = run.held_out.batch(torch.arange(min(len(run.held_out), MOST_HELD_OUT)))
+    of_held_out = nearest(held_out, run.images, 1)[1][:, 0]
+    samples, unseen = (d.median().item() / math.prod(run.images.shape) ** 0.5 for d in (of_samples, of_held_out))
+    run.metrics.append(
+        {
+            "type": "nearest_training_image",
+            "name": "Distance of samples to the nearest training image, over that of held-out images",
+            "value": samples / unseen if unseen else None,
+            "split": "train",
+            "protocol": f"medians of the root mean square difference of pixels in [-1, 1]: {samples:.4f} of "
+            f"{len(of_samples)} samples ({run.config.ddpm_num_inference_steps} steps, seed {run.config.seed}), "
+            f"{unseen:.4f} of {len(of_held_out)} held-out images, each to the nearest of {len(run.images):,} training "
+            "images; near 0 if the model repeats its data",
+        }
+    )
+
+
+def _draw_neighbours(run: Run, samples: torch.Tensor, found: torch.Tensor, scale: int) -> None:
+    pairs = torch.cat([samples[:, None], found], dim=1)
     halves = [
         grid(to_output(half.flatten(0, 1), "np"), pairs.shape[1], scale)
         for half in pairs.split(-(-len(pairs) // 2))  # two columns of rows

@@ -5,14 +5,17 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from os import PathLike
+from typing import Self
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, PNDMScheduler, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, PNDMScheduler, UNet2DModel
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
 from ddpm_hf.images import OUTPUT_TYPES, PIL_MODES, from_unit, to_mask, to_output, to_unit
+from ddpm_hf.loading import load_components
 from ddpm_hf.scheduler import CosineNoiseScheduler, LinearNoiseScheduler, draw_noise
 from ddpm_hf.solvers import CLAMPING, make_solver, set_walk
 from ddpm_hf.unet import DDPMUNet
@@ -27,7 +30,8 @@ class DDPMCustomPipeline(DiffusionPipeline):
     `invert` gives the noise that an image comes from.
 
     Args:
-        unet: the network that predicts the noise (or x_0, or v, as the scheduler's `prediction_type` says).
+        unet: the network that predicts the noise (or x_0, or v, as the scheduler's `prediction_type` says): `DDPMUNet`,
+            `UNet2DModel`, or another that is called like them.
         scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, or any of diffusers' that is built from their config.
     """
 
@@ -35,12 +39,39 @@ class DDPMCustomPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel | DDPMUNet,
+        unet: UNet2DModel | DDPMUNet | ModelMixin,
         scheduler: LinearNoiseScheduler | CosineNoiseScheduler | KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs) -> Self:
+        """A pipeline that was saved or pushed, from a folder, from the Hub, or without network from the Hub's cache.
+
+        Code that a repository carries is not run, and no weights but safetensors are read.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or user/model on the Hub.
+            subfolder: where in it the pipeline lies; default: at its top.
+            revision: branch, tag or commit on the Hub; default: main.
+            variant: which weights, `"raw"` or `"fp16"` where they were saved; their type is that of `torch_dtype`.
+            torch_dtype: of the network; default: float32.
+            token: for private repositories; default: that of `hf auth login`.
+            cache_dir, local_files_only, force_download: of what comes from the Hub.
+            unet, scheduler: in place of those that were saved.
+            device_map, max_memory, low_cpu_mem_usage, offload_folder, offload_state_dict, disable_mmap: as
+                `ModelMixin.from_pretrained` has them.
+
+        Raises:
+            ValueError: an argument, or what was saved, can't be: a file that is missing, damaged or a link to
+                elsewhere, a setting that nobody knows, weights that are not those of the configuration.
+            OSError: neither here nor on the Hub.
+        """
+        pipeline = cls(**load_components(pretrained_model_name_or_path, **kwargs))
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
 
     @torch.no_grad()
     def __call__(

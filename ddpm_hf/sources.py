@@ -113,6 +113,7 @@ class Rows:
         self.image, self.label, self.source = columns[0], labels[0] if labels else None, source
         self.own_names = features[self.label].names if labels else None
         self.label_names = names or self.own_names
+        self.license = (dataset.info.license or None) if dataset.info else None
         self.dataset = dataset.select_columns(columns[:1] + labels[:1])
         self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False))
 

@@ -42,7 +42,7 @@ class ImageStream:
 
     def __init__(self, config: TrainConfig, process_index: int, num_processes: int):
         train, test, names = source_of(config, streaming=True)
-        self.config, self.rows = config, train
+        self.config, self.rows, self.license = config, train, train.license
         self.process_index, self.fingerprint = process_index, "a stream"
         self.decoder, self.workers = decoder_of(config), config.dataloader_num_workers
         self.keeps_aside = not isinstance(test, Rows)

@@ -12,7 +12,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -55,6 +55,8 @@ class Run:
         total_steps: updates in all.
         accelerator: which of the processes this is.
         step: updates done.
+        metrics: what has been measured of the model as it is now, for the model card: each a dict of `type`, `name`,
+            `value`, `split` and `protocol`.
     """
 
     config: TrainConfig
@@ -65,6 +67,7 @@ class Run:
     total_steps: int
     accelerator: Accelerator
     step: int = 0
+    metrics: list[dict] = field(default_factory=list)
 
     @property
     def output_dir(self) -> Path:
@@ -155,6 +158,7 @@ def train(
     rows = (micro_numbers[:, None] * micro_batch + torch.arange(micro_batch)).flatten()
 
     def save(with_previews=True):
+        run.metrics.clear()
         with progress.pause():
             held_out = held_out_loss(run) if with_previews else None
         progress.write_row(learning_rate(config, run.step - 1, total_steps), held_out)

@@ -331,6 +331,11 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         # (B,) -> (B, E), added to the time embedding; the last row is that of the null label
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, config.time_embedding_dim)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """`ModelMixin.from_pretrained`, which would take a pickle where there are no safetensors; this takes none."""
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+
     def forward(self, sample: torch.Tensor, timestep, class_labels=None, return_dict: bool = True):
         """
         Args:
