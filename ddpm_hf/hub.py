@@ -112,8 +112,8 @@ def check_right_to_push(repo_id: str) -> str:
 class PushInBackground:
     """Uploads a run at each save while the training goes on; call `check` before, and the object after each save.
 
-    Its arguments are `Run`s. Of saves that come while an upload is under way the last one counts: it goes with the next. An upload that fails
-    is told and does nothing to the run; only when the last one fails, the training being done, is that a ValueError.
+    Both take the `Run`. A save that comes while an upload is under way is left to the next. An upload that fails is
+    told and does nothing to the run; only when the last one fails, the training being done, is that a ValueError.
     """
 
     def __init__(self):
@@ -248,28 +248,29 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _upload(files, repo_id: str, message: str, again: str, private=False, revision=None, create_pr=False) -> str:
     """Address of the commit, which is there. A ValueError that has `again`, the command to try again with."""
-    api = HfApi()
-    adds = [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-        for name, content in files.items()
-    ]
-    try:
-        _with_patience(lambda: _make_repository(api, repo_id, private, revision))
+    api, adds, named = HfApi(), [], {"commit_message": message, "revision": revision, "create_pr": create_pr}
+
+    def commit() -> CommitInfo:
+        # Anew at each try: the client then sees what is there, should the answer have been lost and nothing else.
+        adds[:] = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in files.items()
+        ]
         stale = [
             CommitOperationDelete(name)
-            for name in _with_patience(lambda: api.list_repo_files(repo_id, revision=revision))
+            for name in api.list_repo_files(repo_id, revision=revision)
             if name not in files and any(fnmatch(name, pattern) for pattern in (*MODEL, *SHIPPED))
         ]
-        commit = _with_patience(
-            lambda: api.create_commit(
-                repo_id, [*adds, *stale], commit_message=message, revision=revision, create_pr=create_pr
-            )
-        )
-        _with_patience(lambda: _check_there(api, repo_id, commit, adds))
+        return api.create_commit(repo_id, [*adds, *stale], **named)
+
+    try:
+        _with_patience(lambda: _make_repository(api, repo_id, private, revision))
+        made = _with_patience(commit)
+        _with_patience(lambda: _check_there(api, repo_id, made, adds))
     except Exception as error:  # the Hub, its client, the network and the disk all raise their own
         reason = " ".join(": ".join(str(e) for e in _chain(error) if str(e)).split())
         raise ValueError(f"its upload to {repo_id} failed ({reason}); `{again}` tries again") from error
-    return commit.pr_url or commit.commit_url
+    return made.pr_url or made.commit_url
 
 
 def _make_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:

@@ -72,7 +72,9 @@ def load_components(
     root, folder = root_of(folder), folder / subfolder
     check_inside(folder / INDEX, root)
     index = _read_json(folder / INDEX)
-    others = sorted(name for name, entry in index.items() if name not in KINDS and _is_component(entry))
+    others = sorted(
+        name for name, entry in index.items() if name not in KINDS and name[0] != "_" and _is_component(entry)
+    )
     if others:
         raise ValueError(f"{folder / INDEX}: a pipeline with {', '.join(others)} besides unet and scheduler is no DDPM")
     if scheduler is None:

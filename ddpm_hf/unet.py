@@ -333,8 +333,17 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """`ModelMixin.from_pretrained`, which would take a pickle where there are no safetensors; this takes none."""
-        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+        """`ModelMixin.from_pretrained`, of safetensors alone: that would take a pickle where there are none.
+
+        Weights on the CPU are copied out of the file that they are mapped from: there they lie as the header's length
+        has it, and products of matrices that are aligned otherwise differ in their last bits.
+        """
+        loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+        unet = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+        return loaded
 
     def forward(self, sample: torch.Tensor, timestep, class_labels=None, return_dict: bool = True):
         """

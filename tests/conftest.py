@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hub_server import HubServer
+from huggingface_hub import constants
 
 from ddpm_hf import DDPMUNet
 from ddpm_hf.config import TrainConfig
@@ -77,3 +79,19 @@ def digits_model(tmp_path_factory) -> Path:
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
     train(tiny_config(path, class_conditional=True, scheduler=scheduler, ema_max_decay=0.99, **settings))
     return path
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback, to which this process is logged in as `me`, with a cache of its own."""
+    with HubServer() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield server
+        assert server.unknown == []

@@ -1,162 +1,446 @@
-"""Sharing, against a small server on loopback that speaks the Hub's calls of an upload."""
+"""Sharing, against a Hub on loopback that the Hub's own client talks to."""
 
-import base64
 import json
+import logging
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import TINY_UNET, tiny_config
+import torch
+from conftest import TINY_UNET
+from huggingface_hub import HfApi, ModelCard
 
-from ddpm_hf.hub import model_card
-from ddpm_hf.training import train as train_here
+from ddpm_hf import DDPMCustomPipeline, cards
+from ddpm_hf import hub as sharing
+from ddpm_hf.cards import MARK
+from ddpm_hf.cli import main
+from ddpm_hf.hub import check_right_to_push, push
 
-ROOT = Path(__file__).parent.parent
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Takes one repository's commit into `server.files`; knows the token `secret` only."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, content=b""):
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
-
-    def do_GET(self):
-        if self.headers.get("Authorization") != "Bearer secret":
-            return self.answer(401, {"error": "Invalid username or password."})
-        return self.answer(200, {"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
-
-    def do_POST(self):
-        server, content = self.server, self.body()
-        if self.path == "/api/repos/create":
-            server.created = json.loads(content)
-            return self.answer(200, {"url": f"{server.url}/me/{server.created['name']}"})
-        if self.path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for f in json.loads(content)["files"]
-            ]
-            return self.answer(200, {"files": files})
-        if "/commit/" in self.path and server.refuse:
-            return self.answer(403, {"error": "storage is full"})
-        if "/commit/" in self.path:
-            for line in map(json.loads, content.splitlines()):
-                if line["key"] == "file":
-                    server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer(200, {"commitUrl": f"{server.url}/me/model/commit/1", "commitOid": "1" * 40})
-        return self.answer(404, {"error": self.path})
-
-
-@pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.files = f"http://127.0.0.1:{server.server_port}", {}
-    server.created, server.refuse = None, False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-
-
+MODEL = {
+    "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv", "run.json",
+    "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors", "loss.png",
+    "samples.png", "first_samples.png", "denoising.gif", "train_config.json", ".gitattributes",
+}  # fmt: skip
+TRAIN = ["train", "--max_train_steps", "3", "--unet", json.dumps(TINY_UNET), "--train_batch_size", "8",
+         "--eval_batch_size", "1", "--ddpm_num_inference_steps", "2"]  # fmt: skip
 PUSH = ["--push_to_hub", "--hub_private_repo", "--hub_model_id", "digits-model"]
 
 
-def train(hub, tmp_path, token, flags=PUSH):
-    command = [sys.executable, "-m", "ddpm_hf", "train", "--max_train_steps", "3", "--unet", json.dumps(TINY_UNET)]
-    command += flags
-    command += ["--train_batch_size", "8", "--eval_batch_size", "1", "--ddpm_num_inference_steps", "2"]
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    env = (
-        {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | home | ({"HF_TOKEN": token} if token else {})
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert main([*TRAIN, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(made_once, tmp_path, monkeypatch) -> Path:
+    """The output folder of a run of three updates, made by the command."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made_once, "runs/digits")
+    return Path("runs/digits")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(sharing, "WAITS", (0, 0))
+
+
+def sample(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    return pipeline(2, generator=generator, num_inference_steps=3, output_type="pt").images
+
+
+# ---------------------------------------------------------------- what is uploaded
+
+
+def test_what_belongs_there_is_uploaded_and_its_address_comes_last(hub, run, capsys):
+    (run / "checkpoint-3" / "README.md").write_text("not this one")
+    (run / "unet" / "notes.txt").write_text("nor this")
+    assert main(["push", str(run), "me/digits", "--license", "mit"]) == 0
+    sha = hub.repo("me/digits").sha("main")
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/me/digits/commit/{sha}"
+    there = hub.files("me/digits")
+    assert set(there) == MODEL
+    made = {"README.md", "train_config.json", ".gitattributes"}
+    assert all(there[name] == (run / name).read_bytes() for name in MODEL - made)
+    card = there["README.md"].decode()
+    assert 'from_pretrained("me/digits")' in card
+    assert "license: mit" in card
+    assert not any(b"hf_secret" in content for content in there.values())
+    torch.testing.assert_close(
+        sample(DDPMCustomPipeline.from_pretrained("me/digits")), sample(DDPMCustomPipeline.from_pretrained(run))
     )
-    env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
 
-def test_a_finished_run_is_uploaded(hub, tmp_path):
-    done = train(hub, tmp_path, "secret")
-    assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/me/model/commit/1" in done.stdout
-    assert hub.created["visibility"] == "private"
-    assert hub.created["name"] == "digits-model"
-    assert set(hub.files) == {
-        "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv",
-        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors",
-        "samples.png", "first_samples.png", "loss.png", "denoising.gif", "train_config.json",
-    }  # fmt: skip
-    out = tmp_path / "runs/digits"
-    assert all(content == (out / name).read_bytes() for name, content in hub.files.items())
-    card = hub.files["README.md"].decode()
-    assert "pipeline_tag: unconditional-image-generation" in card
-    assert 'from_pretrained("me/digits-model")' in card
-    assert "3 updates, 24 images seen" in card
-    assert "$" not in card
-    assert not [name for name, content in hub.files.items() if b"secret" in content]
+def test_a_second_push_takes_out_what_would_be_loaded_and_is_no_more(hub, run):
+    push(run, "me/digits", self_contained=True)
+    assert any(name.endswith("_unet.py") for name in hub.files("me/digits"))
+    HfApi().upload_file(repo_id="me/digits", path_in_repo="NOTES.md", path_or_fileobj=b"mine")
+    (run / "unet" / "diffusion_pytorch_model.raw.safetensors").unlink()
+    push(run, "me/digits")
+    left = MODEL - {"unet/diffusion_pytorch_model.raw.safetensors"} | {"NOTES.md"}
+    assert set(hub.files("me/digits")) == left
 
 
-def test_the_card_of_a_model_of_classes_says_how_to_ask(tmp_path):
-    run = train_here(tiny_config(tmp_path, class_conditional=True, guidance_scale=1.5))
-    card = model_card(run, "me/digits")
-    assert """from_pretrained("me/digits")(class_labels=['0', '1', '2', '3'], guidance_scale=1.5)""" in card
+def test_a_push_of_what_is_there_sends_and_changes_nothing(hub, run):
+    first = push(run, "me/digits")
+    sent = dict(hub.uploaded_bytes)
+    assert push(run, "me/digits") == first
+    assert dict(hub.uploaded_bytes) == sent
+
+
+def test_where_files_were_is_not_told(hub, run):
+    settings = json.loads((run / "train_config.json").read_text())
+    settings |= {"train_data_dir": "/home/grace/patients", "output_dir": "C:\\Users\\grace\\out", "dataset_name": "a/b"}
+    (run / "train_config.json").write_text(json.dumps(settings))
+    push(run, "me/digits")
+    shown = json.loads(hub.files("me/digits")["train_config.json"])
+    assert (shown["train_data_dir"], shown["output_dir"], shown["dataset_name"]) == ("patients", "out", "a/b")
+    assert "grace" not in hub.files("me/digits")["train_config.json"].decode()
+
+
+def test_a_link_to_elsewhere_is_not_followed(hub, run, tmp_path):
+    (tmp_path / "secret").write_text("do not publish")
+    (run / "log.csv").unlink()
+    (run / "log.csv").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"log.csv is a link to .*secret, outside of"):
+        push(run, "me/digits")
+    assert not hub.repos
+
+
+def test_a_card_that_somebody_has_edited_is_theirs(hub, run):
+    card = (run / "README.md").read_text()
+    assert MARK in card
+    (run / "README.md").write_text(card.replace(MARK, "") + "\nGrace made this.\n")
+    push(run, "me/digits")
+    assert "Grace made this." in hub.files("me/digits")["README.md"].decode()
+
+
+# ---------------------------------------------------------------- private, branches, pull requests
+
+
+def test_private(hub, run, monkeypatch):
+    push(run, "me/digits", private=True)
+    assert hub.repo("me/digits").private
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(OSError, match="me/digits"):
+        DDPMCustomPipeline.from_pretrained("me/digits")
+    monkeypatch.delenv("HF_TOKEN")
+    DDPMCustomPipeline.from_pretrained("me/digits", token="hf_secret")
+
+
+def test_what_is_public_is_not_taken_for_private(hub, run):
+    HfApi().create_repo("digits")
+    with pytest.raises(ValueError, match="is there and public"):
+        push(run, "me/digits", private=True)
+    assert set(hub.files("me/digits")) == {".gitattributes"}
+
+
+def test_a_branch_and_a_pull_request(hub, run):
+    push(run, "me/digits")
+    main_before = hub.repo("me/digits").sha("main")
+    (run / "log.csv").write_text("other\n")
+    push(run, "me/digits", revision="long-run")
+    assert hub.files("me/digits", "long-run")["log.csv"] == b"other\n"
+    (run / "log.csv").write_text("proposed\n")
+    address = push(run, "me/digits", create_pr=True)
+    assert "/discussions/1" in address
+    assert hub.files("me/digits", "refs/pr/1")["log.csv"] == b"proposed\n"
+    assert hub.repo("me/digits").sha("main") == main_before
+    DDPMCustomPipeline.from_pretrained("me/digits", revision="long-run")
+
+
+# ---------------------------------------------------------------- who may
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "why"),
+    [
+        (None, "me/digits", "needs a login"),
+        ("hf_wrong", "me/digits", "needs a login"),
+        ("hf_reader", "me/digits", "may only read"),
+        ("hf_secret", "you/digits", "me may not write to you; of names there are me, club"),
+        ("hf_fine", "me/digits", "may only read"),
+        ("hf_secret", "a/b/c", "a/b/c"),
+    ],
+)
+def test_who_may_not_write_is_told_before_training(hub, tmp_path, monkeypatch, capsys, token, repo_id, why):
+    scoped = [{"entity": {"name": "me"}, "permissions": ["repo.content.read"]}]
+    hub.users["hf_fine"] = {"name": "me", "role": "fineGrained", "orgs": [], "fineGrained": {"scoped": scoped}}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    assert main([*TRAIN, "--push_to_hub", "--hub_model_id", repo_id]) == 2
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.strip().splitlines()[-1].startswith("ddpm-hf: error: ")
+    assert not (tmp_path / "runs").exists()
+    assert not hub.repos
+
+
+def test_who_may(hub):
+    scoped = [{"entity": {"name": "me/digits"}, "permissions": ["repo.write"]}]
+    hub.users["hf_fine"] = {"name": "me", "role": "fineGrained", "orgs": [], "fineGrained": {"scoped": scoped}}
+    os.environ["HF_TOKEN"] = "hf_fine"  # the fixture restores it
+    assert check_right_to_push("digits") == "me/digits"
+    os.environ["HF_TOKEN"] = "hf_secret"
+    assert check_right_to_push("club/digits") == "club/digits"
+
+
+def test_a_folder_that_is_no_pipeline(hub, tmp_path, capsys):
+    assert main(["push", str(tmp_path), "me/digits"]) == 2
+    assert main(["push", str(tmp_path / "none"), "me/digits"]) == 2
+    assert "model_index.json is not there" in capsys.readouterr().err.splitlines()[0]
+    assert not hub.repos
+
+
+# ---------------------------------------------------------------- what breaks
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda hub: hub.fail(r"PUT ", times=1, after_bytes=1000),
+        lambda hub: hub.fail(r"/commit/"),
+        lambda hub: hub.fail(r"/commit/", after_bytes=10**9),  # done, and the answer is lost
+        lambda hub: hub.fail(r"/commit/", times=2, status=503),
+        lambda hub: hub.fail(r"repos/create", after_bytes=10**9),
+        lambda hub: hub.fail(r"paths-info"),
+    ],
+    ids=["weights", "commit", "answer", "unavailable", "create", "check"],
+)
+def test_a_connection_that_breaks_is_gone_on_with(hub, run, break_it):
+    break_it(hub)
+    push(run, "me/digits")
+    assert set(hub.files("me/digits")) == MODEL
+    assert len(hub.repo("me/digits").commits) == 2  # the first is the Hub's own
+    assert set(hub.uploads.values()) == {1}
+
+
+def test_a_full_disk_there_is_told_with_the_command_that_tries_again(hub, run, capsys):
+    hub.quota = 10_000
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["push", str(run), "me/digits", "--private", "--self-contained", "--license", "mit"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "storage limit" in told.err
+    command = re.search("`(ddpm-hf .*)` tries again", told.err.splitlines()[-1])[1]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    hub.quota = None
+    assert main(shlex.split(command)[1:]) == 0
+    assert set(hub.files("me/digits")) > MODEL
+    assert hub.repo("me/digits").private
+
+
+def test_what_is_not_there_as_it_was_sent_is_no_success(hub, run, monkeypatch):
+    there = HfApi.get_paths_info
+    monkeypatch.setattr(HfApi, "get_paths_info", lambda *args, **kwargs: there(*args, **kwargs)[1:])
+    with pytest.raises(ValueError, match="is not in the repository as it was sent"):
+        push(run, "me/digits")
+
+
+# ---------------------------------------------------------------- while training
+
+
+def test_a_run_is_uploaded_at_each_save_and_at_its_end(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ends = threading.Event()  # of the first upload, which the second save waits for and the training does not
+    monkeypatch.setattr(sharing.PushInBackground, "wait", lambda self: self.thread.join())
+    commit, begun = HfApi.create_commit, []
+
+    def slowly(*args, **kwargs):
+        begun.append(kwargs["commit_message"])
+        assert len(begun) > 1 or ends.wait(60)
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", slowly)
+    saves = []
+
+    def note(run):
+        saves.append(run.step)
+        if run.finished:
+            ends.set()
+
+    monkeypatch.setattr(cards, "keep_card", lambda run, keep=cards.keep_card: (keep(run), note(run)))
+    assert main([*TRAIN, "--checkpointing_steps", "1", *PUSH]) == 0
+    assert saves == [1, 2, 3]
+    assert begun == ["Train for 1 updates", "Train for 3 updates"]
+    repo = hub.repo("me/digits-model")
+    assert repo.private
+    first, last = [c for c in repo.commits.values() if c.message.startswith("Train")]
+    assert first.files["log.csv"].count(b"\n") == 2  # as it was then
+    assert last.files["log.csv"].count(b"\n") == 4
+    assert first.files["unet/config.json"] == last.files["unet/config.json"]
+    weights = "unet/diffusion_pytorch_model.raw.safetensors"
+    assert first.files[weights] != last.files[weights] == Path("runs/digits", weights).read_bytes()
+    assert set(last.files) == MODEL
+    assert "3 updates, 24 images seen" in last.files["README.md"].decode()
+    assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/me/digits-model/commit/{repo.sha('main')}"
+    assert not list(Path("runs/digits").glob(".saving-*"))
+
+
+def test_an_upload_that_fails_neither_loses_nor_ends_a_run(hub, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    hub.quota = 10_000
+    with caplog.at_level(logging.WARNING, "ddpm_hf"):
+        assert main([*TRAIN, "--checkpointing_steps", "1", *PUSH]) == 2
+    assert "training goes on, but its upload to me/digits-model failed" in caplog.text
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the model is trained and saved in runs/digits, but its upload" in error
+    assert "`ddpm-hf push runs/digits me/digits-model --private` tries again" in error
+    assert json.loads(Path("runs/digits/checkpoint-3/state.json").read_text())["step"] == 3
+    hub.quota = None
+    assert main(["push", "runs/digits", "me/digits-model", "--private"]) == 0
+    assert set(hub.files("me/digits-model")) == MODEL
+
+
+def test_no_push_unless_asked(hub, run):
+    assert hub.requests == []
+
+
+# ---------------------------------------------------------------- without the package
+
+SAMPLE = """
+import sys, torch
+from {module} import {name} as Pipeline
+pipe = Pipeline.from_pretrained({source!r}{more})
+settings = dict(num_inference_steps=3, output_type="pt")
+images = [pipe(2, generator=torch.Generator().manual_seed(1), scheduler=s, **settings).images for s in (None, "dpm++")]
+torch.save(images, {output!r})
+print("ddpm_hf" in sys.modules)
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """The Python of an environment with all that this one has, but for ddpm_hf."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    return tmp_path / "venv" / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_another_environment_pulls_and_samples_the_same_pixels(hub, run, elsewhere, tmp_path):
+    push(run, "me/digits", self_contained=True)
+    push(run, "me/plain")
+    here = sample(DDPMCustomPipeline.from_pretrained(run))
+    env = hub.env(tmp_path / "home")
+    no_package = subprocess.run([elsewhere, "-c", "import ddpm_hf"], cwd=tmp_path, env=env, capture_output=True)
+    assert b"No module named 'ddpm_hf'" in no_package.stderr
+    trusting = ', custom_pipeline="pipeline", trust_remote_code=True'
+    stock = {"module": "diffusers", "name": "DiffusionPipeline"}
+    ours = {"module": "ddpm_hf", "name": "DDPMCustomPipeline"}
+    snapshot = str(HfApi().snapshot_download("me/digits", cache_dir=tmp_path / "files"))
+    made = []
+    for python, what, source, more in [
+        (elsewhere, stock, "me/digits", trusting),
+        (elsewhere, stock, "me/digits", ", trust_remote_code=True"),
+        (elsewhere, stock, snapshot, trusting),
+        (sys.executable, ours, "me/digits", ""),
+        (sys.executable, ours, snapshot, ""),
+        (sys.executable, ours, "me/plain", ""),
+    ]:
+        output = str(tmp_path / f"{len(made)}.pt")
+        code = SAMPLE.format(**what, source=source, more=more, output=output)
+        done = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{python == sys.executable}\n"
+        assert "Expected types" not in done.stderr
+        made.append(torch.load(output))
+    for images in made:
+        torch.testing.assert_close(images[0], here, rtol=0, atol=0)
+        torch.testing.assert_close(images, made[0], rtol=0, atol=0)
+    untrusting = SAMPLE.format(**stock, source="me/digits", more="", output="no.pt")
+    refused = subprocess.run([elsewhere, "-c", untrusting], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "trust_remote_code=True" in refused.stderr
+
+
+def test_shipped_code_is_our_code_but_for_the_names_of_modules(run):
+    files = sharing.code_of(run)
+    package = Path(sharing.__file__).parent
+    for name, content in files.items():
+        if name.endswith(".py"):
+            stem = Path(name).stem.split("_")[-1]
+            ours = (package / f"{stem}.py").read_text()
+            assert re.sub(r"from \.ddpm_hf_[0-9a-f]{12}_", "from ddpm_hf.", content.decode()) == ours
+            assert not re.search(r"^\s*(from|import) ddpm_hf", content.decode(), re.M)
+    # diffusers copies what pipeline.py itself imports, and no more
+    imported = set(re.findall(r"^from \.(\w+) import", files["pipeline.py"].decode(), re.M))
+    assert imported == {Path(name).stem for name in files if name.startswith("ddpm_hf_")}
+
+
+# ---------------------------------------------------------------- the card
+
+
+def test_the_card_says_what_was_measured_and_no_more(run):
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.license is None
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["training"]["updates"] == 3
+    assert facts["data"]["num_images"] == 1617
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert set(results) == {"mse", "nearest_training_image", "legibility"}
+    last = (run / "log.csv").read_text().splitlines()[-1].split(",")
+    assert results["mse"].metric_value == pytest.approx(float(last[3]), abs=1e-6)
+    assert "180 held-out images after update 3" in results["mse"].metric_args["protocol"]
+    parameters = sum(p.numel() for p in DDPMCustomPipeline.from_pretrained(run).unet.parameters())
+    for words in (f"{parameters:,} parameters", "3 updates, 24 images seen", "CC BY 4.0", "not stated", "![samples]",
+                  "(denoising.gif)", "(loss.png)", "torch 2."):  # fmt: skip
+        assert words in card.content
+    for leftover in ("None", "{{", "}}", "{%", "nan"):
+        assert leftover not in card.text
+    assert card.text.count("from_pretrained(") == 2
+    assert "ddpm-hf sample digits" in card.text
+
+
+def test_the_card_of_a_folder_that_nobody_knows_anything_of(hub, run, tmp_path):
+    pipeline = DDPMCustomPipeline.from_pretrained(run)
+    pipeline.save_pretrained(tmp_path / "bare")
+    push(tmp_path / "bare", "me/bare")
+    card = hub.files("me/bare")["README.md"].decode()
+    assert "| data | not known |" in card
+    assert "| training | not known" in card
+    assert "Memorisation: not measured" in card
+    assert "model-index" not in card
+    assert "![" not in card
+    assert "None" not in card
+
+
+def test_the_card_of_a_model_of_classes_says_how_to_ask(hub, digits_model):
+    pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
+    card = str(cards.model_card(pipeline, {}, digits_model, "me/digits"))
+    assert "pipe(class_labels=['0', '1', '2', '3'], num_inference_steps=50)" in card
+    assert '--class_labels "0" "1" "2" "3"' in card
     assert "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |" in card
-    assert "pipeline_tag: other" in card
-    assert "unconditional" not in card
+    assert "pipeline_tag" not in card
+    assert "class-conditional" in card
+    call = re.search(r"pipe\((.*)\)\.images", card)[1]
+    images = eval(f"pipe({call.replace('50', '2')}).images", {"pipe": pipeline})
+    assert len(images) == 4
 
 
-@pytest.mark.parametrize("token", [None, "wrong"])
-def test_without_a_login_nothing_begins(hub, tmp_path, token):
-    done = train(hub, tmp_path, token)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "push_to_hub needs a login (`hf auth login`)" in done.stderr
-    assert not (tmp_path / "runs").exists()
-    assert hub.created is None
+def test_flops_are_those_of_a_convolution_by_hand():
+    from ddpm_hf import DDPMUNet
+
+    small, wide = (DDPMUNet(**{**TINY_UNET, "in_channels": channels, "sample_size": 8}) for channels in (1, 2))
+    stem, out = TINY_UNET["stem_channels"], TINY_UNET["up_block_out_channels"][-1]
+    per_pixel = 2 * 9 * (stem + out)  # of 3x3 weights a channel more of input and of output
+    assert cards.forward_flops(wide) - cards.forward_flops(small) == 64 * per_pixel
 
 
-def test_no_push_unless_asked(hub, tmp_path):
-    assert train(hub, tmp_path, "secret", flags=[]).returncode == 0
-    assert hub.created is None
-
-
-def test_a_name_that_cannot_be_is_told_before_training(hub, tmp_path):
-    done = train(hub, tmp_path, "secret", flags=["--push_to_hub", "--hub_model_id", "a/b/c"])
-    assert done.returncode == 2
-    assert "a/b/c" in done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def test_an_upload_that_fails_loses_nothing_and_can_be_tried_again(hub, tmp_path):
-    hub.refuse = True
-    done = train(hub, tmp_path, "secret")
-    assert done.returncode == 2
-    assert "is trained and saved in runs/digits, but its upload failed" in done.stderr
-    assert "Traceback" not in done.stderr
-    weights = (tmp_path / "runs/digits/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    hub.refuse = False
-    done = train(hub, tmp_path, "secret", flags=[*PUSH, "--resume_from_checkpoint", "latest"])
-    assert done.returncode == 0, done.stderr
-    assert hub.files["unet/diffusion_pytorch_model.safetensors"] == weights
+def test_run_json_that_is_damaged_is_told(hub, run):
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run.json can't be read"):
+        push(run, "me/digits")
+    assert not hub.repos
