@@ -1,0 +1,390 @@
+"""What was saved, pushed or written by a stranger: loaded as it was, or refused."""
+
+import json
+import pickle
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
+from ddpm_hf.hub import code_of
+
+HERE = Path(__file__).parent
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved pipeline, raw and half-precision weights beside."""
+    pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
+    pipeline.save_pretrained(tmp_path / "model")
+    raw = tiny_unet()
+    with torch.no_grad():
+        raw.conv_out.bias += 0.1
+    raw.save_pretrained(tmp_path / "model/unet", variant="raw")
+    tiny_unet().half().save_pretrained(tmp_path / "model/unet", variant="fp16")
+    return tmp_path / "model"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sample(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(2, torch.Generator().manual_seed(1), num_inference_steps=3, output_type="pt").images
+
+
+# ---------------------------------------------------------------- what is loaded
+
+
+def test_a_folder_of_classes_saved_by_an_earlier_version_samples_as_it_did():
+    """Saved, with what it sampled, by version 0.1.0 of 2026-11-22, before `from_pretrained` was ours."""
+    folder = HERE / "conditional_pipeline"
+    pipeline = DDPMCustomPipeline.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    settings = {"class_labels": ["cat", "dog"], "guidance_scale": 2.0, "num_inference_steps": 10}
+    images = pipeline(generator=generator, output_type="np", **settings).images
+    assert_close(images, np.load(folder / "samples.npy"), rtol=0, atol=1e-5)
+
+
+def test_from_the_hub_once_and_then_without_it(hub, folder, monkeypatch):
+    hub.plant("me/model", files(folder) | {"notes.txt": b"not needed"})
+    wanted = sample(DDPMCustomPipeline.from_pretrained(folder))
+    assert_close(sample(DDPMCustomPipeline.from_pretrained("me/model")), wanted, rtol=0, atol=0)
+    taken = {path.split("/resolve/")[1].split("/", 1)[1] for _, path in hub.requests if "/resolve/" in path}
+    assert taken == {"model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json"}
+    hub.requests.clear()
+    for offline in ("local_files_only", "HF_HUB_OFFLINE", "the Hub is down"):
+        if offline == "HF_HUB_OFFLINE":
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        if offline == "the Hub is down":
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            hub.fail("GET", times=100, status=503)
+        pipeline = DDPMCustomPipeline.from_pretrained("me/model", local_files_only=offline == "local_files_only")
+        assert_close(sample(pipeline), wanted, rtol=0, atol=0)
+        assert bool(hub.requests) == (offline == "the Hub is down")
+    with pytest.raises(OSError, match="'me/other' is no folder here, and the Hub does not give it"):
+        DDPMCustomPipeline.from_pretrained("me/other", local_files_only=True)
+
+
+def test_the_parts_from_the_hub(hub, folder):
+    hub.plant("me/model", files(folder))
+    unet = DDPMUNet.from_pretrained("me/model", subfolder="unet")
+    assert_close(unet.state_dict(), tiny_unet().state_dict())
+    assert isinstance(AutoModel.from_pretrained("me/model", subfolder="unet"), DDPMUNet)
+    assert len(LinearNoiseScheduler.from_pretrained("me/model", subfolder="scheduler")) == 1000
+    stock = DiffusionPipeline.from_pretrained("me/model")
+    assert isinstance(stock, DDPMCustomPipeline)
+    assert_close(sample(stock), sample(DDPMCustomPipeline.from_pretrained("me/model")), rtol=0, atol=0)
+
+
+def test_revisions(hub, folder):
+    first = hub.plant("me/model", files(folder))
+    weights = load_file(folder / WEIGHTS)
+    weights["conv_out.bias"] += 1
+    save_file(weights, folder / WEIGHTS)
+    hub.plant("me/model", files(folder), revision="later")
+    bias = {
+        revision: DDPMCustomPipeline.from_pretrained("me/model", revision=revision).unet.conv_out.bias[0].item()
+        for revision in (None, "main", first, "later")
+    }
+    assert bias[None] == bias["main"] == bias[first] == pytest.approx(bias["later"] - 1)
+    with pytest.raises(OSError, match="never"):
+        DDPMCustomPipeline.from_pretrained("me/model", revision="never")
+
+
+def test_a_pipeline_in_a_subfolder(hub, folder, tmp_path):
+    hub.plant("me/models", {f"digits/small/{name}": content for name, content in files(folder).items()})
+    shutil.copytree(folder, tmp_path / "models/digits/small")
+    for source in ("me/models", tmp_path / "models"):
+        pipeline = DDPMCustomPipeline.from_pretrained(source, subfolder="digits/small")
+        assert_close(pipeline.unet.state_dict(), tiny_unet().state_dict())
+
+
+def test_variants_and_types(hub, folder):
+    hub.plant("me/model", files(folder))
+    for source in (folder, "me/model"):
+        raw = DDPMCustomPipeline.from_pretrained(source, variant="raw")
+        assert_close(raw.unet.conv_out.bias - tiny_unet().conv_out.bias, torch.tensor([0.1]))
+        half = DDPMCustomPipeline.from_pretrained(source, variant="fp16", torch_dtype=torch.float16)
+        assert half.unet.dtype == torch.float16
+        assert_close(half.unet.state_dict(), tiny_unet().half().state_dict())
+        assert DDPMCustomPipeline.from_pretrained(source, variant="fp16").unet.dtype == torch.float32
+        assert DDPMCustomPipeline.from_pretrained(source, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+        with pytest.raises(ValueError, match=r"has no diffusion_pytorch_model.bf16.safetensors; of weights it has"):
+            DDPMCustomPipeline.from_pretrained(source, variant="bf16")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files(hub, folder, variant):
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    tiny_unet().save_pretrained(folder / "unet", variant=variant, max_shard_size="40KB")
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 2
+    hub.plant("me/model", files(folder))
+    for source in (folder, "me/model"):
+        loaded = DDPMCustomPipeline.from_pretrained(source, variant=variant).unet
+        assert_close(loaded.state_dict(), tiny_unet().state_dict())
+
+
+def test_a_pipeline_of_stock_parts_and_parts_that_are_given(folder, tmp_path):
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8),
+                       norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
+                       up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    DDPMCustomPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    loaded = DDPMCustomPipeline.from_pretrained(tmp_path / "stock")
+    assert (type(loaded.unet), type(loaded.scheduler)) == (UNet2DModel, DDPMScheduler)
+    scheduler = DDIMScheduler()
+    given = DDPMCustomPipeline.from_pretrained(folder, scheduler=scheduler)
+    assert given.scheduler is scheduler
+    shutil.rmtree(folder / "unet")
+    assert DDPMCustomPipeline.from_pretrained(folder, unet=unet).unet is unet
+
+
+def test_a_loaded_network_computes_the_same_bits_as_the_saved_one(folder):
+    """However long the header is, and so wherever the numbers begin in the file."""
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    weights = load_file(folder / WEIGHTS)
+    outputs = []
+    for padding in ("", "x", "xyz" * 5):
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt", "padding": padding})
+        unet = DDPMCustomPipeline.from_pretrained(folder).unet
+        assert all(p.data_ptr() % 16 == 0 for p in unet.parameters())
+        outputs.append(unet(x, t).sample)
+    assert_close(outputs, [tiny_unet()(x, t).sample] * 3, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_pickle_is_loaded(hub, folder, tmp_path):
+    touched = tmp_path / "touched"
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Evil(touched)))
+    hub.plant("me/model", files(folder))
+    with pytest.raises(ValueError, match=r"\.bin \(a pickle can run anything"):
+        DDPMCustomPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="has no diffusion_pytorch_model.safetensors"):
+        DDPMCustomPipeline.from_pretrained("me/model")
+    for load in (lambda: DDPMUNet.from_pretrained(folder, subfolder="unet"),
+                 lambda: DDPMUNet.from_pretrained(folder, subfolder="unet", use_safetensors=False),
+                 lambda: DiffusionPipeline.from_pretrained(folder)):  # fmt: skip
+        with pytest.raises(OSError, match="safetensors"):
+            load()
+    assert not touched.exists()
+
+
+def test_code_beside_a_model_is_not_run(hub, folder, tmp_path):
+    touched = tmp_path / "touched"
+    evil = f"open({str(touched)!r}, 'w')\n".encode()
+    shipped = {name: evil if name.endswith(".py") else content for name, content in code_of(folder).items()}
+    for name, content in shipped.items():
+        (folder / name).write_bytes(content)
+    hub.plant("me/model", files(folder))
+    for source in (folder, "me/model"):
+        assert isinstance(DDPMCustomPipeline.from_pretrained(source).unet, DDPMUNet)
+        for name in ({"trust_remote_code": True}, {"custom_pipeline": "pipeline"}):
+            with pytest.raises(ValueError, match="runs no code of a repository"):
+                DDPMCustomPipeline.from_pretrained(source, **name)
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            DiffusionPipeline.from_pretrained(source)
+    assert not touched.exists()
+    assert not any(path.endswith(".py") for _, path in hub.requests)
+
+
+@pytest.mark.parametrize(
+    "name", ["unet/../../evil.json", "../evil", "a/../../evil", "..\\evil.safetensors", "/etc/evil"]
+)
+def test_names_that_lead_elsewhere(hub, folder, name):
+    hub.plant("me/model", files(folder) | {name: b"{}"})
+    with pytest.raises((ValueError, OSError), match=r"evil"):
+        DDPMCustomPipeline.from_pretrained("me/model")
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", WEIGHTS, "scheduler/scheduler_config.json", "unet"]
+)
+def test_links_to_elsewhere(folder, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder / name, elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="is a link to .*elsewhere.*: put the file itself there"):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+def test_links_inside_and_to_the_whole_are_well(folder, tmp_path):
+    (folder / WEIGHTS).rename(folder / "weights.safetensors")
+    (folder / WEIGHTS).symlink_to(folder / "weights.safetensors")
+    (tmp_path / "latest").symlink_to(folder)
+    DDPMCustomPipeline.from_pretrained(tmp_path / "latest")
+
+
+HOSTILE = {
+    "unknown": ({"attention_magic": 3}, "unknown attention_magic"),
+    "wide": ({"block_out_channels": [16, 10**12]}, "block_out_channels is 1000000000000, more than"),
+    "deep": ({"layers_per_block": 10**9}, "layers_per_block is 1000000000, more than"),
+    "long": ({"mid_block_out_channels": [16] * 10**5}, "a list of 100000, more than"),
+    "classes": ({"num_classes": 10**10}, "num_classes is 10000000000, more than"),
+    "large": ({"sample_size": 10**7}, "sample_size is 10000000, more than 65536"),
+    "text": ({"stem_channels": "8"}, "stem_channels='8' must be an integer"),
+    "negative": ({"stem_channels": -8}, "stem_channels=-8 must be"),
+    "object": ({"attention": {"a": 1}}, "attention"),
+    "type": ({"freq_shift": "x"}, "config.json: "),
+    "null": ({"time_embedding_dim": None}, "time_embedding_dim"),
+    "other": ({"time_embedding_dim": 8}, "the weights have .* of shape"),
+    "more": ({"num_classes": 3}, "class_embedding.weight of shape None"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_configurations_of_a_network(folder, case):
+    changes, message = HOSTILE[case]
+    path = folder / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message) as caught:
+        DDPMCustomPipeline.from_pretrained(folder)
+    assert "unet" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_timesteps": 10**12}, r"num_train_timesteps=1000000000000 must be an integer in 1 ... 1,000,000"),
+        ({"num_train_timesteps": "1000"}, r"num_train_timesteps='1000' must be an integer"),
+        ({"beta_end": 1.5}, "beta"),
+        ({"prediction_type": "import os"}, "prediction_type='import os'"),
+        ({"noise_from": "nowhere"}, "unknown noise_from"),
+    ],
+)
+def test_hostile_configurations_of_a_scheduler(folder, changes, message):
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+def test_settings_that_a_scheduler_kept_from_the_one_it_was_built_from_are_known(folder):
+    from diffusers import DPMSolverMultistepScheduler
+
+    LinearNoiseScheduler.from_config(DPMSolverMultistepScheduler(solver_order=3).config).save_pretrained(
+        folder / "scheduler"
+    )
+    assert "solver_order" in (folder / "scheduler/scheduler_config.json").read_text()
+    DDPMCustomPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["os", "system"], r"unet=\['os', 'system'\]; it must be DDPMUNet"),
+        (["diffusers", "os"], "it must be DDPMUNet"),
+        (["diffusers", "DDPMScheduler"], "it must be DDPMUNet"),
+        (["diffusers", "__builtins__"], "it must be DDPMUNet"),
+        ("DDPMUNet", "must be a library and a class"),
+        ([["x"], {}], "must be a library and a class"),
+        ([None, None], "must be a library and a class"),
+    ],
+)
+def test_an_index_that_names_something_else(folder, entry, message):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": entry}))
+    with pytest.raises(ValueError, match=message):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_what_is_no_json(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=Path(name).name):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+def test_a_pipeline_of_another_kind(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}))
+    with pytest.raises(ValueError, match="a pipeline with vae besides unet and scheduler is no DDPM"):
+        DDPMCustomPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model_index.json is not there: this is no folder of a pipeline"):
+        DDPMCustomPipeline.from_pretrained(folder / "unet")
+    with pytest.raises(ValueError, match="from_pretrained has no argument steps"):
+        DDPMCustomPipeline.from_pretrained(folder, steps=3)
+
+
+def lying(content: bytes, change) -> bytes:
+    """A safetensors file whose header `change` has changed."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+LIES = {
+    "shape": lambda header: header["conv_out.bias"].update(shape=[10**12]),
+    "type": lambda header: header["conv_out.bias"].update(dtype="F64"),
+    "integers": lambda header: header["conv_out.bias"].update(dtype="I32"),
+    "offsets": lambda header: header["conv_out.bias"].update(data_offsets=[0, 10**15]),
+    "overlap": lambda header: header["stem.bias"].update(data_offsets=[0, 32]),
+    "backwards": lambda header: header["conv_out.bias"].update(data_offsets=[8, 4]),
+    "missing": lambda header: header.pop("conv_out.bias"),
+    "name": lambda header: header.update({"other": header.pop("conv_out.bias")}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie(folder, lie):
+    path = folder / WEIGHTS
+    path.write_bytes(lying(path.read_bytes(), LIES[lie]))
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors|the weights have"):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:-4], lambda c: c + b"tail", lambda c: b"\xff" * 7 + b"\x7f" + c[8:],
+                                    lambda c: b"", lambda c: b"<html>404</html>"])  # fmt: skip
+def test_weights_that_are_damaged(folder, change):
+    path = folder / WEIGHTS
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors is damaged"):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["../../elsewhere.safetensors", "/etc/passwd", "weights.bin", "a/b.safetensors"])
+def test_an_index_of_weights_that_leads_elsewhere(folder, file):
+    name = "unet/diffusion_pytorch_model.safetensors.index.json"
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": {"conv_out.bias": file}}))
+    with pytest.raises(ValueError, match="is no safetensors file beside it"):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+def test_what_the_hub_does_not_give_is_told_without_the_token(hub, monkeypatch):
+    hub.plant("you/secret", {"model_index.json": b"{}"}, private=True)
+    for token in ("hf_secret", "hf_nobody"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(OSError, match="'you/secret' is no folder here, and the Hub does not give it") as caught:
+            DDPMCustomPipeline.from_pretrained("you/secret")
+        assert token not in str(caught.value)
+    with pytest.raises(OSError, match="no/such/name"):
+        DDPMCustomPipeline.from_pretrained("no/such/name")
