@@ -123,9 +123,10 @@ def read_facts(folder: Path) -> dict:
         return {}
     try:
         facts = json.loads(path.read_text())
-        assert {"data", "training", "versions", "metrics"} <= facts.keys()
-    except (ValueError, AssertionError, AttributeError) as error:
-        raise ValueError(f"{path} can't be read: it is not as training writes it ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not isinstance(facts, dict) or not {"data", "training", "versions", "metrics"} <= facts.keys():
+        raise ValueError(f"{path} can't be read: it is not as training writes it")
     return facts
 
 
@@ -198,7 +199,7 @@ def model_card(
         template_str=resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text(),
         mark=MARK,
         name=name,
-        source=repo_id or folder.name,
+        source=repo_id or (folder.name if folder.is_absolute() else folder.as_posix()),
         on_hub=repo_id is not None,
         self_contained=self_contained,
         model_license=license,
