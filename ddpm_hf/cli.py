@@ -51,7 +51,9 @@ def train(args: list[str]) -> int:
         on_save.append(pushing)
     if has_embedded_digits(config):  # before the card
         on_save.insert(0, tell_legibility)
-    training.train(config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures)
+    run = training.train(config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures)
+    if config.push_to_hub and run.accelerator.is_main_process:
+        pushing.finish(run)
     return 0
 
 
@@ -116,6 +118,7 @@ def push(args: list[str]) -> int:
     parser.add_argument("--revision", help="the branch, made if need be; default: main")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--license", help="of the model, for its card, such as apache-2.0")
+    parser.add_argument("--space", action="store_true", help="make a Space too, with the page of `ddpm-hf demo`")
     print(hub.push(**vars(parser.parse_args(args))), flush=True)
     return 0
 

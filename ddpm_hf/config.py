@@ -61,8 +61,8 @@ class TrainConfig:
     class_conditional: bool = _setting(
         "learn the classes too: those of the ClassLabel column, or a folder a class", False
     )
-    data_license: str | None = _setting("licence of the images, for the model card; default: what the data set says")
     label_dropout: float = _setting("hide the class of this part of the images, which guidance needs", 0.1)
+    data_license: str | None = _setting("licence of the images, for the model card; default: what the data set says")
     # model
     pretrained_model_name_or_path: str | None = _setting(
         "start from this pipeline's network and scheduler (a folder or a Hub id) in place of the recipe's"

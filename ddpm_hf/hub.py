@@ -10,13 +10,14 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from ddpm_hf.cards import CARD, FACTS, PICTURES, is_ours, model_card, read_facts
@@ -45,6 +46,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     license: str | None = None,
+    space: bool = False,
 ) -> str:
     """Upload a pipeline folder, in one commit, and give its address once it has been seen to be there.
 
@@ -58,6 +60,7 @@ def push(
         revision: the branch, made if need be; default: main.
         create_pr: open a pull request.
         license: of the model, for the card: an identifier of the Hub's, such as "apache-2.0".
+        space: make a Space of the same name too, which shows the page of `ddpm-hf demo`.
 
     Raises:
         ValueError: the folder can't be uploaded, nobody is logged in or may not write there, or the upload failed: then
@@ -70,9 +73,21 @@ def push(
     repo_id = check_right_to_push(repo_id)
     again = ["ddpm-hf", "push", str(folder), repo_id, *["--private"] * private, *["--self-contained"] * self_contained]
     again += ["--revision", revision] if revision else []
-    again += ["--create-pr"] * create_pr + (["--license", license] if license else [])
+    again += ["--create-pr"] * create_pr + (["--license", license] if license else []) + ["--space"] * space
+    again, page = shlex.join(again), _space_files(repo_id) if space else {}
     files = files_of(folder, pipeline, repo_id, license, self_contained)
-    return _upload(files, repo_id, "Upload a DDPM", shlex.join(again), private, revision, create_pr)
+    address = _upload(files, repo_id, "Upload a DDPM", again, private, revision, create_pr)
+    if space:
+        print(_upload(page, repo_id, "Show a DDPM", again, private, repo_type="space"), flush=True)
+    return address
+
+
+def _space_files(repo_id: str) -> dict[str, bytes]:
+    try:
+        from ddpm_hf.demo import space_files
+    except ImportError as error:
+        raise ValueError(f"{error}: a Space needs more packages, `pip install ddpm-hf[demo]`") from error
+    return {name: text.encode() for name, text in space_files(repo_id).items()}
 
 
 def check_right_to_push(repo_id: str) -> str:
@@ -110,26 +125,52 @@ def check_right_to_push(repo_id: str) -> str:
 
 
 class PushInBackground:
-    """Uploads a run at each save while the training goes on; call `check` before, and the object after each save.
+    """Uploads a `Run` while its training goes on: `check` before, the object itself after each save, `finish` behind.
 
-    Both take the `Run`. A save that comes while an upload is under way is left to the next. An upload that fails is
-    told and does nothing to the run; only when the last one fails, the training being done, is that a ValueError.
+    A save that comes while an upload is under way is left to the next. An upload that fails is told and does nothing
+    to the run; only when the last one fails, the training being done, is that a ValueError.
     """
 
     def __init__(self):
-        self.repo_id, self.thread, self.address = None, None, None
+        self.repo_id, self.thread = None, None
 
     def check(self, run) -> None:
         """Before training: a ValueError if an upload would fail for want of a login, a right or a right name."""
         self.repo_id = check_right_to_push(run.config.hub_model_id or run.output_dir.resolve().name)
+        disable_progress_bars()  # beside that of the training
 
     def __call__(self, run) -> None:
+        if run.finished or (self.thread is not None and self.thread.is_alive()):
+            return
+        try:
+            upload = self._staged(run)
+        except Exception as error:  # a full disk, a card that can't be made
+            return log.warning(f"training goes on, but update {run.step} can't be uploaded: {error}")
+
+        def upload_or_tell():
+            try:
+                upload()
+            except Exception as error:
+                log.warning(f"training goes on, but {error}")
+
+        self.thread = threading.Thread(target=upload_or_tell, daemon=True)  # a stopped run does not wait for it
+        self.thread.start()
+
+    def finish(self, run) -> None:
+        """After training, if it is done: upload what it has come to, and print the commit's address."""
+        if not run.finished:
+            return
+        if self.thread is not None:
+            self.thread.join()
+        try:
+            print(self._staged(run)(), flush=True)
+        except ValueError as error:
+            raise ValueError(f"the model is trained and saved in {run.output_dir}, but {error}") from error
+
+    def _staged(self, run) -> Callable[[], str]:
+        """What uploads the run as it is now, whatever becomes of its folder."""
         from ddpm_hf.checkpoints import SAVING  # of packages that only training needs
 
-        if run.finished:
-            self.wait()
-        elif self.thread is not None and self.thread.is_alive():
-            return
         # What is uploaded must not change meanwhile: weights are replaced when they are saved, so that a link to the
         # old ones serves; the rest is copied.
         staged = tempfile.TemporaryDirectory(dir=run.output_dir, prefix=SAVING, ignore_cleanup_errors=True)
@@ -141,30 +182,11 @@ class PushInBackground:
         message, private = f"Train for {run.step} updates", run.config.hub_private_repo
         again = shlex.join(["ddpm-hf", "push", str(run.output_dir), self.repo_id, *["--private"] * private])
 
-        def upload():
+        def upload() -> str:
             with staged:
-                self.address = _upload(files, self.repo_id, message, again, private)
+                return _upload(files, self.repo_id, message, again, private)
 
-        if run.finished:
-            try:
-                upload()
-            except ValueError as error:
-                raise ValueError(f"the model is trained and saved in {run.output_dir}, but {error}") from error
-            print(self.address, flush=True)
-            return
-
-        def upload_or_tell():
-            try:
-                upload()
-            except Exception as error:
-                log.warning(f"training goes on, but {error}")
-
-        self.thread = threading.Thread(target=upload_or_tell, daemon=True)  # a stopped run does not wait for it
-        self.thread.start()
-
-    def wait(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
+        return upload
 
 
 def files_of(
@@ -246,9 +268,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- the upload
 
 
-def _upload(files, repo_id: str, message: str, again: str, private=False, revision=None, create_pr=False) -> str:
+def _upload(
+    files, repo_id: str, message: str, again: str, private=False, revision=None, create_pr=False, repo_type="model"
+) -> str:
     """Address of the commit, which is there. A ValueError that has `again`, the command to try again with."""
-    api, adds, named = HfApi(), [], {"commit_message": message, "revision": revision, "create_pr": create_pr}
+    api, adds, where = HfApi(), [], {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
 
     def commit() -> CommitInfo:
         # Anew at each try: the client then sees what is there, should the answer have been lost and nothing else.
@@ -258,33 +282,33 @@ def _upload(files, repo_id: str, message: str, again: str, private=False, revisi
         ]
         stale = [
             CommitOperationDelete(name)
-            for name in api.list_repo_files(repo_id, revision=revision)
+            for name in api.list_repo_files(**where)
             if name not in files and any(fnmatch(name, pattern) for pattern in (*MODEL, *SHIPPED))
         ]
-        return api.create_commit(repo_id, [*adds, *stale], **named)
+        return api.create_commit(operations=[*adds, *stale], commit_message=message, create_pr=create_pr, **where)
 
     try:
-        _with_patience(lambda: _make_repository(api, repo_id, private, revision))
+        _with_patience(lambda: _make_repository(api, private, **where))
         made = _with_patience(commit)
-        _with_patience(lambda: _check_there(api, repo_id, made, adds))
+        _with_patience(lambda: _check_there(api, adds, **{**where, "revision": made.oid}))
     except Exception as error:  # the Hub, its client, the network and the disk all raise their own
         reason = " ".join(": ".join(str(e) for e in _chain(error) if str(e)).split())
         raise ValueError(f"its upload to {repo_id} failed ({reason}); `{again}` tries again") from error
     return made.pr_url or made.commit_url
 
 
-def _make_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> None:
-    if not api.repo_exists(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)  # by now somebody else may have
-    if private and not api.repo_info(repo_id).private:
+def _make_repository(api: HfApi, private: bool, repo_id: str, repo_type: str, revision: str | None) -> None:
+    if not api.repo_exists(repo_id, repo_type=repo_type):
+        sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **sdk)  # if by now it is there
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError("the repository is there and public: make it private on the Hub, or leave out --private")
-    if revision is not None and not api.revision_exists(repo_id, revision):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if revision is not None and not api.revision_exists(repo_id, revision, repo_type=repo_type):
+        api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
 
 
-def _check_there(api: HfApi, repo_id: str, commit: CommitInfo, adds: list[CommitOperationAdd]) -> None:
-    names = [add.path_in_repo for add in adds]
-    there = {info.path: info for info in api.get_paths_info(repo_id, names, revision=commit.oid)}
+def _check_there(api: HfApi, adds: list[CommitOperationAdd], **where) -> None:
+    there = {info.path: info for info in api.get_paths_info(paths=[add.path_in_repo for add in adds], **where)}
     for add in adds:
         info = there.get(add.path_in_repo)
         if info is None or info.size != add.upload_info.size:
