@@ -1,11 +1,13 @@
 """Where images are: folders of files, parquet files, data sets of the Hub. Nothing is decoded here."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import fsspec
 import numpy as np
+from huggingface_hub import DatasetCard
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.decoding import is_image_file
@@ -41,7 +43,16 @@ def source_of(config: TrainConfig, streaming: bool = False):
     if "train" not in loaded:
         raise ValueError(f"dataset_name={name!r} has no split 'train' but {', '.join(loaded)}")
     held_out = next((split for split in ("test", "validation") if split in loaded), None)
-    return _rows_of(loaded, held_out, name)
+    train, test, label_names = _rows_of(loaded, held_out, name)
+    train.license = train.license or _license_on_card(name)
+    return train, test, label_names
+
+
+def _license_on_card(name: str) -> str | None:
+    with contextlib.suppress(Exception):  # no card, one that can't be read, no network: then nobody knows
+        licenses = DatasetCard.load(name).data.license
+        return licenses if isinstance(licenses, str) else ", ".join(licenses)
+    return None
 
 
 def _folder(config: TrainConfig, streaming: bool):

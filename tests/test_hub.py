@@ -438,6 +438,40 @@ def test_flops_are_those_of_a_convolution_by_hand():
     assert cards.forward_flops(wide) - cards.forward_flops(small) == 64 * per_pixel
 
 
+ON_THE_HUB = """
+import sys
+from datasets import ClassLabel, Dataset, Image
+from huggingface_hub import HfApi
+from PIL import Image as Pictures
+from ddpm_hf.cli import main
+
+pictures = [Pictures.new("RGB", (8, 8), (40 * (n % 6), 0, 0)) for n in range(20)]
+data = Dataset.from_dict({"picture": pictures, "kind": [n % 2 for n in range(20)]})
+data = data.cast_column("picture", Image()).cast_column("kind", ClassLabel(names=["even", "odd"]))
+data.push_to_hub("me/data", private=True)
+card = HfApi().hf_hub_download("me/data", "README.md", repo_type="dataset")
+text = open(card).read().replace("---\\n", "---\\nlicense: cc-by-4.0\\n", 1)
+HfApi().upload_file(repo_id="me/data", repo_type="dataset", path_in_repo="README.md", path_or_fileobj=text.encode())
+sys.exit(main([*sys.argv[1:], "--dataset_name", "me/data", "--push_to_hub", "--hub_model_id", "me/model"]))
+"""
+
+
+@pytest.mark.slow
+def test_from_a_data_set_of_the_hub_to_a_model_on_it(hub, tmp_path):
+    env = hub.env(tmp_path / "home", token="hf_secret")
+    command = [sys.executable, "-c", ON_THE_HUB, *TRAIN, "--config", "cifar10", "--class_conditional"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    card = ModelCard(hub.files("me/model")["README.md"].decode())
+    assert card.data.datasets == ["me/data"]
+    assert "| data | [me/data](https://huggingface.co/datasets/me/data) |" in card.content
+    assert "| licence of the data | cc-by-4.0 |" in card.content
+    assert "| classes | 2: even, odd |" in card.content
+    assert "18 images to train on, 2 held out" in card.content
+    assert "With 18 images to train on" in card.content
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
 def test_run_json_that_is_damaged_is_told(hub, run):
     (run / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"run.json can't be read"):
