@@ -21,9 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser(
         "convert", help="a tutorial's or diffusers' checkpoint as a pipeline of ours, or back", add_help=False
     )
+    commands.add_parser("demo", help="a page to try a model in the browser", add_help=False)
     try:
         command = parser.parse_args(argv[:1]).command
-        return {"train": train, "sample": sample, "push": push, "convert": convert}[command](argv[1:])
+        run = {"train": train, "sample": sample, "push": push, "convert": convert, "demo": demo}[command]
+        return run(argv[1:])
     except (ValueError, FloatingPointError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -145,6 +147,28 @@ def convert(args: list[str]) -> int:
     else:
         lines = conversion.convert_back(given.source, given.output)
     print("\n".join(lines))
+    return 0
+
+
+def demo(args: list[str]) -> int:
+    try:
+        from ddpm_hf.demo import build_demo, serve
+    except ImportError as error:
+        raise ValueError(f"{error}: the page needs more packages, `pip install ddpm-hf[demo]`") from error
+    from ddpm_hf.pipeline import load_pipeline
+
+    parser = _Parser(prog="ddpm-hf demo", description="A page to try a model in the browser.")
+    parser.add_argument("model", help="a pipeline folder, or user/model on the Hub")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too; default: %(default)s")
+    parser.add_argument("--port", type=int, default=7860, help="0: one that is free; default: %(default)s")
+    given = parser.parse_args(args)
+    pipeline = load_pipeline(given.model, "model")
+    pipeline.set_progress_bar_config(disable=True)
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    page = build_demo(pipeline)
+    print(f"{given.model} -> {serve(page, given.host, given.port)} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
     return 0
 
 

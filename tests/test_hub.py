@@ -477,3 +477,13 @@ def test_run_json_that_is_damaged_is_told(hub, run):
     with pytest.raises(ValueError, match=r"run.json can't be read"):
         push(run, "me/digits")
     assert not hub.repos
+
+
+def test_a_space_with_the_page(hub, run, capsys):
+    assert main(["push", str(run), "me/digits", "--space"]) == 0
+    page, model = capsys.readouterr().out.splitlines()[-2:]
+    assert page.startswith(f"{hub.url}/spaces/me/digits/commit/")
+    assert model.startswith(f"{hub.url}/me/digits/commit/")
+    there = hub.files("me/digits", repo_type="space")
+    assert set(there) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    assert b"from_pretrained('me/digits')" in there["app.py"]

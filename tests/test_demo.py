@@ -1,0 +1,382 @@
+"""The page of `ddpm-hf demo`: what is behind it, and the page itself in a browser."""
+
+import errno
+import json
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from importlib import metadata
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_unet
+from PIL import Image
+from selenium import webdriver
+from selenium.common import StaleElementReferenceException
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.cli import main
+from ddpm_hf.demo import EACH, LAUNCH, OWN, build_demo, draw_film, draw_interpolation, draw_samples, space_files
+from ddpm_hf.seeds import image_generators, seeded_generator
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipeline_of(**settings):
+    return quiet(DDPMCustomPipeline(tiny_unet(**settings), LinearNoiseScheduler()))
+
+
+@pytest.fixture(scope="module")
+def digits(digits_model):
+    return quiet(DDPMCustomPipeline.from_pretrained(digits_model))
+
+
+def cells(picture, columns, height=8, width=8):
+    """The images in a picture, (N, H, W) of 0 ... 255, at their own size: one of each block of equal pixels."""
+    pixels = np.asarray(picture).astype(int)
+    scale = (pixels.shape[1] + 1) // columns // width
+    found = []
+    for top in range(0, pixels.shape[0], height * scale + 1):
+        for left in range(0, pixels.shape[1], width * scale + 1):
+            image = pixels[top : top + height * scale, left : left + width * scale]
+            blocks = image.reshape(height, scale, width, scale)
+            assert (blocks == blocks[:, :1, :, :1]).all()  # crisp
+            found.append(blocks[:, 0, :, 0])
+    assert scale > 1
+    return np.stack(found)
+
+
+def levels(images):
+    """(N, H, W, 1) in [0, 1] -> (N, H, W) of 0 ... 255."""
+    return (np.asarray(images)[..., 0] * 255).round().astype(int)
+
+
+def assert_alike(a, b):
+    """Batches of another size may round another way."""
+    assert a.shape == b.shape
+    assert abs(a - b).max() <= 1
+
+
+def test_samples_are_the_pipelines_and_those_of_the_command_that_is_told(digits, tmp_path, monkeypatch):
+    steps = []
+    picture, told = draw_samples(digits, 6, "ddim", 5, 7, EACH, 2.0, progress=steps.append)
+    made = digits(
+        generator=image_generators(7, range(6)),
+        class_labels=range(6),
+        guidance_scale=2,
+        scheduler="ddim",
+        num_inference_steps=5,
+        output_type="np",
+    ).images
+    assert_alike(cells(picture, 3), levels(made))
+    assert steps == [(k, 5) for k in range(1, 6)]
+    seconds, command = re.fullmatch(r"([\d.]+) s\. The same as files:\n```\n(ddpm-hf .*)\n```", told).groups()
+    assert 0 < float(seconds) < 60
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+    files = sorted(Path("samples").glob("*.png"))
+    assert_alike(np.stack([np.asarray(Image.open(path)).astype(int) for path in files]), levels(made))
+
+
+def test_one_class_and_the_models_own_solver(digits):
+    picture, told = draw_samples(digits, 4, OWN, 3, 0, 5, 1)
+    made = digits(4, image_generators(0, range(4)), 3, "np", class_labels="5").images
+    assert_alike(cells(picture, 2), levels(made))
+    assert told.endswith("--num_images 4 --seed 0 --num_inference_steps 3 --guidance_scale 1 --class_labels 5\n```")
+
+
+def test_an_arc_of_noise_goes_from_one_sample_to_another(digits):
+    picture, _ = draw_interpolation(digits, "slerp", 5, 4, 0, 3, 8, 1, 7, 2)
+    settings = {"scheduler": "ddim", "num_inference_steps": 4, "output_type": "np", "guidance_scale": 2}
+    generators = image_generators(3, [0]) + image_generators(8, [0])
+    ends = digits(2, generators, class_labels=[1, 7], **settings).images
+    row = cells(picture, 5)
+    assert_alike(row[[0, -1]], levels(ends))
+    a, b = (torch.randn(1, 1, 8, 8, generator=each) for each in image_generators(3, [0]) + image_generators(8, [0]))
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    middle = (a + b) / (2 * torch.cos(angle / 2))
+    assert_alike(row[2:3], levels(digits(latents=middle, class_labels=1, **settings).images))
+
+
+def test_mixtures_stand_between_the_samples(digits):
+    picture, _ = draw_interpolation(digits, "mix", 4, 5, 400, 3, 8, 1, 7, 1)
+    settings = {"num_inference_steps": 5, "output_type": "np"}
+    generators = image_generators(3, [0]) + image_generators(8, [0])
+    a, b = digits(2, generators, class_labels=[1, 7], **settings).images
+    again = seeded_generator(3, "interpolation", 8)
+    between = digits.interpolate(a, b, 400, 4, generator=again, class_labels=[1, 1, 7, 7], **settings).images
+    assert_alike(cells(picture, 6), levels([a, *between, b]))
+
+
+@pytest.fixture
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield SimpleNamespace(name=name)
+
+
+@pytest.mark.parametrize(("solver", "frames"), [(OWN, 30), ("heun", 40)])  # of 30 and 59
+def test_a_film_ends_with_the_samples(digits, folder, solver, frames):
+    settings = (digits, 3, solver, 30, 7, EACH, 2)
+    samples = cells(draw_samples(*settings)[0], 2)[:3]
+    path, sheet, told = draw_film(folder, *settings, "samples")
+    film, sheet = Image.open(path), cells(sheet, 10).reshape(3, 10, 8, 8)
+    assert film.n_frames == frames
+    assert re.fullmatch(rf"[\d.]+ s, {frames} frames\.", told)
+    first = cells(film.convert("L"), 3)
+    film.seek(frames - 1)
+    assert_alike(cells(film.convert("L"), 3), samples)
+    assert_alike(sheet[:, -1], samples)
+    assert_alike(sheet[:, 0], first)
+    seen = cells(draw_film(folder, *settings, "pred_original_samples")[1], 10).reshape(3, 10, 8, 8)
+    assert abs(seen[:, 5] - samples).mean() < abs(sheet[:, 5] - samples).mean()  # it knows before it is there
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA"), (5, "L")])
+def test_any_channels_are_shown(folder, channels, mode):
+    pipeline = pipeline_of(in_channels=channels, sample_size=(8, 12))
+    picture, told = draw_samples(pipeline, 4, OWN, 2, 0, EACH, 1)
+    made = pipeline(4, image_generators(0, range(4)), 2, "np").images
+    if channels == 5:  # band beside band
+        made = made.transpose(0, 1, 3, 2).reshape(4, 8, 60, 1)
+    assert picture.mode == mode
+    assert_alike(cells(picture.getchannel(0), 2, width=made.shape[2]), levels(made))
+    assert ("--format npy" in told) == (channels == 5)
+    assert Image.open(draw_film(folder, pipeline, 2, OWN, 3, 0, EACH, 1, "samples")[0]).n_frames == 3
+    assert draw_interpolation(pipeline, "mix", 3, 4, 500, 0, 1, None, None, 1)[0].mode == mode
+
+
+def components(page):
+    return [component["props"] for component in page.get_config_file()["components"]]
+
+
+def test_the_page_tells_the_model_and_asks_for_what_it_can_be_asked(digits, digits_model):
+    page, other = build_demo(digits), build_demo(pipeline_of(in_channels=3))
+    assert (page.title, other.title) == (digits_model.name, "A model")
+    assert any("images of 8x8 pixels and 1 channel, 10 classes, 1000" in str(p.get("value")) for p in components(page))
+    assert any("images of 8x8 pixels and 3 channels, 1000" in str(p.get("value")) for p in components(other))
+    for made, asked in ((page, True), (other, False)):
+        visible = [p["visible"] for p in components(made) if p.get("label") in ("Class", "First class", "Guidance")]
+        assert visible == [asked] * 6
+    assert not page.analytics_enabled
+    presses = list(page.fns.values())
+    assert len(presses) == 3
+    assert {(press.concurrency_id, press.concurrency_limit) for press in presses} == {("pipeline", 1)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((4, OWN, 3, None, EACH, 1), "seed=None must be an integer in 0 ... 2^53 - 1"),
+        ((4, OWN, 3, -1, EACH, 1), "seed=-1 must be an integer"),
+        ((4, "pndm", 2, 0, EACH, 1), "num_inference_steps=2: PNDMScheduler takes 4 ... 1000 steps"),
+        ((4, OWN, 3, 0, 11, 1), "11 is no class; there are labels 0 ... 9"),
+    ],
+)
+def test_a_mistake_is_a_message_on_the_page(digits, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw_samples(digits, *settings)
+    draw = next(iter(build_demo(digits).fns.values())).fn
+    with pytest.raises(gr.Error) as error:
+        draw(*settings, gr.Progress())
+    assert message in error.value.message
+    assert not error.value.print_exception
+
+
+def test_what_the_command_refuses(digits_model, monkeypatch, capfd):
+    def refused(*words):
+        assert main(["demo", *words]) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = f"host='127.0.0.1', port={port}: can't serve there: [Errno {errno.EADDRINUSE}]"
+        assert message in refused(str(digits_model), "--port", str(port))
+    assert "port=70000: can't serve there" in refused(str(digits_model), "--port", "70000")
+    assert "model='./nowhere' can't be loaded" in refused("./nowhere")
+    assert "unrecognized arguments: --share" in refused(str(digits_model), "--share")
+    monkeypatch.setitem(sys.modules, "ddpm_hf.demo", None)
+    assert "`pip install ddpm-hf[demo]`" in refused(str(digits_model))
+
+
+def test_a_space_of_the_hub_shows_the_same_page(digits_model, tmp_path, monkeypatch):
+    files = space_files("someone/digits")
+    assert sorted(files) == ["README.md", "app.py", "requirements.txt"]
+    _, card, rest = files["README.md"].split("---\n")
+    assert yaml.safe_load(card) == {
+        "title": "digits",
+        "sdk": "gradio",
+        "sdk_version": metadata.version("gradio"),
+        "app_file": "app.py",
+        "models": ["someone/digits"],
+    }
+    assert not rest
+    assert files["requirements.txt"] == f"ddpm-hf[demo]=={metadata.version('ddpm-hf')}\n"
+    monkeypatch.chdir(tmp_path)
+    Path("app.py").write_text(files["app.py"])
+    Path("someone").mkdir()
+    Path("someone/digits").symlink_to(digits_model)
+    launched = []
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **settings: launched.append((len(page.fns), settings)))
+    runpy.run_path("app.py")
+    assert launched == [(3, LAUNCH)]
+    with pytest.raises(ValueError, match="Repo id must"):
+        space_files("some one/digits")
+
+
+@pytest.fixture
+def served(digits_model):
+    """The address of the real command's page."""
+    command = [sys.executable, "-m", "ddpm_hf", "demo", str(digits_model), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield re.fullmatch(rf"{digits_model} -> (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)[1]
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+
+
+def find_browser():
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.fail("there is no chromium or no chromedriver: `apt-get install chromium chromium-driver`")
+    return paths
+
+
+@pytest.fixture
+def browser(tmp_path):
+    chromium, driver_path = find_browser()
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1280,900"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver_path))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The hands and eyes of who looks at it."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def wait(self, condition):
+        return WebDriverWait(self.driver, 120, ignored_exceptions=[StaleElementReferenceException]).until(
+            lambda driver: condition()
+        )
+
+    def seen(self, selector):
+        return [element for element in self.driver.find_elements("css selector", selector) if element.is_displayed()]
+
+    def one(self, selector, text=None):
+        return self.wait(lambda: [each for each in self.seen(selector) if text in (None, each.text.strip())])[0]
+
+    def click(self, selector, text=None):
+        self.wait(lambda: [self.one(selector, text).click()])  # again, where it was drawn anew meanwhile
+
+    def choose(self, label, option):
+        self.click(f"input[aria-label='{label}']")
+        self.click(f"[role=option][aria-label='{option}']")
+        self.wait(lambda: self.one(f"input[aria-label='{label}']").get_attribute("value") == option)
+
+    def type(self, label, number):
+        field = self.one(f"input[type=number][aria-label$='{label}']")
+        field.clear()
+        field.send_keys(str(number), Keys.TAB)
+
+    def pictures(self):
+        return [image.get_attribute("src") for image in self.seen(".picture img")]
+
+    def press(self, button, number=1):
+        """The pictures, as files are, that there are `number` of after the button was pressed."""
+        before = self.pictures()
+        self.click("button.primary", button)
+        found = self.wait(lambda: len(now := self.pictures()) == number and not set(now) & set(before) and now)
+        return [Image.open(BytesIO(urllib.request.urlopen(url).read())) for url in found]
+
+    def hosts(self):
+        """Whom the page has asked for anything."""
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        asked = [
+            event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"
+        ]
+        asked += [event["params"]["url"] for event in events if event["method"] == "Network.webSocketCreated"]
+        urls = [urlsplit(url) for url in asked]
+        return {url.hostname for url in urls if url.scheme in ("http", "https", "ws", "wss")}
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(served, digits, digits_model, browser, tmp_path):
+    page = Page(browser)
+    browser.get(served)
+    page.choose("Class", "7")
+    for label, number in (("Images", 4), ("Steps", 6), ("Seed", 11), ("Guidance", 2)):
+        page.type(label, number)
+    (picture,) = page.press("Draw samples")
+    expected, told = draw_samples(digits, 4, OWN, 6, 11, 7, 2)
+    assert_alike(cells(picture, 2), cells(expected, 2))
+    assert browser.title == digits_model.name
+    assert page.one("pre").text.strip() == told.split("```")[1].strip()
+
+    page.choose("Solver", "pndm")
+    page.type("Steps", 2)
+    page.click("button.primary", "Draw samples")
+    message = page.one("[data-testid=toast-body]").text
+    assert "num_inference_steps=2: PNDMScheduler takes 4 ... 1000 steps" in message
+    assert "Traceback" not in message
+
+    page.click("button[role=tab]", "Interpolation")
+    page.click("label", "slerp")
+    for label, number in (("Images", 5), ("Steps", 6), ("Last seed", 4)):
+        page.type(label, number)
+    page.choose("Last class", "3")
+    (picture,) = page.press("Interpolate")
+    expected, _ = draw_interpolation(digits, "slerp", 5, 6, 500, 0, 4, 0, 3, 1)
+    assert_alike(cells(picture, 5), cells(expected, 5))
+
+    page.click("button[role=tab]", "Film")
+    page.type("Steps", 6)
+    film, sheet = page.press("Make a film", 2)
+    assert (film.format, film.n_frames) == ("WEBP", 6)
+    film.seek(5)
+    samples = cells(draw_samples(digits, 4, OWN, 6, 0, EACH, 1)[0], 2)
+    assert_alike(cells(film.convert("L"), 4), samples)
+    assert_alike(cells(sheet, 6)[5::6], samples)
+
+    browser.save_screenshot(tmp_path / "film.png")
+    assert Image.open(tmp_path / "film.png").width == 1280
+    assert page.hosts() == {"127.0.0.1"}
+
+
+def test_without_a_browser_it_is_told_what_to_install(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "chromedriver" else f"/usr/bin/{name}")
+    with pytest.raises(pytest.fail.Exception, match="no chromedriver: `apt-get install chromium chromium-driver`"):
+        find_browser()
