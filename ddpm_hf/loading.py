@@ -1,9 +1,10 @@
 """From a folder or the Hub to a network and a scheduler: nothing is run or unpickled that came with them."""
 
+import contextlib
 import inspect
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import diffusers
@@ -28,7 +29,10 @@ MODEL_OPTIONS = (
     "offload_state_dict",
     "disable_mmap",
 )
-MOST_TIMESTEPS, LARGEST_SIDE = 10**6, 2**16
+# More than any DDPM has, and less than what exhausts a machine
+MOST_TIMESTEPS, LARGEST_SIDE, MOST_TENSORS, MOST_SHOWN = 10**6, 2**16, 10**5, 300
+# What diffusers' attention was called before, and still is in older files of UNet2DModel
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -36,11 +40,12 @@ def load_components(
     source: str | Path,
     unet: ModelMixin | None = None,
     scheduler: SchedulerMixin | None = None,
-    subfolder: str = "",
+    subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
-    torch_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | dict | None = None,
+    dtype: torch.dtype | dict | None = None,
+    use_safetensors: bool | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -50,81 +55,126 @@ def load_components(
     """`unet` and `scheduler` of a pipeline folder; arguments as `DDPMCustomPipeline.from_pretrained` has them.
 
     Classes are looked up among ours and diffusers' by the names that model_index.json has for them, so it does not
-    matter which module it was saved from, or what code lies beside it. Weights are read from safetensors alone, and of
-    our network only if their names and shapes are those of the configuration.
+    matter which module it was saved from, or what code lies beside it. Weights are read from safetensors alone, and
+    only if their names and shapes are those of the configuration.
 
     Raises:
         ValueError: an argument, or what the folder holds, can't be.
-        OSError: it is not to be had.
+        OSError: it is neither here nor on the Hub.
     """
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
     unknown = sorted(options.keys() - set(MODEL_OPTIONS))
     if unknown:
         why = ""
         if {"trust_remote_code", "custom_pipeline"} & options.keys():
             why = "; this pipeline runs no code of a repository (diffusers.DiffusionPipeline does, if you trust it)"
         raise ValueError(f"from_pretrained has no argument {', '.join(unknown)}{why}")
+    if use_safetensors is False:
+        raise ValueError(
+            "use_safetensors=False: only safetensors are read; a pickle can run anything when it is loaded"
+        )
+    dtype = torch_dtype if dtype is None else dtype
+    dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, or a dict of them by component")
+    if not str(source):
+        raise ValueError("pretrained_model_name_or_path is empty; it must be a folder, or user/model on the Hub")
+    subfolder, variant = subfolder or "", variant or None
     if Path(source).is_dir():
         folder = Path(source)
     else:
-        hub = {"token": token, "cache_dir": cache_dir}
-        local = {"local_files_only": local_files_only, "force_download": force_download}
-        folder = _download(str(source), subfolder, revision, variant, hub, local)
+        of_hub = {"token": token, "cache_dir": cache_dir, "revision": revision}
+        of_hub |= {"local_files_only": local_files_only, "force_download": force_download}
+        folder = _download(str(source), subfolder, variant, of_hub)
     root, folder = root_of(folder), folder / subfolder
-    check_inside(folder / INDEX, root)
-    index = _read_json(folder / INDEX)
-    others = sorted(
-        name for name, entry in index.items() if name not in KINDS and name[0] != "_" and _is_component(entry)
-    )
-    if others:
-        raise ValueError(f"{folder / INDEX}: a pipeline with {', '.join(others)} besides unet and scheduler is no DDPM")
+    with _telling(folder / INDEX):
+        check_inside(folder / INDEX, root)
+        index = _read_json(folder / INDEX)
+        others = [name for name, entry in index.items() if name[:1] != "_" and _is_component(entry)]
+        if others := sorted(set(others) - KINDS.keys()):
+            also = ", ".join(others)
+            raise ValueError(f"{folder / INDEX}: a pipeline with {also} besides unet and scheduler is no DDPM")
     if scheduler is None:
-        kind = _class_of(index, "scheduler", folder)
-        _check_scheduler(folder / "scheduler" / "scheduler_config.json", kind, root)
+        path = folder / "scheduler" / "scheduler_config.json"
+        with _telling(path):
+            kind = _class_of(index, "scheduler", folder)
+            _check_scheduler(path, kind, root)
         scheduler = kind.from_pretrained(folder, subfolder="scheduler")
     if unet is None:
-        kind = _class_of(index, "unet", folder)
-        _check_unet(folder / "unet", kind, variant, root)
-        dtype = dtype or torch_dtype
+        with _telling(folder / "unet" / "config.json"):
+            kind = _class_of(index, "unet", folder)
+            _check_unet(folder / "unet", kind, variant, root)
         unet = kind.from_pretrained(
             folder, subfolder="unet", variant=variant, torch_dtype=dtype, use_safetensors=True, **options
         )
     return {"unet": unet, "scheduler": scheduler}
 
 
-def _download(source: str, subfolder: str, revision: str | None, variant: str | None, hub: dict, local: dict) -> Path:
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Whatever fails of what a stranger has written is a ValueError about that file, in a line of moderate length."""
+    try:
+        yield
+    except Exception as error:
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        told = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in told)  # nor is a terminal told what to do
+        told = told if len(told) <= 2 * MOST_SHOWN else f"{told[:MOST_SHOWN]} ... {told[-MOST_SHOWN:]}"
+        raise ValueError(told if str(path.parent) in told else f"{path}: {told}") from error
+
+
+def _download(source: str, subfolder: str, variant: str | None, options: dict) -> Path:
     """The snapshot of a repository in the cache, with what loading needs, and with none of its code."""
-    unet = [f"unet/{name}" for name in ("config.json", *_weight_names(variant, "[0-9]" * 5))]
-    wanted = [INDEX, "scheduler/scheduler_config.json", *unet]
+
+    def fetch(*names: str) -> Path:
+        patterns = [str(PurePosixPath(subfolder) / name) for name in names]
+        return Path(snapshot_download(source, allow_patterns=patterns, **options))
+
+    index, whole = _weight_names(variant)
+    configs = [INDEX, "scheduler/scheduler_config.json", "unet/config.json", f"unet/{index}"]
     try:
         validate_repo_id(source)
-        folder = snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=[str(PurePosixPath(subfolder) / name) for name in wanted],
-            **hub,
-            **local,
-        )
+        folder = fetch(*configs)  # first, because they say what else is needed
+        _check_names(source, options)
+        path = folder / subfolder / "unet" / index
+        shards = _shards_of(path) if path.is_file() else [whole]
+        return fetch(*configs, *(f"unet/{name}" for name in shards))
+    except _Refused:
+        raise
     except Exception as error:  # no network, no such repository, no right to it, no room: each has an error of its own
         raise OSError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
+
+
+class _Refused(ValueError):  # noqa: N818
+    """What is there can't be."""
+
+
+def _check_names(source: str, options: dict) -> None:
     try:
-        names = [file.path for file in get_cached_repo_tree(source, revision=revision, cache_dir=hub["cache_dir"])]
+        tree = get_cached_repo_tree(source, revision=options["revision"], cache_dir=options["cache_dir"])
     except CachedRepoTreeNotFoundError:  # a cache that an older client filled
-        names = []
-    for name in names:
+        return
+    for name in (file.path for file in tree):
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or parts[:1] == ("/",):
-            raise ValueError(f"{source!r} has a file called {name!r}, which would lie outside of it: not loaded")
-    return Path(folder)
+            raise _Refused(f"{source!r} has a file called {name!r}, which would lie outside of it: not loaded")
 
 
-def _weight_names(variant: str | None, digits: str = "*") -> list[str]:
-    """Patterns of the files that may hold the weights, and of the index if they are several."""
+def _weight_names(variant: str | None) -> tuple[str, str]:
+    """Of the index, if the weights are in several files, and of the file if they are in one."""
     dot = f".{variant}" if variant else ""
-    return [
-        f"{WEIGHTS}.safetensors.index{dot}.json",
-        f"{WEIGHTS}{dot}.safetensors",
-        f"{WEIGHTS}{dot}-{digits}-of-{digits}.safetensors",
-    ]
+    return f"{WEIGHTS}.safetensors.index{dot}.json", f"{WEIGHTS}{dot}.safetensors"
+
+
+def _shards_of(index: Path) -> list[str]:
+    """Names of the files that an index of weights tells."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise _Refused(f"{index}: weight_map must tell the file of each weight")
+    shards = sorted(set(names.values()))
+    for name in shards:
+        if PurePosixPath(name.replace("\\", "/")).name != name or not name.endswith(".safetensors"):
+            raise _Refused(f"{index}: {name!r} is no safetensors file beside it")
+    return shards
 
 
 def _is_component(entry) -> bool:
@@ -162,40 +212,55 @@ def check_inside(path: Path, root: Path) -> None:
         raise ValueError(f"{path} is a link to {path.resolve()}, outside of {root}: put the file itself there")
 
 
-def _read_json(path: Path) -> dict:
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
+def _read_json(path: Path, infinite: bool = False) -> dict:
+    """An object of a JSON file; with `infinite`, numbers may be so, as diffusers writes them for some schedulers."""
+
+    def constant(name):
+        if not infinite or name == "NaN":
+            raise ValueError(f"{name} is no JSON")
+        return float(name.replace("Infinity", "inf"))
 
     try:
-        content = json.loads(path.read_bytes(), parse_constant=refuse)
+        content = json.loads(path.read_bytes(), parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
+        raise _Refused(f"{path} can't be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, not {type(content).__name__}")
+        raise _Refused(f"{path} must hold an object, not {type(content).__name__}")
     return content
 
 
-def _check_keys(path: Path, config: dict, known: Iterable[str]) -> None:
-    unknown = sorted(key for key in config.keys() - set(known) if not key.startswith("_"))
+def _defaults(kind: type) -> dict:
+    return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
+
+
+def _check_arguments(path: Path, config: dict, kind: type, others: Iterable[type] = ()) -> None:
+    """That each key is an argument of `kind` or, to be kept and no more, of `others`, and of its default's type."""
+    defaults = _defaults(kind)
+    known = defaults.keys() | {name for other in others for name in _defaults(other)}
+    unknown = sorted(key for key in config.keys() - known if key[:1] != "_")
     if unknown:
-        raise ValueError(
-            f"{path}: unknown {', '.join(unknown)[:200]}; written by a newer version, or for something else"
-        )
-
-
-def _arguments(kind: type) -> Iterable[str]:
-    return inspect.signature(kind.__init__).parameters
+        raise ValueError(f"{path}: unknown {', '.join(unknown)}; written by a newer version, or for something else")
+    for name, value in config.items():
+        wanted = {bool: "bool", int: "int", float: "number", str: "str"}.get(type(defaults.get(name)))
+        given = {bool: ("bool",), int: ("int", "number"), float: ("number",), str: ("str",)}.get(type(value), ())
+        if wanted and not isinstance(value, list) and wanted not in given:
+            raise ValueError(f"{path}: {name}={value!r} must be of type {wanted}")
 
 
 def _check_scheduler(path: Path, kind: type, root: Path) -> None:
     check_inside(path, root)
-    config = _read_json(path)
+    config = _read_json(path, infinite=True)
     timesteps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas") or ()
     if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS:
         raise ValueError(f"{path}: num_train_timesteps={timesteps!r} must be an integer in 1 ... {MOST_TIMESTEPS:,}")
-    unknown = config.keys() - set(_arguments(kind))
-    if kind in OURS.values() and unknown:  # a scheduler keeps those of the one that it was built from
-        _check_keys(path, config, {name for other in [kind(), *kind._get_compatibles()] for name in _arguments(other)})
+    for name, value in config.items():  # also those that only a solver built from this one will look at
+        if type(value) is int and abs(value) > MOST_TIMESTEPS:
+            raise ValueError(f"{path}: {name}={value!r} is larger than anything that makes sense")
+    if kind in OURS.values():
+        unknown = config.keys() - _defaults(kind).keys()
+        # a scheduler keeps the settings of the one that it was built from
+        _check_arguments(path, config, kind, kind()._get_compatibles() if unknown else ())
+    kind.from_config(config)
 
 
 def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> None:
@@ -205,15 +270,15 @@ def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> No
     tensors = {}
     for file in _weight_files(folder, variant, root):
         tensors |= _header(file)
-    if kind is not DDPMUNet:
-        return
-    _check_keys(path, config, _arguments(kind))
-    _check_sizes(path, config, tensors)
-    try:
-        with torch.device("meta"):  # takes no memory
-            network = kind.from_config(config)
-    except Exception as error:  # values of another type fail anywhere
-        raise ValueError(f"{path}: {error}") from error
+    if kind is DDPMUNet:
+        _check_arguments(path, config, kind)
+    elif unknown := sorted(key for key in config.keys() - _defaults(kind).keys() if key[:1] != "_"):
+        raise ValueError(f"{path}: unknown {', '.join(unknown)}; written by a newer version, or for something else")
+    else:  # diffusers' defaults are not of the types that its values are
+        tensors = {_renamed(name): shape for name, shape in tensors.items()}
+    _check_sizes(path, config, kind, tensors)
+    with torch.device("meta"):  # takes no memory
+        network = kind.from_config(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name in sorted(wanted.keys() | tensors.keys()):
         if wanted.get(name) != tensors.get(name):
@@ -223,25 +288,22 @@ def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> No
             )
 
 
+def _renamed(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
 def _weight_files(folder: Path, variant: str | None, root: Path) -> list[Path]:
-    index, whole, _ = (folder / name for name in _weight_names(variant))
+    index, whole = (folder / name for name in _weight_names(variant))
     if index.is_file():
         check_inside(index, root)
-        names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{index}: weight_map must tell the file of each weight")
-        files = []
-        for name in sorted(set(names.values())):
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index}: {name!r} is no safetensors file beside it")
-            files.append(folder / name)
-    else:
-        files = [whole]
-    if not files or not files[0].exists():
+    files = [folder / name for name in _shards_of(index)] if index.is_file() else [whole]
+    if not files[0].exists():
         there = sorted(file.name for file in folder.glob(f"{WEIGHTS}*"))
         pickled = [name for name in there if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
         why = " (a pickle can run anything when it is loaded, so it is not)" if pickled else ""
-        raise ValueError(f"{folder} has no {whole.name}; of weights it has {', '.join(there) or 'none'}{why}")
+        raise ValueError(f"{folder} has no {files[0].name}; of weights it has {', '.join(there) or 'none'}{why}")
     for file in files:
         check_inside(file, root)
     return files
@@ -251,7 +313,10 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor; safetensors itself checks that the header and the length of the file agree."""
     try:
         with safe_open(file, "pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            names = list(tensors.keys())
+            if len(names) > MOST_TENSORS:
+                raise ValueError(f"{file} has {len(names):,} tensors, more than {MOST_TENSORS:,}")
+            parts = {name: tensors.get_slice(name) for name in names}
             for name, part in parts.items():
                 if part.get_dtype() not in FLOATS:
                     raise ValueError(f"{file}: {name} is of {part.get_dtype()}; weights are {', '.join(FLOATS)}")
@@ -260,19 +325,19 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
 
 
-def _check_sizes(path: Path, config: dict, tensors: dict) -> None:
-    """Before a network is made of it: that no number asks for more than the weights can be of."""
-    largest = max((max(shape, default=1) for shape in tensors.values()), default=1)
-    stages = config.get("block_out_channels")
+def _check_sizes(path: Path, config: dict, kind: type, tensors: dict) -> None:
+    """Before a network is made of a configuration: that it asks for no more than the weights can be of."""
+    shapes = [shape for shape in tensors.values() if math.prod(shape)]
+    largest = max((max(shape, default=1) for shape in shapes), default=1)
     for name, value in config.items():
         numbers = value if isinstance(value, list) else [value]
-        limit = LARGEST_SIDE if name == "sample_size" else largest
-        if name.endswith("layers_per_block"):
-            limit = len(tensors) // max(1, len(stages) if isinstance(stages, list) else 1)
-        too_large = [n for n in numbers if isinstance(n, int | float) and not (math.isfinite(n) and abs(n) <= limit)]
-        if too_large or len(numbers) > largest:
-            shown = str(too_large[0]) if too_large else f"a list of {len(numbers)}"
-            raise ValueError(
-                f"{path}: {name} is {shown[:40]}, more than {limit}, which {len(tensors)} weights of at most {largest} "
-                "rows or columns can be of"
-            )
+        limit = LARGEST_SIDE if name == "sample_size" else max(largest, 32)
+        too_large = [n for n in numbers if isinstance(n, int | float) and not -limit <= n <= limit]
+        if too_large or len(numbers) > (largest if name == "class_names" else len(shapes)):
+            shown = ascii(too_large[0])[:40] if too_large else f"a list of {len(numbers)}"
+            raise ValueError(f"{path}: {name} is {shown}, too much for {len(shapes)} weights of at most {largest}")
+    asked = {**_defaults(kind), **config}
+    layers = max(n for name, n in asked.items() if name.endswith("layers_per_block") and isinstance(n, int))
+    stages = sum(len(asked[name]) for name in asked if name.endswith("block_out_channels"))
+    if layers * stages > len(shapes):  # which leaves room: a layer has several weights
+        raise ValueError(f"{path}: layers_per_block={layers} in {stages} stages is too much for {len(shapes)} weights")

@@ -338,6 +338,8 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         Weights on the CPU are copied out of the file that they are mapped from: there they lie as the header's length
         has it, and products of matrices that are aligned otherwise differ in their last bits.
         """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: only safetensors are read; a pickle can run anything")
         loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
         unet = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         for tensor in (*unet.parameters(), *unet.buffers()):

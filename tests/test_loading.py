@@ -17,6 +17,8 @@ from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.hub import code_of
+from ddpm_hf.loading import OLD_NAMES
+from ddpm_hf.solvers import SOLVERS, make_solver
 
 HERE = Path(__file__).parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -188,9 +190,12 @@ def test_no_pickle_is_loaded(hub, folder, tmp_path):
     with pytest.raises(ValueError, match="has no diffusion_pytorch_model.safetensors"):
         DDPMCustomPipeline.from_pretrained("me/model")
     for load in (lambda: DDPMUNet.from_pretrained(folder, subfolder="unet"),
-                 lambda: DDPMUNet.from_pretrained(folder, subfolder="unet", use_safetensors=False),
                  lambda: DiffusionPipeline.from_pretrained(folder)):  # fmt: skip
         with pytest.raises(OSError, match="safetensors"):
+            load()
+    for load in (lambda: DDPMUNet.from_pretrained(folder, subfolder="unet", use_safetensors=False),
+                 lambda: DDPMCustomPipeline.from_pretrained(folder, use_safetensors=False)):  # fmt: skip
+        with pytest.raises(ValueError, match="use_safetensors=False: only safetensors are read"):
             load()
     assert not touched.exists()
 
@@ -242,17 +247,23 @@ def test_links_inside_and_to_the_whole_are_well(folder, tmp_path):
 
 HOSTILE = {
     "unknown": ({"attention_magic": 3}, "unknown attention_magic"),
-    "wide": ({"block_out_channels": [16, 10**12]}, "block_out_channels is 1000000000000, more than"),
-    "deep": ({"layers_per_block": 10**9}, "layers_per_block is 1000000000, more than"),
-    "long": ({"mid_block_out_channels": [16] * 10**5}, "a list of 100000, more than"),
-    "classes": ({"num_classes": 10**10}, "num_classes is 10000000000, more than"),
-    "large": ({"sample_size": 10**7}, "sample_size is 10000000, more than 65536"),
-    "text": ({"stem_channels": "8"}, "stem_channels='8' must be an integer"),
+    "wide": ({"block_out_channels": [16, 10**12]}, "block_out_channels is 1000000000000, too much for 104 weights"),
+    "deep": ({"layers_per_block": 10**9}, "layers_per_block is 1000000000, too much"),
+    "long": ({"mid_block_out_channels": [16] * 10**5}, "a list of 100000, too much"),
+    "classes": ({"num_classes": 10**10}, "num_classes is 10000000000, too much"),
+    "large": ({"sample_size": 10**7}, "sample_size is 10000000, too much"),
+    "text": ({"stem_channels": "8"}, "stem_channels='8' must be of type int"),
     "negative": ({"stem_channels": -8}, "stem_channels=-8 must be"),
     "object": ({"attention": {"a": 1}}, "attention"),
     "type": ({"freq_shift": "x"}, "config.json: "),
     "null": ({"time_embedding_dim": None}, "time_embedding_dim"),
     "other": ({"time_embedding_dim": 8}, "the weights have .* of shape"),
+    "huge": ({"norm_eps": 10**400}, "norm_eps is 1000"),
+    "word": ({"norm_eps": "a"}, "norm_eps='a' must be of type number"),
+    "flag": ({"dropout_channels": "no"}, "dropout_channels='no' must be of type bool"),
+    "escape": ({"\x1b[31mred": 1}, r"unknown \\x1b\[31mred"),
+    "names": ({"num_classes": 1, "class_names": ["x" * 10**6]}, "weights|too much|shape"),
+    "many": ({"mid_block_out_channels": [16] * 104, "mid_layers_per_block": 1}, "in 108 stages is too much"),
     "more": ({"num_classes": 3}, "class_embedding.weight of shape None"),
 }
 
@@ -276,6 +287,10 @@ def test_hostile_configurations_of_a_network(folder, case):
         ({"beta_end": 1.5}, "beta"),
         ({"prediction_type": "import os"}, "prediction_type='import os'"),
         ({"noise_from": "nowhere"}, "unknown noise_from"),
+        ({"solver_order": 10**11}, "solver_order=100000000000 is larger"),
+        ({"trained_betas": 5}, "scheduler_config.json: TypeError"),
+        ({"beta_start": "x"}, "beta_start='x' must be of type number"),
+        ({"clip_sample_range": None}, "clip_sample_range=None must be of type number"),
     ],
 )
 def test_hostile_configurations_of_a_scheduler(folder, changes, message):
@@ -283,6 +298,77 @@ def test_hostile_configurations_of_a_scheduler(folder, changes, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         DDPMCustomPipeline.from_pretrained(folder)
+
+
+STOCK = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8),
+                    norm_num_groups=4, attention_head_dim=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                    up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": [8, 40000]}, "block_out_channels is 40000, too much"),
+        ({"layers_per_block": 1000000}, "layers_per_block is 1000000, too much"),
+        ({"layers_per_block": 2}, "the weights have .* of shape None"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "unknown quantization_config"),
+    ],
+)
+def test_hostile_configurations_of_a_stock_network(tmp_path, changes, message):
+    DDPMCustomPipeline(STOCK, LinearNoiseScheduler()).save_pretrained(tmp_path)
+    DDPMCustomPipeline.from_pretrained(tmp_path)
+    path = tmp_path / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        DDPMCustomPipeline.from_pretrained(tmp_path)
+
+
+def test_weights_of_a_stock_network_by_their_older_names(tmp_path):
+    DDPMCustomPipeline(STOCK, LinearNoiseScheduler()).save_pretrained(tmp_path)
+    older, weights = {new: old for old, new in OLD_NAMES.items()}, load_file(tmp_path / WEIGHTS)
+    for new, old in older.items():
+        weights = {name.replace(new, old): weight for name, weight in weights.items()}
+    assert any(".query." in name for name in weights)
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert_close(DDPMCustomPipeline.from_pretrained(tmp_path).unet.state_dict(), STOCK.state_dict())
+
+
+def test_weights_that_are_there_to_make_room(folder):
+    weights = load_file(folder / WEIGHTS)
+    save_file(weights | {"pad": torch.zeros(10**5), "none": torch.zeros(10**9, 0)}, folder / WEIGHTS)
+    path = folder / "unet/config.json"
+    changes = {"mid_block_out_channels": [16] * 20000, "mid_layers_per_block": 20}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match="too much"):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["ddpm", *SOLVERS])
+def test_a_pipeline_with_each_solver_for_its_own(folder, tmp_path, name):
+    pipeline = DDPMCustomPipeline.from_pretrained(folder)
+    for scheduler in (make_solver(name, pipeline.scheduler), type(make_solver(name, pipeline.scheduler))()):
+        DDPMCustomPipeline(pipeline.unet, scheduler).save_pretrained(tmp_path / "again")
+        loaded = DDPMCustomPipeline.from_pretrained(tmp_path / "again").scheduler
+        assert type(loaded) is type(scheduler)
+        ours, theirs = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in (scheduler, loaded))
+        assert json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
+
+
+@pytest.mark.parametrize("library", ["ddpm_hf.unet", "diffusers_modules.local.ddpm_hf_0123_unet", "anything"])
+def test_the_module_that_a_class_was_saved_from_does_not_matter(folder, library):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": [library, "DDPMUNet"], "": 1}))
+    assert_close(DDPMCustomPipeline.from_pretrained(folder).unet.state_dict(), tiny_unet().state_dict())
+
+
+def test_arguments_that_ask_for_nothing_and_those_that_people_have_in_their_scripts(folder):
+    nothing = {"use_safetensors": True, "trust_remote_code": False, "custom_revision": None, "safety_checker": None}
+    half = DDPMCustomPipeline.from_pretrained(folder, torch_dtype={"default": torch.float16}, subfolder=None, **nothing)
+    assert half.unet.dtype == torch.float16
+    with pytest.raises(ValueError, match="torch_dtype='auto' must be a torch.dtype"):
+        DDPMCustomPipeline.from_pretrained(folder, torch_dtype="auto")
+    with pytest.raises(ValueError, match="pretrained_model_name_or_path is empty"):
+        DDPMCustomPipeline.from_pretrained("")
 
 
 def test_settings_that_a_scheduler_kept_from_the_one_it_was_built_from_are_known(folder):
@@ -302,6 +388,7 @@ def test_settings_that_a_scheduler_kept_from_the_one_it_was_built_from_are_known
         (["diffusers", "os"], "it must be DDPMUNet"),
         (["diffusers", "DDPMScheduler"], "it must be DDPMUNet"),
         (["diffusers", "__builtins__"], "it must be DDPMUNet"),
+        (["diffusers", "ModelMixin"], "it must be DDPMUNet"),
         ("DDPMUNet", "must be a library and a class"),
         ([["x"], {}], "must be a library and a class"),
         ([None, None], "must be a library and a class"),
