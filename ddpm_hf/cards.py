@@ -1,16 +1,21 @@
 """What is said of a model: the facts of its training, kept as run.json, and the card that is made of them."""
 
+import html
 import json
 import math
 import os
 import platform
+import shlex
 from importlib import metadata, resources
 from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import TemplateError
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm_hf.images import PIL_MODES
 from ddpm_hf.pipeline import DDPMCustomPipeline
 
 FACTS, CARD = "run.json", "README.md"
@@ -35,21 +40,25 @@ def keep_card(run) -> None:
 
 def is_ours(card: Path) -> bool:
     """Whether a card may be written here: there is none yet, or one that nobody has edited."""
-    return not card.exists() or MARK in card.read_text(errors="replace")
+    return not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def facts_of(run) -> dict:
     """What the card tells of a `Run`, as JSON. What nobody knows is None."""
+    from ddpm_hf.config import EMBEDDED_DIGITS  # of packages that only training needs
     from ddpm_hf.progress import read_log
 
-    config, images = run.config, run.images
+    config, images, base = run.config, run.images, run.config.pretrained_model_name_or_path
     channels, height, width = images.shape
     log = read_log(run.output_dir / "log.csv")
-    local = config.train_data_dir is not None
+    name = config.train_data_dir or config.dataset_name
+    on_hub = config.train_data_dir is None and "/" in name and is_hub_id(name)
+    before = read_facts(run.output_dir).get("training", {}) if config.resume_from_checkpoint else {}
     return {
         "data": {
-            "name": Path(config.train_data_dir).resolve().name if local else config.dataset_name,
-            "on_hub": not local and "/" in config.dataset_name,
+            "name": name if on_hub else Path(name).resolve().name,
+            "on_hub": on_hub,
+            "local": not on_hub and name != EMBEDDED_DIGITS,
             "license": config.data_license or images.license,
             "num_images": images.num_images,
             "num_held_out": len(run.held_out) if run.held_out else 0,
@@ -60,14 +69,14 @@ def facts_of(run) -> dict:
         },
         "training": {
             "recipe": Path(config.config).stem,
+            "base_model": base if base is None or is_hub_id(base) else "a local model",
             "updates": run.step,
             "total_updates": run.total_steps,
-            "images_seen": int(log[-1]["images_seen"]),
-            "seconds": log[-1]["seconds"],
+            "images_seen": int(log[-1]["images_seen"]) if log else None,
+            "seconds": log[-1]["seconds"] if log else None,
             "seed": config.seed,
-            "processes": run.accelerator.num_processes,
-            "precision": run.accelerator.mixed_precision.replace("no", "fp32"),
-            "hardware": hardware(run.accelerator.device),
+            # of a run that was resumed, each that it ran on
+            "hardware": list(dict.fromkeys([*before.get("hardware", []), hardware(run.accelerator)])),
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "metrics": [*_held_out_loss(run, log), *run.metrics],
@@ -87,19 +96,33 @@ def _held_out_loss(run, log: list[dict]) -> list[dict]:
     return [{"type": "mse", "name": "Held-out loss", "value": value, "split": "held out", "protocol": protocol}]
 
 
-def hardware(device: torch.device) -> str:
-    """Of one process, in words."""
+def is_hub_id(name: str) -> bool:
+    """Whether this names a repository, and nothing here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def hardware(accelerator) -> str:
+    """And how it is used, in words."""
+    n, precision = accelerator.num_processes, accelerator.mixed_precision.replace("no", "fp32")
+    return f"{n} process{'es, each' if n > 1 else ''} on {_of_process(accelerator.device)}, {precision}"
+
+
+def _of_process(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         named = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
         model = named[0].strip() if named else model
-    return f"{cores} cores of {model}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {model}"
 
 
 def _versions() -> dict[str, str]:
@@ -131,8 +154,10 @@ def read_facts(folder: Path) -> dict:
 
 
 def forward_flops(unet) -> int:
-    """Floating-point operations of one prediction for one image of the network's `sample_size`; a product with its
-    sum counts as two."""
+    """Floating-point operations of one prediction for one image of the network's `sample_size`.
+
+    A product and its sum are two.
+    """
     with torch.device("meta"):  # nothing is computed
         meta = type(unet).from_config(unet.config).eval()
     size = unet.config.sample_size
@@ -166,11 +191,23 @@ def model_card(
         repo_id: user/name; `None`: it is not on the Hub.
         license: of the model, for the publisher to say: an identifier of the Hub's, such as "apache-2.0".
         self_contained: the repository carries the code that loads it.
+
+    Raises:
+        ValueError: facts that are not as `facts_of` gives them.
     """
+    try:
+        return _model_card(pipeline, facts, folder, repo_id, license, self_contained)
+    except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:  # of another version, or edited
+        raise ValueError(f"{folder / FACTS} is not as training writes it: {type(error).__name__} {error}") from error
+
+
+def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> ModelCard:
     unet, classes = pipeline.unet, _classes(pipeline.unet)
     data, training = facts.get("data", {}), facts.get("training", {})
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
+    source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
     metrics = [metric for metric in facts.get("metrics", []) if metric["value"] is not None]
+    base = training.get("base_model")
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -188,38 +225,59 @@ def model_card(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation" if classes is None else None,  # the Hub has none for classes
         license=license,
+        base_model=base if base and "/" in base else None,
         tags=["ddpm", "ddpm_hf", "pytorch", *(["class-conditional"] if classes else [])],
         datasets=[data["name"]] if data.get("on_hub") else None,
         eval_results=results or None,
         model_name=name if results else None,
     )
     channels, height, width = pipeline.image_shape
+    steps = min(50, len(pipeline.scheduler))
+    # Names come from data that somebody else may have made: as Python, as words of a shell, and as cells of a table
+    asked = unet.config.get("class_names") or range(unet.config.get("num_classes") or 0)
+    call = f"class_labels={list(asked[:4])}" if classes else "16"
+    call += f", num_inference_steps={steps}" + (', output_type="np"' if channels not in PIL_MODES else "")
+    words = ["ddpm-hf", "sample", source, "--num_images", "16", "--num_inference_steps", str(steps)]
+    words += [] if channels in PIL_MODES else ["--format", "npy"]
+    words += ["--class_labels", *classes[:4]] if classes else []
     return ModelCard.from_template(
         card_data,
         template_str=resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text(),
         mark=MARK,
         name=name,
-        source=repo_id or (folder.name if folder.is_absolute() else folder.as_posix()),
-        on_hub=repo_id is not None,
+        source=json.dumps(source, ensure_ascii=False),
+        command=shlex.join(words),
+        call=call,
         self_contained=self_contained,
         model_license=license,
-        data=data,
-        training=training,
+        data=_cells(data),
+        training=_cells(training),
+        base_model=base,
         time=_duration(training.get("seconds")),
         versions=facts.get("versions", {}),
-        metrics=metrics,
+        metrics=[_cells(metric) for metric in metrics],
         nearness=any(metric["type"] == "nearest_training_image" for metric in metrics),
         pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
         can_retrain=(folder / "train_config.json").is_file(),
         raw=any((folder / "unet").glob("*.raw.safetensors")),
-        classes=classes,
-        call=f"class_labels={classes[:4]}, num_inference_steps=50" if classes else "16, num_inference_steps=50",
+        classes=classes and [_cells(name) for name in classes],
         shape=f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}",
         network=type(unet).__name__,
         scheduler=pipeline.scheduler,
         parameters=sum(p.numel() for p in unet.parameters()),
         flops=forward_flops(unet),
     )
+
+
+def _cells(value):
+    """Text, and all text in dicts and lists, as it can stand in a table of Markdown."""
+    if isinstance(value, dict):
+        return {name: _cells(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_cells(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return " ".join(html.escape(value, quote=False).split()).replace("|", "\\|")
 
 
 def _duration(seconds: float | None) -> str | None:

@@ -39,6 +39,8 @@ class _Parser(argparse.ArgumentParser):
 
 def train(args: list[str]) -> int:
     try:
+        from huggingface_hub.utils import disable_progress_bars
+
         from ddpm_hf import cards, hub, pictures, training
         from ddpm_hf.config import parse_train_config
         from ddpm_hf.data import has_embedded_digits
@@ -49,6 +51,7 @@ def train(args: list[str]) -> int:
     on_start, on_save = [announce, pictures.draw_data], [cards.keep_card]
     if config.push_to_hub:
         pushing = hub.PushInBackground()
+        disable_progress_bars()  # beside that of the training
         on_start.insert(0, pushing.check)
         on_save.append(pushing)
     if has_embedded_digits(config):  # before the card
@@ -121,7 +124,15 @@ def push(args: list[str]) -> int:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--license", help="of the model, for its card, such as apache-2.0")
     parser.add_argument("--space", action="store_true", help="make a Space too, with the page of `ddpm-hf demo`")
-    print(hub.push(**vars(parser.parse_args(args))), flush=True)
+    given = vars(parser.parse_args(args))
+    space = given.pop("space")
+    address = hub.push(**given)
+    if space:
+        try:
+            print(hub.push_space(given["repo_id"], given["private"]), flush=True)
+        except ValueError as error:
+            raise ValueError(f"the model is at {address}, but of its Space {error}") from error
+    print(address, flush=True)
     return 0
 
 

@@ -15,12 +15,18 @@ from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path, PureWindowsPath
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from ddpm_hf.cards import CARD, FACTS, PICTURES, is_ours, model_card, read_facts
+from ddpm_hf.cards import CARD, FACTS, MARK, PICTURES, is_hub_id, is_ours, model_card, read_facts
 from ddpm_hf.loading import INDEX, OURS, check_inside, root_of
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 
@@ -46,21 +52,21 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     license: str | None = None,
-    space: bool = False,
 ) -> str:
     """Upload a pipeline folder, in one commit, and give its address once it has been seen to be there.
 
     The repository is made if it is not there. Of the folder goes what `UPLOADED` names, with a model card made of
-    run.json unless the folder has one that somebody has edited.
+    run.json unless somebody has edited it, here or on the Hub. Files of the kind that an earlier push left there, and
+    that the folder does not have, are deleted.
 
     Args:
         repo_id: user/name, or the name alone.
         private: make the repository private.
         self_contained: put in the code too, so that diffusers can load it without this package.
         revision: the branch, made if need be; default: main.
-        create_pr: open a pull request.
-        license: of the model, for the card: an identifier of the Hub's, such as "apache-2.0".
-        space: make a Space of the same name too, which shows the page of `ddpm-hf demo`.
+        create_pr: open a pull request, to a repository that anybody may own.
+        license: of the model, for the card: an identifier of the Hub's, such as "apache-2.0"; default: the one that the
+            card on the Hub has.
 
     Raises:
         ValueError: the folder can't be uploaded, nobody is logged in or may not write there, or the upload failed: then
@@ -70,31 +76,35 @@ def push(
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is not there; it must be a pipeline folder")
     pipeline = load_pipeline(str(folder), "folder")
-    repo_id = check_right_to_push(repo_id)
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(f"license={license!r} must be an identifier of the Hub's, such as apache-2.0")
+    if license is not None and not is_ours(folder / CARD):
+        raise ValueError(f"license={license!r}: {folder / CARD} has been edited and is uploaded as it is; say it there")
+    repo_id = check_right_to_push(repo_id, private, only_to_propose=create_pr)
     again = ["ddpm-hf", "push", str(folder), repo_id, *["--private"] * private, *["--self-contained"] * self_contained]
     again += ["--revision", revision] if revision else []
-    again += ["--create-pr"] * create_pr + (["--license", license] if license else []) + ["--space"] * space
-    again, page = shlex.join(again), _space_files(repo_id) if space else {}
+    again += ["--create-pr"] * create_pr + (["--license", license] if license else [])
+    license = license or _license_there(repo_id, revision)
     files = files_of(folder, pipeline, repo_id, license, self_contained)
-    address = _upload(files, repo_id, "Upload a DDPM", again, private, revision, create_pr)
-    if space:
-        print(_upload(page, repo_id, "Show a DDPM", again, private, repo_type="space"), flush=True)
-    return address
+    return _upload(files, repo_id, "Upload a DDPM", shlex.join(again), private, revision, create_pr)
 
 
-def _space_files(repo_id: str) -> dict[str, bytes]:
+def push_space(repo_id: str, private: bool = False) -> str:
+    """Make a Space of the model's name, which shows the page of `ddpm-hf demo`, and give its commit's address."""
     try:
         from ddpm_hf.demo import space_files
     except ImportError as error:
         raise ValueError(f"{error}: a Space needs more packages, `pip install ddpm-hf[demo]`") from error
-    return {name: text.encode() for name, text in space_files(repo_id).items()}
+    repo_id = check_right_to_push(repo_id)
+    files = {name: text.encode() for name, text in space_files(repo_id).items()}
+    return _upload(files, repo_id, "Show a DDPM", "the same command", private, repo_type="space")
 
 
-def check_right_to_push(repo_id: str) -> str:
-    """user/name of the repository, as the one who is logged in may write to it.
+def check_right_to_push(repo_id: str, private: bool = False, only_to_propose: bool = False) -> str:
+    """user/name of the repository, as the one who is logged in may write to it, or with a pull request propose.
 
     Raises:
-        ValueError: a name that can't be, no login, or no right to write.
+        ValueError: a name that can't be, no login, no right to write, or a public repository that is to be `private`.
     """
     validate_repo_id(repo_id)  # its error is a ValueError
     api = HfApi()
@@ -103,6 +113,10 @@ def check_right_to_push(repo_id: str) -> str:
     except Exception as error:  # no token, a wrong one, no network: each has an error of its own
         raise ValueError(f"uploading needs a login (`hf auth login`): {error}") from error
     repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
+    if only_to_propose:
+        if not api.repo_exists(repo_id):
+            raise ValueError(f"{repo_id!r} is not on the Hub, or not to be seen by {me['name']}: nothing to propose to")
+        return repo_id
     owner, token = repo_id.split("/")[0], me.get("auth", {}).get("accessToken", {})
     roles = {me["name"]: "admin", **{org["name"]: org.get("roleInOrg", "write") for org in me.get("orgs", [])}}
     if owner not in roles or roles[owner] == "read":
@@ -117,11 +131,29 @@ def check_right_to_push(repo_id: str) -> str:
         raise ValueError(f"{repo_id!r}: the token of this login may only read; log in with one that may write")
     try:
         api.auth_check(repo_id, write=True)
+        public = not api.repo_info(repo_id).private
     except RepositoryNotFoundError:  # it will be made
-        pass
+        return repo_id
     except Exception as error:
         raise ValueError(f"{repo_id!r}: {me['name']} may not write to it: {error}") from error
+    if private and public:
+        raise ValueError(
+            f"{repo_id!r} is there and public: make it private on the Hub, or do not ask for a private one"
+        )
     return repo_id
+
+
+def _license_there(repo_id: str, revision: str | None) -> str | None:
+    """What the card on the Hub has: it was said once."""
+    card = _card_there(HfApi(), repo_id=repo_id, repo_type="model", revision=revision)
+    return card and ModelCard(card, ignore_metadata_errors=True).data.license
+
+
+def _card_there(api: HfApi, **where) -> str | None:
+    try:
+        return Path(api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8", errors="replace")
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+        return None
 
 
 class PushInBackground:
@@ -136,8 +168,11 @@ class PushInBackground:
 
     def check(self, run) -> None:
         """Before training: a ValueError if an upload would fail for want of a login, a right or a right name."""
-        self.repo_id = check_right_to_push(run.config.hub_model_id or run.output_dir.resolve().name)
-        disable_progress_bars()  # beside that of the training
+        name = run.config.hub_model_id or run.output_dir.resolve().name
+        try:
+            self.repo_id = check_right_to_push(name, run.config.hub_private_repo)
+        except HFValidationError as error:
+            raise ValueError(f"hub_model_id={name!r}: {error}") from error
 
     def __call__(self, run) -> None:
         if run.finished or (self.thread is not None and self.thread.is_alive()):
@@ -178,7 +213,7 @@ class PushInBackground:
         for path, source in _belonging(run.output_dir).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source, folder / path)
-        files = files_of(folder, run.pipeline, self.repo_id)
+        files = files_of(folder, run.pipeline, self.repo_id, _license_there(self.repo_id, None))
         message, private = f"Train for {run.step} updates", run.config.hub_private_repo
         again = shlex.join(["ddpm-hf", "push", str(run.output_dir), self.repo_id, *["--private"] * private])
 
@@ -201,31 +236,47 @@ def files_of(
     if is_ours(folder / CARD):
         card = model_card(pipeline, read_facts(folder), folder, repo_id, license, self_contained)
         files[CARD] = str(card).encode()
-    if CONFIG in files:
-        files[CONFIG] = _without_paths(files[CONFIG])
-    return files | (code_of(folder) if self_contained else {})
+    else:
+        try:
+            files[CARD].read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{files[CARD]} must be UTF-8: {error}") from error
+    code = code_of(folder) if self_contained else {}
+    jsons = [name for name in files if name.endswith(".json") and ".safetensors.index" not in name]
+    return (
+        files
+        | {name: _without_paths(name, code.get(name, files[name])) for name in jsons}
+        | {name: content for name, content in code.items() if name not in jsons}
+    )
 
 
 def _belonging(folder: Path) -> dict[str, Path]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in UPLOADED):
-            check_inside(path, root_of(folder))  # what a link leads to may be nobody else's business
-            found[name] = path
+    found = {path.relative_to(folder).as_posix(): path for pattern in UPLOADED for path in sorted(folder.glob(pattern))}
+    for path in found.values():
+        check_inside(path, root_of(folder))  # what a link leads to may be nobody else's business
     return found
 
 
-def _without_paths(config: Path) -> bytes:
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def _without_paths(name: str, content: Path | bytes) -> bytes:
     """Where on a disk data or weights were is nobody's business: of a path, its last part."""
+    source = content if isinstance(content, Path) else name
+    settings = json.loads(content.read_bytes() if isinstance(content, Path) else content)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{source} must hold an object, not {type(settings).__name__}")
 
-    def last_part(value):
-        path = PureWindowsPath(value) if isinstance(value, str) else None  # knows both kinds of slashes
-        absolute = path is not None and (path.root or value.startswith("~"))
-        return path.name if absolute else value
+    def kept(key, value) -> bool:
+        return key in ("dataset_name", "pretrained_model_name_or_path", "hub_model_id") and is_hub_id(value)
 
-    settings = json.loads(config.read_text())
-    return (json.dumps({name: last_part(value) for name, value in settings.items()}, indent=2) + "\n").encode()
+    settings.pop("_name_or_path", None)
+    if name == CONFIG:
+        for key, value in settings.items():
+            if isinstance(value, str) and re.search(r"[/\\]", value) and not kept(key, value):
+                settings[key] = PureWindowsPath(value).name  # knows both kinds of slashes
+    return (json.dumps(settings, indent=2) + "\n").encode()
 
 
 def code_of(folder: Path) -> dict[str, bytes]:
@@ -276,20 +327,24 @@ def _upload(
 
     def commit() -> CommitInfo:
         # Anew at each try: the client then sees what is there, should the answer have been lost and nothing else.
+        card = None if repo_type != "model" else _card_there(api, **where)
+        theirs = {CARD} if card is not None and MARK not in card and MARK.encode() in files[CARD] else set()
         adds[:] = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
+            if name not in theirs
         ]
-        stale = [
-            CommitOperationDelete(name)
-            for name in api.list_repo_files(**where)
-            if name not in files and any(fnmatch(name, pattern) for pattern in (*MODEL, *SHIPPED))
-        ]
+        there = api.list_repo_files(**where)
+        carried_code = any(_matches(name, ["ddpm_hf_*.py"]) for name in there)  # else a pipeline.py is somebody's own
+        ours = UPLOADED + SHIPPED[0 if carried_code else 1 :] if repo_type == "model" else []
+        stale = [CommitOperationDelete(name) for name in there if name not in files and _matches(name, ours)]
         return api.create_commit(operations=[*adds, *stale], commit_message=message, create_pr=create_pr, **where)
 
     try:
         _with_patience(lambda: _make_repository(api, private, **where))
-        made = _with_patience(commit)
+        made = commit() if create_pr else _with_patience(commit)  # of pull requests there would be two
+        if create_pr and made.pr_url is None:
+            raise ValueError("nothing in it differs from what is there, so there is nothing to propose")
         _with_patience(lambda: _check_there(api, adds, **{**where, "revision": made.oid}))
     except Exception as error:  # the Hub, its client, the network and the disk all raise their own
         reason = " ".join(": ".join(str(e) for e in _chain(error) if str(e)).split())
@@ -302,9 +357,13 @@ def _make_repository(api: HfApi, private: bool, repo_id: str, repo_type: str, re
         sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **sdk)  # if by now it is there
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
-        raise ValueError("the repository is there and public: make it private on the Hub, or leave out --private")
-    if revision is not None and not api.revision_exists(repo_id, revision, repo_type=repo_type):
-        api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        raise ValueError("the repository is there and public: make it private on the Hub")
+    if revision is None or revision.startswith("refs/pr/"):
+        return
+    branches = [branch.name for branch in api.list_repo_refs(repo_id, repo_type=repo_type).branches]
+    if revision not in branches and api.revision_exists(repo_id, revision, repo_type=repo_type):
+        raise ValueError(f"revision={revision!r} is a tag or a commit; what changes is a branch")
+    api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
 
 
 def _check_there(api: HfApi, adds: list[CommitOperationAdd], **where) -> None:

@@ -21,7 +21,7 @@ FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 CHUNK_BYTES = 2**26  # of images looked at at a time
 MOST_ROWS = 100  # classes
-MOST_HELD_OUT = 256  # images whose distance to the data is measured
+FEWEST_COMPARED, MOST_HELD_OUT = 16, 256  # images whose distance to the data is measured
 MEASURED = 10_000  # images whose mean and spread stand beside data.png
 
 
@@ -200,11 +200,14 @@ def _layout(run: Run) -> tuple[list[int] | None, int, int]:
 
 def _tell_nearness(run: Run, of_samples: torch.Tensor) -> None:
     """A metric of the run: whether samples are nearer to images of the data than images are that it has not seen."""
-    if run.held_out is None:
-        return
-    held_out = run.held_out.batch(torch.arange(min(len(run.held_out), MOST_HELD_OUT)))
+    if run.held_out is None or min(len(of_samples), len(run.held_out)) < FEWEST_COMPARED:
+        return  # a median of so few says nothing
+    compared = min(len(run.held_out), MOST_HELD_OUT)
+    held_out = run.held_out.batch(torch.linspace(0, len(run.held_out) - 1, compared).long())  # of all classes
     of_held_out = nearest(held_out, run.images, 1)[1][:, 0]
     samples, unseen = (d.median().item() / math.prod(run.images.shape) ** 0.5 for d in (of_samples, of_held_out))
+    guidance = run.config.guidance_scale
+    guided = f", each class as often, guidance {guidance:g}" if run.config.class_conditional else ""
     run.metrics.append(
         {
             "type": "nearest_training_image",
@@ -212,7 +215,8 @@ def _tell_nearness(run: Run, of_samples: torch.Tensor) -> None:
             "value": samples / unseen if unseen else None,
             "split": "train",
             "protocol": f"medians of the root mean square difference of pixels in [-1, 1]: {samples:.4f} of "
-            f"{len(of_samples)} samples ({run.config.ddpm_num_inference_steps} steps, seed {run.config.seed}), "
+            f"{len(of_samples)} samples ({run.config.ddpm_num_inference_steps} steps of the model's own scheduler, "
+            f"seed {run.config.seed}{guided}), "
             f"{unseen:.4f} of {len(of_held_out)} held-out images, each to the nearest of {len(run.images):,} training "
             "images; near 0 if the model repeats its data",
         }

@@ -172,9 +172,9 @@ def train(
             save_pipeline(run)
         if with_previews:
             previews.after_save(run, progress.images_per_second)
-            if accelerator.is_main_process:
-                for callback in on_save:
-                    callback(run)
+        if accelerator.is_main_process:
+            for callback in on_save:
+                callback(run)
         accelerator.wait_for_everyone()
         progress.restart_clock()
 

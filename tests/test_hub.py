@@ -6,20 +6,23 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_UNET
+from conftest import TINY_UNET, tiny_config, tiny_unet
 from huggingface_hub import HfApi, ModelCard
 
-from ddpm_hf import DDPMCustomPipeline, cards
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cards, training
 from ddpm_hf import hub as sharing
 from ddpm_hf.cards import MARK
 from ddpm_hf.cli import main
+from ddpm_hf.data import ImageData
 from ddpm_hf.hub import check_right_to_push, push
 
 MODEL = {
@@ -28,7 +31,7 @@ MODEL = {
     "samples.png", "first_samples.png", "denoising.gif", "train_config.json", ".gitattributes",
 }  # fmt: skip
 TRAIN = ["train", "--max_train_steps", "3", "--unet", json.dumps(TINY_UNET), "--train_batch_size", "8",
-         "--eval_batch_size", "1", "--ddpm_num_inference_steps", "2"]  # fmt: skip
+         "--eval_batch_size", "16", "--ddpm_num_inference_steps", "2"]  # fmt: skip
 PUSH = ["--push_to_hub", "--hub_private_repo", "--hub_model_id", "digits-model"]
 
 
@@ -97,14 +100,76 @@ def test_a_push_of_what_is_there_sends_and_changes_nothing(hub, run):
     assert dict(hub.uploaded_bytes) == sent
 
 
-def test_where_files_were_is_not_told(hub, run):
+def test_where_files_were_is_not_told(hub, run, tmp_path):
+    home = tmp_path / "grace"
+    shutil.copytree(run, home / "model")
+    pipeline = DDPMCustomPipeline.from_pretrained(home / "model")
+    pipeline.save_pretrained(home / "model")  # with which diffusers keeps where it was loaded from
+    assert "grace" in (home / "model/model_index.json").read_text() + (home / "model/unet/config.json").read_text()
     settings = json.loads((run / "train_config.json").read_text())
-    settings |= {"train_data_dir": "/home/grace/patients", "output_dir": "C:\\Users\\grace\\out", "dataset_name": "a/b"}
-    (run / "train_config.json").write_text(json.dumps(settings))
-    push(run, "me/digits")
+    settings |= {"train_data_dir": "/home/grace/patients", "output_dir": "C:\\Users\\grace\\out", "dataset_name": "a/b",
+                 "config": "../grace/my.yaml", "resume_from_checkpoint": "file:///home/grace/x"}  # fmt: skip
+    (home / "model/train_config.json").write_text(json.dumps(settings))
+    push(home / "model", "me/digits", self_contained=True)
     shown = json.loads(hub.files("me/digits")["train_config.json"])
     assert (shown["train_data_dir"], shown["output_dir"], shown["dataset_name"]) == ("patients", "out", "a/b")
-    assert "grace" not in hub.files("me/digits")["train_config.json"].decode()
+    assert not [name for name, content in hub.files("me/digits").items() if b"grace" in content]
+
+
+def test_a_data_set_in_a_folder_is_none_of_the_hub(run, tmp_path):
+    config = tiny_config(tmp_path / "out", dataset_name=str(tmp_path / "grace"), train_data_dir=None)
+    pipeline, images = DDPMCustomPipeline.from_pretrained(run), ImageData(torch.zeros(20, 1, 8, 8).byte())
+    process = SimpleNamespace(num_processes=1, mixed_precision="no", device=torch.device("cpu"))
+    made = training.Run(config, pipeline, None, images, images, 3, process)
+    shutil.copytree(run, tmp_path / "out")
+    facts = cards.facts_of(made)
+    assert (facts["data"]["name"], facts["data"]["on_hub"]) == ("grace", False)
+
+
+def test_folders_that_are_links_inside_are_uploaded_too(hub, run):
+    (run / "unet").rename(run / "net")
+    (run / "unet").symlink_to("net")
+    push(run, "me/digits")
+    assert set(hub.files("me/digits")) == MODEL
+
+
+def test_what_is_there_and_nobody_elses_is_deleted(hub, run):
+    HfApi().create_repo("digits")
+    for name in ("pipeline.py", "unet/other/x.safetensors", "notes/log.csv"):
+        HfApi().upload_file(repo_id="me/digits", path_in_repo=name, path_or_fileobj=b"mine")
+    push(run, "me/digits")
+    kept = {"pipeline.py", "unet/other/x.safetensors", "notes/log.csv"}
+    assert set(hub.files("me/digits")) == MODEL | kept
+    for name in ("run.json", "log.csv", "samples.png"):
+        (run / name).unlink()
+    push(run, "me/digits")
+    assert set(hub.files("me/digits")) == (MODEL | kept) - {"run.json", "log.csv", "samples.png"}
+
+
+def test_a_card_that_was_edited_on_the_hub_is_theirs(hub, run):
+    push(run, "me/digits", license="mit")
+    push(run, "me/digits")
+    card = hub.files("me/digits")["README.md"].decode()
+    assert "license: mit" in card  # it was said once
+    theirs = card.replace(MARK, "Grace wrote this").encode()
+    HfApi().upload_file(repo_id="me/digits", path_in_repo="README.md", path_or_fileobj=theirs)
+    (run / "log.csv").write_text("other\n")
+    push(run, "me/digits")
+    assert hub.files("me/digits")["README.md"] == theirs
+    assert hub.files("me/digits")["log.csv"] == b"other\n"
+
+
+def test_licences_that_can_not_be(hub, run):
+    for license in ("foo: bar\n---\n# x", "", "Apache 2"):
+        with pytest.raises(ValueError, match="must be an identifier of the Hub's"):
+            push(run, "me/digits", license=license)
+    (run / "README.md").write_text("Mine.")
+    with pytest.raises(ValueError, match="has been edited and is uploaded as it is; say it there"):
+        push(run, "me/digits", license="mit")
+    (run / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="must be UTF-8"):
+        push(run, "me/digits")
+    assert not hub.repos
 
 
 def test_a_link_to_elsewhere_is_not_followed(hub, run, tmp_path):
@@ -137,10 +202,15 @@ def test_private(hub, run, monkeypatch):
     DDPMCustomPipeline.from_pretrained("me/digits", token="hf_secret")
 
 
-def test_what_is_public_is_not_taken_for_private(hub, run):
+def test_what_is_public_is_not_taken_for_private(hub, run, capsys):
     HfApi().create_repo("digits")
     with pytest.raises(ValueError, match="is there and public"):
         push(run, "me/digits", private=True)
+    assert (
+        main([*TRAIN, "--output_dir", "other", "--push_to_hub", "--hub_private_repo", "--hub_model_id", "digits"]) == 2
+    )
+    assert "is there and public" in capsys.readouterr().err
+    assert not Path("other").exists()
     assert set(hub.files("me/digits")) == {".gitattributes"}
 
 
@@ -156,6 +226,27 @@ def test_a_branch_and_a_pull_request(hub, run):
     assert hub.files("me/digits", "refs/pr/1")["log.csv"] == b"proposed\n"
     assert hub.repo("me/digits").sha("main") == main_before
     DDPMCustomPipeline.from_pretrained("me/digits", revision="long-run")
+    HfApi().create_tag("me/digits", tag="v1")
+    with pytest.raises(ValueError, match="revision='v1' is a tag or a commit"):
+        push(run, "me/digits", revision="v1")
+
+
+def test_anybody_may_propose_and_does_so_once(hub, run, monkeypatch):
+    push(run, "me/digits")
+    before = hub.repo("me/digits").sha("main")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(ValueError, match="nothing in it differs from what is there"):
+        push(run, "me/digits", create_pr=True)
+    (run / "log.csv").write_text("better\n")
+    assert "/discussions/1" in push(run, "me/digits", create_pr=True)
+    (run / "log.csv").write_text("much better\n")
+    hub.fail(r"/commit/", after_bytes=10**9)  # done, and the answer is lost
+    with pytest.raises(ValueError, match="tries again"):
+        push(run, "me/digits", create_pr=True)
+    assert {name for name in hub.repo("me/digits").branches if name != "main"} == {"refs/pr/1", "refs/pr/2"}
+    assert hub.repo("me/digits").sha("main") == before
+    with pytest.raises(ValueError, match="is not on the Hub, or not to be seen by you"):
+        push(run, "me/none", create_pr=True)
 
 
 # ---------------------------------------------------------------- who may
@@ -185,12 +276,12 @@ def test_who_may_not_write_is_told_before_training(hub, tmp_path, monkeypatch, c
     assert not hub.repos
 
 
-def test_who_may(hub):
+def test_who_may(hub, monkeypatch):
     scoped = [{"entity": {"name": "me/digits"}, "permissions": ["repo.write"]}]
     hub.users["hf_fine"] = {"name": "me", "role": "fineGrained", "orgs": [], "fineGrained": {"scoped": scoped}}
-    os.environ["HF_TOKEN"] = "hf_fine"  # the fixture restores it
+    monkeypatch.setenv("HF_TOKEN", "hf_fine")
     assert check_right_to_push("digits") == "me/digits"
-    os.environ["HF_TOKEN"] = "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert check_right_to_push("club/digits") == "club/digits"
 
 
@@ -231,6 +322,7 @@ def test_a_full_disk_there_is_told_with_the_command_that_tries_again(hub, run, c
     told = capsys.readouterr()
     assert told.out == ""
     assert "storage limit" in told.err
+    assert "hf_secret" not in told.err
     command = re.search("`(ddpm-hf .*)` tries again", told.err.splitlines()[-1])[1]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     hub.quota = None
@@ -420,13 +512,46 @@ def test_the_card_of_a_model_of_classes_says_how_to_ask(hub, digits_model):
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
     card = str(cards.model_card(pipeline, {}, digits_model, "me/digits"))
     assert "pipe(class_labels=['0', '1', '2', '3'], num_inference_steps=50)" in card
-    assert '--class_labels "0" "1" "2" "3"' in card
+    assert "--num_inference_steps 50 --class_labels 0 1 2 3\n" in card
     assert "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |" in card
     assert "pipeline_tag" not in card
     assert "class-conditional" in card
     call = re.search(r"pipe\((.*)\)\.images", card)[1]
-    images = eval(f"pipe({call.replace('50', '2')}).images", {"pipe": pipeline})
-    assert len(images) == 4
+    assert len(eval(f"pipe({call.replace('50', '2')}).images", {"pipe": pipeline})) == 4
+
+
+NAMES = ["é", "$(touch pwned)", "it's", 'a "b" | <c>\nd', "{{ 7 * 7 }}"]
+
+
+@pytest.mark.parametrize(
+    ("unet", "timesteps"),
+    [
+        ({"num_classes": 5, "class_names": NAMES}, 1000),
+        ({"num_classes": 3}, 1000),
+        ({}, 20),
+        ({"in_channels": 5}, 1000),
+        ({"in_channels": 2, "sample_size": (4, 12)}, 1000),
+    ],
+    ids=["names", "numbers", "few steps", "bands", "not square"],
+)
+def test_what_the_card_says_how_to_call_works(tmp_path, monkeypatch, capsys, unet, timesteps):
+    monkeypatch.chdir(tmp_path)
+    pipeline = DDPMCustomPipeline(tiny_unet(**unet), LinearNoiseScheduler(num_train_timesteps=timesteps))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained("my model")
+    card = str(cards.model_card(pipeline, {}, Path("my model")))
+    call = re.search(r"images = pipe\((.*)\)\.images", card)[1].replace("=50", "=2")
+    assert len(eval(f"pipe({call}).images", {"pipe": pipeline})) in (3, 4, 16)
+    (command,) = re.findall(r"^ddpm-hf sample .*(?:\nd'.*)?$", card, re.M)
+    script = f"ddpm-hf() {{ printf '%s\\0' \"$@\"; }}; {command.replace('50', '2')}"
+    words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    assert main(words) == 0
+    assert "16 images made" in capsys.readouterr().out
+    assert not Path("pwned").exists()
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows if not row.startswith("| |"))
+    assert "49" not in card
+    assert "<c>" not in "".join(rows)
 
 
 def test_flops_are_those_of_a_convolution_by_hand():
@@ -472,11 +597,52 @@ def test_from_a_data_set_of_the_hub_to_a_model_on_it(hub, tmp_path):
     assert "hf_secret" not in done.stdout + done.stderr
 
 
-def test_run_json_that_is_damaged_is_told(hub, run):
-    (run / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"run.json can't be read"):
+@pytest.mark.parametrize("change", [dict.clear, lambda facts: facts["data"].pop("num_images"),
+                                    lambda facts: facts["metrics"].append({}), lambda facts: facts.update(data=None),
+                                    lambda facts: facts["training"].update(updates="many")])  # fmt: skip
+def test_run_json_that_is_damaged_is_told(hub, run, change):
+    facts = json.loads((run / "run.json").read_text())
+    change(facts)
+    (run / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"run.json (can't be read|is not as training writes it)"):
         push(run, "me/digits")
     assert not hub.repos
+
+
+def test_a_run_that_is_stopped_has_a_card_of_what_it_had_come_to(tmp_path):
+    saves = []
+
+    def stop(run):
+        saves.append(run.step)
+        if len(saves) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "out"
+    run = training.train(tiny_config(folder, max_train_steps=9, checkpointing_steps=2), on_save=[stop, cards.keep_card])
+    assert saves == [2, 2]
+    assert run.step == 2
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["training"]["updates"] == run.step
+    seen = 2 * run.config.train_batch_size
+    assert f"2 updates of 9, {seen} images seen" in (folder / "README.md").read_text()
+
+
+def test_a_model_that_began_with_another_says_so(tmp_path, run):
+    settings = {"pretrained_model_name_or_path": str(run), "max_train_steps": 2}
+    first = training.train(tiny_config(tmp_path / "out", unet={}, **settings), on_save=[cards.keep_card])
+    card = (tmp_path / "out/README.md").read_text()
+    assert "beginning with the weights of a local model" in card
+    assert "base_model" not in card
+    first.config.pretrained_model_name_or_path = "google/ddpm-cifar10-32"
+    cards.keep_card(first)
+    assert "base_model: google/ddpm-cifar10-32" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_run_that_is_resumed_behind_its_end_elsewhere_has_a_card(tmp_path, run):
+    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
+    settings = {"resume_from_checkpoint": str(run / "checkpoint-3"), "max_train_steps": 3, "scheduler": scheduler}
+    training.train(tiny_config(tmp_path / "out", **settings), on_save=[cards.keep_card])
+    assert "| wall time | not known |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_space_with_the_page(hub, run, capsys):
