@@ -550,7 +550,7 @@ def test_what_the_card_says_how_to_call_works(tmp_path, monkeypatch, capsys, une
     assert not Path("pwned").exists()
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows if not row.startswith("| |"))
-    assert "49" not in card
+    assert ("{{ 7 * 7 }}" in card) == (unet.get("class_names") == NAMES)
     assert "<c>" not in "".join(rows)
 
 
