@@ -84,9 +84,10 @@ def push(
     again = ["ddpm-hf", "push", str(folder), repo_id, *["--private"] * private, *["--self-contained"] * self_contained]
     again += ["--revision", revision] if revision else []
     again += ["--create-pr"] * create_pr + (["--license", license] if license else [])
-    license = license or _license_there(repo_id, revision)
+    again = shlex.join(again)
+    license = license or _license_there(repo_id, revision, again)
     files = files_of(folder, pipeline, repo_id, license, self_contained)
-    return _upload(files, repo_id, "Upload a DDPM", shlex.join(again), private, revision, create_pr)
+    return _upload(files, repo_id, "Upload a DDPM", again, private, revision, create_pr)
 
 
 def push_space(repo_id: str, private: bool = False) -> str:
@@ -143,9 +144,13 @@ def check_right_to_push(repo_id: str, private: bool = False, only_to_propose: bo
     return repo_id
 
 
-def _license_there(repo_id: str, revision: str | None) -> str | None:
+def _license_there(repo_id: str, revision: str | None, again: str) -> str | None:
     """What the card on the Hub has: it was said once."""
-    card = _card_there(HfApi(), repo_id=repo_id, repo_type="model", revision=revision)
+    where = {"repo_id": repo_id, "repo_type": "model", "revision": revision}
+    try:
+        card = _with_patience(lambda: _card_there(HfApi(), **where))
+    except Exception as error:
+        raise _failure(repo_id, again, error) from error
     return card and ModelCard(card, ignore_metadata_errors=True).data.license
 
 
@@ -213,9 +218,9 @@ class PushInBackground:
         for path, source in _belonging(run.output_dir).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source, folder / path)
-        files = files_of(folder, run.pipeline, self.repo_id, _license_there(self.repo_id, None))
         message, private = f"Train for {run.step} updates", run.config.hub_private_repo
         again = shlex.join(["ddpm-hf", "push", str(run.output_dir), self.repo_id, *["--private"] * private])
+        files = files_of(folder, run.pipeline, self.repo_id, _license_there(self.repo_id, None, again))
 
         def upload() -> str:
             with staged:
@@ -347,9 +352,13 @@ def _upload(
             raise ValueError("nothing in it differs from what is there, so there is nothing to propose")
         _with_patience(lambda: _check_there(api, adds, **{**where, "revision": made.oid}))
     except Exception as error:  # the Hub, its client, the network and the disk all raise their own
-        reason = " ".join(": ".join(str(e) for e in _chain(error) if str(e)).split())
-        raise ValueError(f"its upload to {repo_id} failed ({reason}); `{again}` tries again") from error
+        raise _failure(repo_id, again, error) from error
     return made.pr_url or made.commit_url
+
+
+def _failure(repo_id: str, again: str, error: Exception) -> ValueError:
+    reason = " ".join(": ".join(str(e) for e in _chain(error) if str(e)).split())
+    return ValueError(f"its upload to {repo_id} failed ({reason}); `{again}` tries again")
 
 
 def _make_repository(api: HfApi, private: bool, repo_id: str, repo_type: str, revision: str | None) -> None:

@@ -304,8 +304,9 @@ def test_a_folder_that_is_no_pipeline(hub, tmp_path, capsys):
         lambda hub: hub.fail(r"/commit/", times=2, status=503),
         lambda hub: hub.fail(r"repos/create", after_bytes=10**9),
         lambda hub: hub.fail(r"paths-info"),
+        lambda hub: hub.fail(r"HEAD .*README"),
     ],
-    ids=["weights", "commit", "answer", "unavailable", "create", "check"],
+    ids=["weights", "commit", "answer", "unavailable", "create", "check", "card"],
 )
 def test_a_connection_that_breaks_is_gone_on_with(hub, run, break_it):
     break_it(hub)
