@@ -39,7 +39,7 @@ UPLOADED = [*MODEL, CARD, FACTS, CONFIG, "log.csv", *PICTURES]
 # names that they have for one another: diffusers copies the code of all repositories into one folder.
 MODULES = ("images", "loading", "scheduler", "solvers", "unet")
 SHIPPED = ["pipeline.py", "ddpm_hf_*.py", "unet/ddpm_hf_*.py", "scheduler/ddpm_hf_*.py"]
-WAITS = (1, 5, 20)  # seconds before an upload that broke off is gone on with
+WAITS = (1, 5, 20)  # seconds before an upload that broke off is continued
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that another time may be others
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def push_space(repo_id: str, private: bool = False) -> str:
 
 
 def check_right_to_push(repo_id: str, private: bool = False, only_to_propose: bool = False) -> str:
-    """user/name of the repository, as the one who is logged in may write to it, or with a pull request propose.
+    """Full name, user/name, of a repository that the one who is logged in may write to (or propose a change to).
 
     Raises:
         ValueError: a name that can't be, no login, no right to write, or a public repository that is to be `private`.
