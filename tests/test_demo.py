@@ -248,7 +248,9 @@ def test_a_space_of_the_hub_shows_the_same_page(digits_model, tmp_path, monkeypa
 def served(digits_model):
     """The address of the real command's page."""
     command = [sys.executable, "-m", "ddpm_hf", "demo", str(digits_model), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has its children ignore Ctrl-C, unless they are told otherwise.
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeding)
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()
