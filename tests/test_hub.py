@@ -151,6 +151,9 @@ def test_a_card_that_was_edited_on_the_hub_is_theirs(hub, run):
     push(run, "me/digits")
     card = hub.files("me/digits")["README.md"].decode()
     assert "license: mit" in card  # it was said once
+    push(run, "me/digits", license="apache-2.0")
+    card = hub.files("me/digits")["README.md"].decode()
+    assert "license: apache-2.0" in card
     theirs = card.replace(MARK, "Grace wrote this").encode()
     HfApi().upload_file(repo_id="me/digits", path_in_repo="README.md", path_or_fileobj=theirs)
     (run / "log.csv").write_text("other\n")
@@ -337,6 +340,18 @@ def test_what_is_not_there_as_it_was_sent_is_no_success(hub, run, monkeypatch):
     monkeypatch.setattr(HfApi, "get_paths_info", lambda *args, **kwargs: there(*args, **kwargs)[1:])
     with pytest.raises(ValueError, match="is not in the repository as it was sent"):
         push(run, "me/digits")
+
+    for name, field in (("unet/config.json", "blob_id"), ("samples.png", "sha256")):  # as long, and another
+
+        def other(*args, name=name, field=field, **kwargs):
+            infos = there(*args, **kwargs)
+            (changed,) = (info for info in infos if info.path == name)
+            setattr(changed.lfs if field == "sha256" else changed, field, "0" * 64)
+            return infos
+
+        monkeypatch.setattr(HfApi, "get_paths_info", other)
+        with pytest.raises(ValueError, match=f"{name} is not in the repository as it was sent"):
+            push(run, "me/digits")
 
 
 # ---------------------------------------------------------------- while training

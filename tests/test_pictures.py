@@ -1,11 +1,16 @@
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
+from conftest import tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
+from ddpm_hf.data import ImageData
 from ddpm_hf.films import grid, save_film
-from ddpm_hf.pictures import forward_process, loss_curve
+from ddpm_hf.pictures import _tell_nearness, forward_process, loss_curve, nearest
 from ddpm_hf.progress import Progress
 
 
@@ -52,3 +57,21 @@ def test_loss_curve(tmp_path):
     log = [{"step": k, "loss": 1 / (k + 1), "held_out_loss": 0.5 if k == 4 else None, **parts} for k in range(5)]
     loss_curve(log, tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size == (1200, 480)
+
+
+def test_nearness_tells_models_that_repeat_their_data(tmp_path):
+    """Training images are black, held-out ones 0.4 brighter, and samples by turns 0.1 brighter or as bright as those."""
+    pixels = torch.zeros(30, 1, 4, 4)
+    run = SimpleNamespace(
+        images=ImageData(pixels, (0.0, 2.0)), held_out=ImageData(pixels + 0.4, (0.0, 2.0)), metrics=[],
+        config=tiny_config(tmp_path),
+    )  # fmt: skip
+    for brighter, ratio in ((0.1, 0.25), (0.4, 1.0)):
+        distances = nearest(run.images.batch(torch.arange(20)) + brighter, run.images, 1)[1][:, 0]
+        _tell_nearness(run, distances)
+        assert run.metrics[-1]["value"] == pytest.approx(ratio, rel=1e-5)
+        assert f"{brighter:.4f} of 20 samples" in run.metrics[-1]["protocol"]
+        assert "0.4000 of 30 held-out images" in run.metrics[-1]["protocol"]
+    told = len(run.metrics)
+    _tell_nearness(run, distances[:15])
+    assert len(run.metrics) == told  # too few to say anything
