@@ -60,7 +60,7 @@ def test_loss_curve(tmp_path):
 
 
 def test_nearness_tells_models_that_repeat_their_data(tmp_path):
-    """Training images are black, held-out ones 0.4 brighter, and samples by turns 0.1 brighter or as bright as those."""
+    """Training images are black, held-out ones 0.4 brighter, and samples 0.1 or as much as those."""
     pixels = torch.zeros(30, 1, 4, 4)
     run = SimpleNamespace(
         images=ImageData(pixels, (0.0, 2.0)), held_out=ImageData(pixels + 0.4, (0.0, 2.0)), metrics=[],
@@ -69,7 +69,7 @@ def test_nearness_tells_models_that_repeat_their_data(tmp_path):
     for brighter, ratio in ((0.1, 0.25), (0.4, 1.0)):
         distances = nearest(run.images.batch(torch.arange(20)) + brighter, run.images, 1)[1][:, 0]
         _tell_nearness(run, distances)
-        assert run.metrics[-1]["value"] == pytest.approx(ratio, rel=1e-5)
+        assert run.metrics[-1]["value"] == pytest.approx(ratio, rel=1e-4)  # distances by matrix products
         assert f"{brighter:.4f} of 20 samples" in run.metrics[-1]["protocol"]
         assert "0.4000 of 30 held-out images" in run.metrics[-1]["protocol"]
     told = len(run.metrics)
