@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import math
 import os
 import platform
@@ -28,14 +29,21 @@ PICTURES = {  # the files of a card, and what is seen in them
     "loss.png": "training and held-out loss",
     "first_samples.png": "the first preview, of averaged and raw weights",
 }
+log = logging.getLogger(__name__)
 
 
 def keep_card(run) -> None:
-    """After a save of a `Run`: its run.json, and README.md unless somebody has made that one theirs."""
-    facts = facts_of(run)
-    _write(run.output_dir / FACTS, json.dumps(facts, indent=2) + "\n")
-    if is_ours(run.output_dir / CARD):
-        _write(run.output_dir / CARD, str(model_card(run.pipeline, facts, run.output_dir)))
+    """After a save of a `Run`: its run.json, and README.md unless somebody has made that one theirs.
+
+    What fails of it is told and does not end the run.
+    """
+    try:
+        facts = facts_of(run)
+        _write(run.output_dir / FACTS, json.dumps(facts, indent=2) + "\n")
+        if is_ours(run.output_dir / CARD):
+            _write(run.output_dir / CARD, str(model_card(run.pipeline, facts, run.output_dir)))
+    except Exception as error:
+        log.warning(f"training goes on, but update {run.step} has no card: {type(error).__name__} {error}")
 
 
 def is_ours(card: Path) -> bool:

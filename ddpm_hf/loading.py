@@ -62,13 +62,13 @@ def load_components(
         ValueError: an argument, or what the folder holds, can't be.
         OSError: it is neither here nor on the Hub.
     """
-    options = {name: value for name, value in options.items() if value is not None and value is not False}
-    unknown = sorted(options.keys() - set(MODEL_OPTIONS))
+    unknown = {name: v for name, v in options.items() if name not in MODEL_OPTIONS and v is not None and v is not False}
+    options = {name: options[name] for name in MODEL_OPTIONS if name in options}
     if unknown:
         why = ""
-        if {"trust_remote_code", "custom_pipeline"} & options.keys():
+        if {"trust_remote_code", "custom_pipeline"} & unknown.keys():
             why = "; this pipeline runs no code of a repository (diffusers.DiffusionPipeline does, if you trust it)"
-        raise ValueError(f"from_pretrained has no argument {', '.join(unknown)}{why}")
+        raise ValueError(f"from_pretrained has no argument {', '.join(sorted(unknown))}{why}")
     if use_safetensors is False:
         raise ValueError(
             "use_safetensors=False: only safetensors are read; a pickle can run anything when it is loaded"

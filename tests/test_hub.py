@@ -643,6 +643,18 @@ def test_a_run_that_is_stopped_has_a_card_of_what_it_had_come_to(tmp_path):
     assert f"2 updates of 9, {seen} images seen" in (folder / "README.md").read_text()
 
 
+def test_a_card_that_can_not_be_made_does_not_end_a_run(tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise KeyError("flops")
+
+    monkeypatch.setattr(cards, "forward_flops", fail)
+    config = tiny_config(tmp_path / "out", max_train_steps=4, checkpointing_steps=2)
+    assert training.train(config, on_save=[cards.keep_card]).finished
+    assert caplog.text.count("training goes on, but update") == 2
+    assert not (tmp_path / "out/README.md").exists()
+    assert json.loads((tmp_path / "out/run.json").read_text())["training"]["updates"] == 4
+
+
 def test_a_model_that_began_with_another_says_so(tmp_path, run):
     settings = {"pretrained_model_name_or_path": str(run), "max_train_steps": 2}
     first = training.train(tiny_config(tmp_path / "out", unet={}, **settings), on_save=[cards.keep_card])

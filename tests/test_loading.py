@@ -365,6 +365,11 @@ def test_arguments_that_ask_for_nothing_and_those_that_people_have_in_their_scri
     nothing = {"use_safetensors": True, "trust_remote_code": False, "custom_revision": None, "safety_checker": None}
     half = DDPMCustomPipeline.from_pretrained(folder, torch_dtype={"default": torch.float16}, subfolder=None, **nothing)
     assert half.unet.dtype == torch.float16
+    given, from_pretrained = [], DDPMUNet.from_pretrained
+    with pytest.MonkeyPatch.context() as patch:  # which asks for something, False as it is
+        patch.setattr(DDPMUNet, "from_pretrained", lambda *a, **k: given.append(k) or from_pretrained(*a, **k))
+        DDPMCustomPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    assert given[0]["low_cpu_mem_usage"] is False
     with pytest.raises(ValueError, match="torch_dtype='auto' must be a torch.dtype"):
         DDPMCustomPipeline.from_pretrained(folder, torch_dtype="auto")
     with pytest.raises(ValueError, match="pretrained_model_name_or_path is empty"):
