@@ -440,6 +440,7 @@ def test_another_environment_pulls_and_samples_the_same_pixels(hub, run, elsewhe
     push(run, "me/plain")
     here = sample(DDPMCustomPipeline.from_pretrained(run))
     env = hub.env(tmp_path / "home")
+    env.pop("PYTHONPATH", None)  # by which the other one would have the package too
     no_package = subprocess.run([elsewhere, "-c", "import ddpm_hf"], cwd=tmp_path, env=env, capture_output=True)
     assert b"No module named 'ddpm_hf'" in no_package.stderr
     trusting = ', custom_pipeline="pipeline", trust_remote_code=True'
