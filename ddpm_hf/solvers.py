@@ -57,6 +57,8 @@ def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: boo
     # diffusers drops from a configuration what was left at its default, and another class may have another one.
     config = {**scheduler.config, "_use_default_values": []}
     config |= {} if clip_sample is None else {"clip_sample": clip_sample}
+    if solver != "ddpm" and config.get("variance_type") == "learned_range":
+        config["variance_type"] = "fixed_small"  # the pipeline gives them the prediction alone
     if solver != "ddpm" and config.get("timestep_spacing") == "quadratic":
         raise ValueError(f"scheduler={solver!r}: timestep_spacing='quadratic' is known to ddpm_hf alone; use ddpm")
     made = (scheduler_class(config) if solver == "ddpm" else getattr(diffusers, SOLVERS[solver])).from_config(config)

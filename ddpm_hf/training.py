@@ -23,6 +23,7 @@ from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData
 from ddpm_hf.ema import EMA
+from ddpm_hf.likelihood import bound_terms
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
@@ -34,6 +35,7 @@ from ddpm_hf.unet import DDPMUNet
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
 FEW_IMAGES = 500
+VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:2102.09672, equation 16)
 # Seconds. With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets
 # go of the last tensor it sent while Python ends makes the process abort, all being saved.
 GLOO_LETS_GO = 0.3
@@ -78,8 +80,8 @@ class Run:
         return self.step >= self.total_steps
 
 
-def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=None) -> torch.Tensor:
-    """L_simple of each image, the mean squared error of the prediction (Ho et al. 2020, equation 14).
+def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=None):
+    """L_simple of each image, the mean squared error of the prediction (Ho et al. 2020, equation 14), and L_vlb.
 
     Args:
         images, noise: (B, C, H, W); images in [-1, 1].
@@ -87,12 +89,18 @@ def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=No
         class_labels: (B,), for a class-conditional network.
 
     Returns:
-        float32 (B,)
+        L_simple, float32 (B,); and for a learned variance L_vlb as the one timestep estimates it, in bits/dim, (B,), of
+        which only the variance learns (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1), otherwise None.
     """
     noisy = scheduler.add_noise(images, noise, timesteps)
     classes = {} if class_labels is None else {"class_labels": class_labels}
-    prediction = network(noisy, timesteps, **classes).sample.float()
-    return (prediction - scheduler.target(images, noise, timesteps)).square().mean(dim=(1, 2, 3))
+    output = network(noisy, timesteps, **classes).sample.float()
+    prediction, variance = output[:, : images.shape[1]], output[:, images.shape[1] :]
+    errors = (prediction - scheduler.target(images, noise, timesteps)).square().mean(dim=(1, 2, 3))
+    if scheduler.config.variance_type != "learned_range":
+        return errors, None
+    terms = bound_terms(scheduler, images, noisy, timesteps, torch.cat([prediction.detach(), variance], dim=1))
+    return errors, len(scheduler) * terms
 
 
 def train(
@@ -198,9 +206,10 @@ def train(
                 y = None if labels is None else labels[this].to(accelerator.device)
                 torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
                 with accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext():
-                    errors = diffusion_loss(network, scheduler, x, z, t, y)
+                    errors, bounds = diffusion_loss(network, scheduler, x, z, t, y)
                     weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
-                    micro_loss = (weights * errors).mean() / micros
+                    losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
+                    micro_loss = losses.mean() / micros
                     accelerator.backward(micro_loss)
                 loss = loss + micro_loss.detach()
                 seen.append((t, errors.detach()))
@@ -469,7 +478,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
-    """`diffusion_loss` of the averaged network on the held-out images, at timesteps spread evenly over 0 ... T-1.
+    """L_simple of the averaged network on the held-out images, at timesteps spread evenly over 0 ... T-1.
 
     It is not weighted, and held-out images without a class are predicted without one. Noise and timesteps are the same
     each time and in every run, so that only the network makes the difference.
@@ -488,7 +497,7 @@ def held_out_loss(run: Run) -> float:
             y = None
             if run.config.class_conditional:
                 y = _labels(run, run.held_out.labels[indices], torch.tensor(False)).to(unet.device)
-            total += diffusion_loss(unet, scheduler, x, z, t, y).sum()
+            total += diffusion_loss(unet, scheduler, x, z, t, y)[0].sum()
     return accelerator.reduce(total, "sum").item() / n
 
 
