@@ -1,8 +1,6 @@
 """How many bits a model needs for an image: the variational bound (Ho et al. 2020, arXiv:2006.11239, equation 5)."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 

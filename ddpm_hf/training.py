@@ -392,6 +392,8 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
     if source is not None and config.unet:
         raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     settings = {**config.scheduler, **({"prediction_type": config.prediction_type} if config.prediction_type else {})}
+    if config.learned_variance:
+        settings["variance_type"] = "learned_range"
     pipeline = None if source is None else load_pipeline(source, "pretrained_model_name_or_path")
     merged = settings if pipeline is None else {**pipeline.scheduler.config, **settings}
     kind = scheduler_class(merged)
@@ -404,7 +406,8 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
             size = height if height == width else (height, width)
             names = images.label_names if config.class_conditional else None
             classes = {"num_classes": len(names), "class_names": names} if names else {}
-            unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **classes, **config.unet})
+            variance = {"out_channels": 2 * channels} if config.learned_variance else {}
+            unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **variance, **classes, **config.unet})
         else:
             unet = pipeline.unet
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
@@ -414,6 +417,13 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
         made_for = unet.config.in_channels
         raise ValueError(f"{of} is made for {made_for} channels and the images have {channels}: set channels")
     _check_classes(config, unet, images.label_names)
+    learned = scheduler.config.variance_type == "learned_range"
+    if learned != (unet.config.get("out_channels") == 2 * channels):
+        raise ValueError(
+            f"learned_variance={config.learned_variance}: the network predicts {unet.config.get('out_channels')} channels "
+            f"for images of {channels}, and the scheduler has variance_type={scheduler.config.variance_type!r}; set "
+            "learned_variance for a new network, or leave it out"
+        )
     if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
         raise ValueError(
             f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the last timestep, where samples begin, "

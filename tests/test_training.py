@@ -58,8 +58,10 @@ def test_the_loss_is_zero_for_the_right_answer_only(prediction_type):
 
         return forward
 
-    assert (diffusion_loss(network(0.0), scheduler, images, noise, t) == 0).all()
-    assert_close(diffusion_loss(network(0.5), scheduler, images, noise, t), torch.full((5,), 0.25))
+    errors, bound = diffusion_loss(network(0.0), scheduler, images, noise, t)
+    assert bound is None
+    assert (errors == 0).all()
+    assert_close(diffusion_loss(network(0.5), scheduler, images, noise, t)[0], torch.full((5,), 0.25))
 
 
 def test_the_draw_is_a_function_of_seed_and_update(tmp_path):
@@ -452,7 +454,7 @@ def test_a_run_of_classes_learns_them(tmp_path):
     t = torch.full((n,), 400)
     with torch.no_grad():
         right, wrong, none = (
-            diffusion_loss(unet, scheduler, x, noise, t, y).mean()
+            diffusion_loss(unet, scheduler, x, noise, t, y)[0].mean()
             for y in (labels, (labels + 1) % 10, torch.full((n,), 10))
         )
     assert right < none < wrong
@@ -591,7 +593,7 @@ def test_min_snr_weights_the_loss_and_not_what_is_logged_beside_it(tmp_path):
     start = tiny_unet().train()
     noise, t, _, _ = draw(run.config, run.pipeline.scheduler, (16, 1, 8, 8), 0)
     x = run.images.of_update(0, 0, 16, torch.arange(16))[0]
-    errors = diffusion_loss(start, run.pipeline.scheduler, x, noise, t)
+    errors, _ = diffusion_loss(start, run.pipeline.scheduler, x, noise, t)
     snr = run.pipeline.scheduler.alphas_cumprod[t] / (1 - run.pipeline.scheduler.alphas_cumprod[t])
     assert_close(rows[None]["loss"], errors.mean().item(), rtol=1e-5, atol=0)
     assert_close(rows[0.01]["loss"], (snr.clamp(max=0.01) / snr * errors).mean().item(), rtol=1e-3, atol=0)
@@ -611,8 +613,8 @@ def poison(monkeypatch, updates, value=math.nan):
     counted = iter(range(10**6))
 
     def loss(*args):
-        true = diffusion_loss(*args)
-        return true * value if next(counted) in updates else true
+        true, bound = diffusion_loss(*args)
+        return true * value if next(counted) in updates else true, bound
 
     monkeypatch.setattr(training, "diffusion_loss", loss)
 
@@ -641,7 +643,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch):
     """x ** 0.5 at 0 has a finite value and an infinite slope."""
 
     def loss(network, *args):
-        return diffusion_loss(network, *args) + (0 * network.stem.weight.sum()).abs() ** 0.5
+        return diffusion_loss(network, *args)[0] + (0 * network.stem.weight.sum()).abs() ** 0.5, None
 
     monkeypatch.setattr(training, "diffusion_loss", loss)
     start = {}
