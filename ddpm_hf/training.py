@@ -420,8 +420,8 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
     learned = scheduler.config.variance_type == "learned_range"
     if learned != (unet.config.get("out_channels") == 2 * channels):
         raise ValueError(
-            f"learned_variance={config.learned_variance}: the network predicts {unet.config.get('out_channels')} channels "
-            f"for images of {channels}, and the scheduler has variance_type={scheduler.config.variance_type!r}; set "
+            f"learned_variance={config.learned_variance}: the network predicts {unet.config.get('out_channels')} "
+            f"channels for images of {channels}, and the scheduler has variance_type={scheduler.config.variance_type!r}; set "
             "learned_variance for a new network, or leave it out"
         )
     if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
