@@ -196,7 +196,7 @@ def announce(run) -> None:
 
 def tell_legibility(run) -> None:
     if run.finished and run.pipeline.unet.config.sample_size == 8:  # what the classifier can look at
-        from ddpm_hf.evaluation import digits_legibility
+        from ddpm_hf.legibility import digits_legibility
 
         config = run.config
         steps, guidance = config.ddpm_num_inference_steps, config.guidance_scale

@@ -1,4 +1,4 @@
-"""How good a model is, with the protocol beside each number."""
+"""How many samples of the 8x8 digits can be read, with the protocol beside each number."""
 
 import warnings
 from dataclasses import dataclass

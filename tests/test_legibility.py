@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from ddpm_hf.evaluation import digits_legibility
+from ddpm_hf.legibility import digits_legibility
 
 
 class Gives:
