@@ -2,13 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -139,10 +141,10 @@ def measure(extractor: Extractor, batches: Iterable[torch.Tensor], keep: int | N
     return Measured(stats, features, torch.cat(logits) if logits else None)
 
 
-def unit_batches(images: ImageData, batch_size: int = 256) -> Iterator[torch.Tensor]:
-    """All images in order, (B, C, H, W) in [0, 1]."""
-    for indices in torch.arange(len(images)).split(batch_size):
-        yield ((images.batch(indices) + 1) / 2).clamp(0, 1)
+def unit_batches(images: ImageData, batch_size: int = 256, indices=None) -> Iterator[torch.Tensor]:
+    """All images in order, or those of `indices` (N,), (B, C, H, W) in [0, 1]."""
+    for part in (torch.arange(len(images)) if indices is None else indices).split(batch_size):
+        yield ((images.batch(part) + 1) / 2).clamp(0, 1)
 
 
 def images_sha256(images: ImageData) -> str:
@@ -155,23 +157,73 @@ def images_sha256(images: ImageData) -> str:
 
 
 def measure_cached(
-    extractor: Extractor, images: ImageData, folder: str | Path, keep: int | None = None, batch_size: int = 256
+    extractor: Extractor,
+    images: ImageData,
+    folder: str | Path,
+    keep: int | None = None,
+    batch_size: int = 256,
+    accelerator: Accelerator | None = None,
 ) -> Measured:
     """`measure` of all images, from a file in `folder` where these images met this extractor before.
 
     The file's name is a hash of the pixels, of the extractor's name, weights and resize, and of `keep`. A file that
-    can't be read is made anew.
+    can't be read is made anew, by all processes if there is an `accelerator`: each measures a part, and all have all.
+    The main process reads and writes.
     """
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     told = (images_sha256(images), extractor.name, extractor.sha256, extractor.resize, extractor.classifies, keep)
     path = Path(folder) / f"features-{hashlib.sha256(repr(told).encode()).hexdigest()[:32]}.safetensors"
+    found = _read(path) if rank == 0 else None
+    if world > 1:
+        found = broadcast_object_list([found])[0]
+    if found is not None:
+        return found
+    mine = torch.arange(len(images)).tensor_split(world)[rank]
+
+    def measured_here():
+        return [measure(extractor, unit_batches(images, batch_size, mine), keep)] if len(mine) else []
+
+    parts = in_all(measured_here, accelerator)
+    measured = Measured.merged(parts)
+    if keep is not None:  # of each process; of all it is as many
+        measured.features = measured.features[:keep]
+        measured.logits = None if measured.logits is None else measured.logits[:keep]
+    if rank == 0:
+        _write(path, measured)
+    return measured
+
+
+def in_all(work: Callable[[], list], accelerator: Accelerator | None) -> list:
+    """What `work` gives in each process, one after the other, in all of them.
+
+    Raises:
+        RuntimeError: it failed in another process; the error itself where it failed, so that no process waits for ever.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return work()
+    try:
+        error, found = None, work()
+    except Exception as raised:
+        error, found = raised, []
+    errors = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+    if error is not None:
+        raise error
+    if any(errors):
+        raise RuntimeError(f"another process failed: {next(filter(None, errors))}")
+    return gather_object(found)
+
+
+def _read(path: Path) -> Measured | None:
     try:
         with safe_open(path, "pt") as file:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         stats = FeatureStats(int(found["count"]), found["mean"], found["scatter"])
         return Measured(stats, found["features"], found.get("logits"))
     except (OSError, SafetensorError, KeyError):
-        pass
-    measured = measure(extractor, unit_batches(images, batch_size), keep)
+        return None
+
+
+def _write(path: Path, measured: Measured) -> None:
     stats = measured.stats
     tensors = {"count": torch.tensor(stats.count), "mean": stats.mean, "scatter": stats.scatter}
     tensors |= {"features": measured.features} | ({} if measured.logits is None else {"logits": measured.logits})
@@ -179,7 +231,6 @@ def measure_cached(
     partial = path.with_suffix(f".{os.getpid()}.part")
     save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
     partial.replace(path)  # a reader finds all of it or nothing
-    return measured
 
 
 def checked(name: str, features, least: int = 2) -> torch.Tensor:

@@ -1,14 +1,24 @@
-"""How many bits a model needs for an image: the variational bound (Ho et al. 2020, arXiv:2006.11239, equation 5)."""
+"""How many bits a model needs for an image: the variational bound (Ho et al. 2020, arXiv:2006.11239, equation 5).
+
+-log2 p(x_0) <= L_T + the sum over t = T-1 ... 1 of L_{t-1} + L_0, divided by the number of pixels and channels. A
+model is given as `predict(sample, timesteps, labels)`: (B, C, H, W), (B,), (B,) or None -> its output, (B, C, H, W) or
+with a learned variance (B, 2 C, H, W).
+"""
 
 import math
 
+import numpy as np
 import torch
 
+from ddpm_hf.seeds import seeded_generator
+
 BITS = 1 / math.log(2)  # a nat
-HALF_BIN = 1 / 255  # of the 256 values of a pixel in [-1, 1]
+PILOT_TIMESTEPS, PILOT_IMAGES = 48, 32
+UNIFORM_SHARE = 0.1  # of the draws of a timestep, so that no weight is larger than ten times that of uniform draws
+NOISES = 128  # drawn at a time; another number would draw others
 
 
-def bound_terms(scheduler, original_samples, sample, timesteps, model_output) -> torch.Tensor:
+def bound_terms(scheduler, original_samples, sample, timesteps, model_output, levels: int = 256) -> torch.Tensor:
     """L_{t-1} of each image, L_0 at t = 0, in bits/dim: (B,).
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and for t = 0 what the discrete decoder (section 3.3)
@@ -18,21 +28,115 @@ def bound_terms(scheduler, original_samples, sample, timesteps, model_output) ->
         original_samples, sample: x_0 and x_t, (B, C, H, W), images in [-1, 1].
         timesteps: (B,).
         model_output: (B, C, H, W), or with a learned variance (B, 2 C, H, W).
+        levels: values that a pixel can have, evenly spread over [-1, 1].
     """
     mean, log_variance, _ = scheduler.reverse(model_output, sample, timesteps)
     true_mean, true_log_variance = scheduler.posterior(original_samples, sample, timesteps)
     kl = _gaussian_kl(true_mean, true_log_variance, mean, log_variance)
-    decoder = -_log_probability_of_bins(original_samples, mean, (0.5 * log_variance).exp())
+    decoder = -_log_probability_of_bins(original_samples, mean, (0.5 * log_variance).exp(), 1 / (levels - 1))
     first = (timesteps.to(sample.device) == 0).reshape(-1, *(1,) * (sample.ndim - 1))
     return BITS * torch.where(first, decoder, kl).flatten(1).mean(1)
 
 
 def prior_term(scheduler, original_samples) -> torch.Tensor:
     """L_T of each image, KL(q(x_T | x_0) || N(0, 1)), in bits/dim: (B,)."""
-    abar = scheduler._alphas_cumprod[-1].item()
+    last = torch.full((len(original_samples),), len(scheduler) - 1)
     zero = torch.zeros_like(original_samples)
-    kl = _gaussian_kl(abar**0.5 * original_samples, zero + math.log1p(-abar), zero, zero)
-    return BITS * kl.flatten(1).mean(1)
+    mean = scheduler.add_noise(original_samples, zero, last)
+    std = scheduler.add_noise(zero, zero + 1, last)
+    return BITS * _gaussian_kl(mean, 2 * std.log(), zero, zero).flatten(1).mean(1)
+
+
+def fixed_variance_floor(scheduler, levels: int = 256) -> float | None:
+    """Bits/dim that a fixed variance costs even if the network is perfect and the image holds no information at all.
+
+    That of a pixel which is always the same. `None` for a learned variance, which has no such floor.
+    """
+    if scheduler.config.variance_type == "learned_range":
+        return None
+    timesteps = torch.arange(len(scheduler))
+    zero = torch.zeros(len(scheduler), 1, 1, 1, dtype=torch.float64)  # x_t, x_0 and each kind of prediction of it
+    return bound_terms(scheduler, zero, zero, timesteps, zero, levels).sum().item()
+
+
+def full_bound(predict, scheduler, images, labels, numbers, seed: int, levels: int, batch_size: int = 64):
+    """L_T (N,) and all T terms (N, T), by timestep, of each image, in bits/dim, float64: their sum is its bound.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        labels: (N,), or None.
+        numbers: N; the noise of an image is a function of (`seed`, its number), whichever others are beside it.
+    """
+    rows, T = [], len(scheduler)
+    for k, number in enumerate(numbers):
+        generator, terms = seeded_generator(seed, "bound", number), []
+        for drawn in torch.arange(T).split(NOISES):
+            noise = torch.randn((len(drawn), *images.shape[1:]), generator=generator, dtype=torch.float64)
+            for part in torch.arange(len(drawn)).split(batch_size):
+                x0 = images[k : k + 1].double().expand(len(part), -1, -1, -1)
+                of_image = None if labels is None else labels[k].expand(len(part))
+                terms.append(_terms(predict, scheduler, x0, noise[part], drawn[part], of_image, levels))
+        rows.append(torch.cat(terms))
+    rows = torch.stack(rows) if rows else torch.empty(0, T, dtype=torch.float64)
+    return prior_term(scheduler, images.double()), rows
+
+
+def timestep_probabilities(predict, scheduler, images, labels, seed: int, levels: int, batch_size: int = 64):
+    """How often to draw each timestep so that an estimate of the bound varies least: float64 (T,), 0 at t = 0.
+
+    Proportional to the root of the mean square of the term (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 18),
+    which is looked at on a few images and a grid of timesteps; the estimate is unbiased for any probabilities.
+    """
+    T, images = len(scheduler), images[:PILOT_IMAGES].double()
+    if T == 1:
+        return torch.zeros(1, dtype=torch.float64)
+    labels = None if labels is None else labels[:PILOT_IMAGES]
+    grid = np.unique(np.geomspace(1, T - 1, min(PILOT_TIMESTEPS, T - 1)).round().astype(int))
+    generator, roots = seeded_generator(seed, "pilot", 0), []
+    for t in grid.tolist():
+        noise = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        timesteps = torch.full((len(images),), t)
+        parts = torch.arange(len(images)).split(batch_size)
+        given = [(images[p], noise[p], timesteps[p], None if labels is None else labels[p]) for p in parts]
+        terms = torch.cat([_terms(predict, scheduler, *each, levels) for each in given])
+        roots.append(terms.square().mean().sqrt().item())
+    at = np.log(np.arange(1, T))
+    likely = torch.from_numpy(np.exp(np.interp(at, np.log(grid), np.log(np.maximum(roots, 1e-12)))))
+    likely = (1 - UNIFORM_SHARE) * likely / likely.sum() + UNIFORM_SHARE / (T - 1)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), likely])
+
+
+def estimated_bound(
+    predict, scheduler, images, labels, numbers, probabilities, draws: int, seed: int, levels: int, batch_size: int = 64
+):
+    """An unbiased estimate of the bound of each image, in bits/dim: float64 (N,).
+
+    L_T + L_0 + the mean of L_{t-1} / p(t) over `draws` timesteps t ~ p = `probabilities` (T,); the standard error of
+    the mean of many is that of these N. Arguments as `full_bound`'s.
+    """
+    if len(scheduler) == 1:
+        draws = 0
+    timesteps, noises = [], []
+    for number in numbers:
+        generator = seeded_generator(seed, "estimate", number)
+        t = torch.multinomial(probabilities, draws, replacement=True, generator=generator) if draws else ()
+        timesteps.append(torch.tensor([0, *t]))
+        noises.append(torch.randn((draws + 1, *images.shape[1:]), generator=generator, dtype=torch.float64))
+    found = []
+    for part in torch.arange(len(images)).split(max(1, batch_size // (draws + 1))):
+        x0 = images[part].double().repeat_interleave(draws + 1, 0)
+        of_images = None if labels is None else labels[part].repeat_interleave(draws + 1)
+        t, noise = (torch.cat([values[k] for k in part.tolist()]) for values in (timesteps, noises))
+        terms = _terms(predict, scheduler, x0, noise, t, of_images, levels)
+        weights = torch.where(t == 0, 1.0, 1 / (max(draws, 1) * probabilities[t]))
+        found.append((weights * terms).reshape(-1, draws + 1).sum(1))
+    sums = torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
+    return prior_term(scheduler, images.double()) + sums
+
+
+def _terms(predict, scheduler, x0, noise, timesteps, labels, levels):
+    sample = scheduler.add_noise(x0, noise, timesteps)
+    return bound_terms(scheduler, x0, sample, timesteps, predict(sample, timesteps, labels), levels)
 
 
 def _gaussian_kl(mean_1, log_variance_1, mean_2, log_variance_2):
@@ -41,10 +145,10 @@ def _gaussian_kl(mean_1, log_variance_1, mean_2, log_variance_2):
     return 0.5 * (torch.expm1(ratio) - ratio + (mean_1 - mean_2).square() * (-log_variance_2).exp())
 
 
-def _log_probability_of_bins(x, mean, std):
-    """log P of each element's bin, of width 2/255 about it, the outer ones open, under N(mean, std), in nats."""
-    upper = torch.where(x > 1 - HALF_BIN, math.inf, (x + HALF_BIN - mean) / std)
-    lower = torch.where(x < -1 + HALF_BIN, -math.inf, (x - HALF_BIN - mean) / std)
+def _log_probability_of_bins(x, mean, std, half_bin: float):
+    """log P of each element's bin, x -+ `half_bin`, the outer ones open, under N(mean, std), in nats."""
+    upper = torch.where(x > 1 - half_bin, math.inf, (x + half_bin - mean) / std)
+    lower = torch.where(x < -1 + half_bin, -math.inf, (x - half_bin - mean) / std)
     # Phi(upper) - Phi(lower), on the side of the bell where both are small, so that nothing cancels
     flip = (upper + lower > 0) | upper.isinf()
     flip &= ~lower.isinf()

@@ -558,13 +558,13 @@ def num_classes(unet) -> int | None:
     return unet.config.get("num_classes")
 
 
-def load_pipeline(source: str, name: str) -> DDPMCustomPipeline:
+def load_pipeline(source: str, name: str, variant: str | None = None) -> DDPMCustomPipeline:
     """`DDPMCustomPipeline.from_pretrained` for commands: what goes wrong is told once, by a ValueError about `name`."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        return DDPMCustomPipeline.from_pretrained(source)
+        return DDPMCustomPipeline.from_pretrained(source, **({"variant": variant} if variant else {}))
     except Exception as error:  # the loader, the Hub and the network all raise their own
         raise ValueError(f"{name}={source!r} can't be loaded: {error}") from error
     finally:

@@ -80,13 +80,14 @@ class Run:
         return self.step >= self.total_steps
 
 
-def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=None):
+def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=None, levels=256):
     """L_simple of each image, the mean squared error of the prediction (Ho et al. 2020, equation 14), and L_vlb.
 
     Args:
         images, noise: (B, C, H, W); images in [-1, 1].
         timesteps: (B,).
         class_labels: (B,), for a class-conditional network.
+        levels: of a pixel, for L_vlb.
 
     Returns:
         L_simple, float32 (B,); and for a learned variance L_vlb as the one timestep estimates it, in bits/dim, (B,), of
@@ -99,7 +100,8 @@ def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=No
     errors = (prediction - scheduler.target(images, noise, timesteps)).square().mean(dim=(1, 2, 3))
     if scheduler.config.variance_type != "learned_range":
         return errors, None
-    terms = bound_terms(scheduler, images, noisy, timesteps, torch.cat([prediction.detach(), variance], dim=1))
+    output = torch.cat([prediction.detach(), variance], dim=1)
+    terms = bound_terms(scheduler, images, noisy, timesteps, output, levels)
     return errors, len(scheduler) * terms
 
 
@@ -206,7 +208,7 @@ def train(
                 y = None if labels is None else labels[this].to(accelerator.device)
                 torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
                 with accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext():
-                    errors, bounds = diffusion_loss(network, scheduler, x, z, t, y)
+                    errors, bounds = diffusion_loss(network, scheduler, x, z, t, y, images.levels)
                     weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
                     losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
                     micro_loss = losses.mean() / micros
@@ -419,10 +421,11 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
     _check_classes(config, unet, images.label_names)
     learned = scheduler.config.variance_type == "learned_range"
     if learned != (unet.config.get("out_channels") == 2 * channels):
+        predicts = unet.config.get("out_channels") or channels
         raise ValueError(
-            f"learned_variance={config.learned_variance}: the network predicts {unet.config.get('out_channels')} "
-            f"channels for images of {channels}, and the scheduler has variance_type={scheduler.config.variance_type!r}; set "
-            "learned_variance for a new network, or leave it out"
+            f"learned_variance={config.learned_variance}: the network predicts {predicts} channels of images of "
+            f"{channels}, and the scheduler has variance_type={scheduler.config.variance_type!r}: set learned_variance "
+            "and neither of the others for a new network, and leave it out to go on with one that has it"
         )
     if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
         raise ValueError(

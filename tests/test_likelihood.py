@@ -90,12 +90,12 @@ def test_probabilities_of_all_levels_sum_to_one():
 
     for mean, std in ((0.0, 0.5), (0.3, 0.007), (-5.0, 0.1), (1.0, 1e-3)):
         log_p = _log_probability_of_bins(
-            LEVELS, torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+            LEVELS, torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64), 1 / 255
         )
         assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
         assert log_p.isfinite().all() or std < 0.01
     far = _log_probability_of_bins(
-        LEVELS[:1], torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
+        LEVELS[:1], torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64), 1 / 255
     )
     z = (-1 + 1 / 255 - 1) / 0.05
     assert far.item() == pytest.approx(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)).item(), rel=1e-9)
