@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +59,7 @@ NEIGHBOURS = 5  # k of precision, recall, density and coverage
 DRAWS = 16  # timesteps an image, of the fast estimate of the bound
 MOST_COMPARED = 1_000  # samples whose neighbours are looked for
 MOST_BY_TIMESTEP = 256  # images
+MOST_ESTIMATED = 1024  # images of the fast estimate of the bound
 SHOWN = 64
 PACKAGES = ("ddpm-hf", "torch", "diffusers", "transformers", "scikit-learn", "scipy", "numpy", "pillow")
 log = logging.getLogger(__name__)
@@ -202,10 +204,12 @@ def _writable(output: Path) -> Path:
     """`output`, before an hour's work is done that could not be kept."""
     if output.is_dir():
         raise ValueError(f"output={str(output)!r} is a folder; name a file, such as {output / OUTPUT}")
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise ValueError(f"output={str(output)!r} can't be written: its folder may not be changed")
-    return output.absolute()
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.absolute().parent):
+            return output.absolute()
+    except OSError as error:
+        raise ValueError(f"output={str(output)!r} can't be written: {error}") from error
 
 
 def _ours(pipeline: DDPMCustomPipeline) -> NoiseScheduler:
@@ -311,7 +315,7 @@ class _Evaluation:
         pilot = self._all(self.held_out, 32)
         probabilities = timestep_probabilities(self._predict, ours, *pilot, **settings)
         for name, of, data in (("bpd_fast", "held-out", self.held_out), ("bpd_fast_train", "training", self.train)):
-            images, labels, numbers = self._chosen(data, max(self.bpd_images, 1024))
+            images, labels, numbers = self._chosen(data, MOST_ESTIMATED)
 
             def estimated(images=images, labels=labels, numbers=numbers):
                 return [estimated_bound(self._predict, ours, images, labels, numbers, probabilities, DRAWS, **settings)]

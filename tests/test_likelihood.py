@@ -8,7 +8,14 @@ import torch
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.likelihood import bound_terms, prior_term
+from ddpm_hf.likelihood import (
+    bound_terms,
+    estimated_bound,
+    fixed_variance_floor,
+    full_bound,
+    prior_term,
+    timestep_probabilities,
+)
 
 T = 1000
 NODES, WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(64))
@@ -100,3 +107,157 @@ def test_probabilities_of_all_levels_sum_to_one():
     z = (-1 + 1 / 255 - 1) / 0.05
     assert far.item() == pytest.approx(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)).item(), rel=1e-9)
     assert math.isfinite(far.item())
+
+
+# ---------------------------------------------------------------- of images, by a network
+
+
+ENDS = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+
+
+def knows_a_coin(made):
+    """`predict` of the best network for pixels that are -1 or 1 as often."""
+
+    def predict(sample, timesteps, labels):
+        signal, sigma = made._signal_and_noise_at(timesteps, sample)
+        return torch.tanh(signal * sample / sigma**2)
+
+    return predict
+
+
+def coins(n, seed=0):
+    return 2.0 * torch.randint(2, (n, 1, 8, 8), generator=torch.Generator().manual_seed(seed)) - 1
+
+
+def bounds(made, images, numbers=None, batch_size=64, predict=None, levels=256):
+    numbers = range(len(images)) if numbers is None else numbers
+    prior, terms = full_bound(predict or knows_a_coin(made), made, images, None, numbers, 0, levels, batch_size)
+    return prior + terms.sum(1)
+
+
+def assert_mean(values, expected, errors=4):
+    error = values.std().item() / len(values) ** 0.5
+    assert abs(values.mean().item() - expected) < errors * error, (values.mean(), error, expected)
+    return error
+
+
+@pytest.mark.parametrize(("variance_type", "bits", "other"), [
+    ("fixed_small", 1.51666593, 1.99700795),
+    ("fixed_large", 1.99700795, 1.51666593),
+])  # fmt: skip
+def test_the_bound_of_images_is_that_of_the_closed_form(variance_type, bits, other):
+    made = scheduler(variance_type)
+    found = bounds(made, coins(24))
+    error = assert_mean(found, bits)
+    assert abs(found.mean().item() - other) > 20 * error  # the other variance is told from this one
+    estimate = estimated(made, coins(400), best_probabilities(made))
+    error = assert_mean(estimate, bits)
+    assert abs(estimate.mean().item() - other) > 20 * error
+
+
+def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance():
+    black = torch.full((2, 1, 4, 4), 127 / 127.5 - 1)
+    for variance_type, bits in (("fixed_small", 1.30537766), ("fixed_large", 1.79179689)):
+        made = scheduler(variance_type)
+        assert fixed_variance_floor(made) == pytest.approx(bits, abs=1e-8)
+        found = bounds(made, black.double(), predict=lambda sample, t, y: 0 * sample + (127 / 127.5 - 1))
+        assert found.tolist() == pytest.approx([bits] * 2, abs=3e-8)  # and L_T, 1e-9
+    epsilon = LinearNoiseScheduler(variance_type="fixed_small")
+    assert fixed_variance_floor(epsilon) == pytest.approx(1.30537766, abs=1e-8)
+    assert fixed_variance_floor(epsilon, levels=2) < 1e-12
+    assert fixed_variance_floor(scheduler("learned_range")) is None
+
+
+def estimated(made, images, probabilities, draws=16, batch_size=64):
+    return estimated_bound(
+        knows_a_coin(made), made, images, None, range(len(images)), probabilities, draws, 0, 256, batch_size
+    )
+
+
+def best_probabilities(made):
+    return timestep_probabilities(knows_a_coin(made), made, coins(32, 1), None, 0, 256)
+
+
+def test_importance_sampling_is_right_for_any_probabilities_and_best_for_its_own():
+    made, images = scheduler("fixed_small"), coins(400)
+    even = torch.full((T,), 1 / (T - 1), dtype=torch.float64)
+    even[0] = 0
+    own = best_probabilities(made)
+    assert own.sum().item() == pytest.approx(1)
+    assert own[0] == 0
+    assert own[1:].min() >= 0.1 / (T - 1)
+    errors = [assert_mean(estimated(made, images, p), 1.51666593) for p in (even, own)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_an_image_has_its_own_noise_whatever_is_beside_it():
+    made, images = scheduler("fixed_small"), coins(5)
+    together, alone = bounds(made, images), bounds(made, images[[3]], [3], batch_size=7)
+    assert_close(together[[3]], alone, rtol=1e-12, atol=0)
+    assert bounds(made, images[[3]], [4]) != alone
+    p = best_probabilities(made)
+    one = estimated_bound(knows_a_coin(made), made, images[[3]], None, [3], p, 16, 0, 256, 5)
+    assert_close(estimated(made, images, p)[[3]], one, rtol=1e-12, atol=0)
+
+
+def test_labels_go_with_their_images():
+    made, images, labels = scheduler("fixed_small"), coins(4), torch.tensor([3, 1, 2, 0])
+    seen = []
+
+    def predict(sample, timesteps, labels):
+        seen.append((len(sample), labels.tolist()))
+        return knows_a_coin(made)(sample, timesteps, labels)
+
+    full_bound(predict, made, images[:2], labels[:2], [0, 1], 0, 256, batch_size=500)
+    assert {y for n, of in seen[: len(seen) // 2] for y in of} == {3}
+    assert {y for n, of in seen[len(seen) // 2 :] for y in of} == {1}
+    seen.clear()
+    estimated_bound(predict, made, images, labels, range(4), best_probabilities(made), 3, 0, 256, 8)
+    assert [of for n, of in seen] == [[3] * 4 + [1] * 4, [2] * 4 + [0] * 4]
+
+
+def test_the_estimate_of_one_timestep():
+    made = scheduler("fixed_small", num_train_timesteps=1)
+    p = timestep_probabilities(knows_a_coin(made), made, coins(2), None, 0, 256)
+    found = estimated_bound(knows_a_coin(made), made, coins(2), None, [0, 1], p, 16, 0, 256)
+    assert found.isfinite().all()
+
+
+def test_gradients_of_the_bound_are_finite_at_black_and_white():
+    made = LinearNoiseScheduler(variance_type="learned_range")
+    x0 = torch.tensor([-1.0, 0.2, 1.0]).expand(T, 1, 1, 3)
+    t = torch.arange(T)
+    output = torch.randn(T, 2, 1, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    bound_terms(made, x0, made.add_noise(x0, torch.randn(x0.shape), t), t, output, 17).sum().backward()
+    assert output.grad.isfinite().all()
+    assert (output.grad[:, 1] != 0).any(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize("t", [1, 10, 40])
+def test_the_variance_that_the_bound_asks_for(t):
+    """Of data N(0, s^2) and its best network: beta~ + (d mean / d x_0)^2 Var(x_0 | x_t), between beta~ and beta.
+
+    The same of all pixels, so the share is fitted to the mean of a few hundred thousand of them.
+    """
+    made = LinearNoiseScheduler(num_train_timesteps=50, beta_start=1e-3, beta_end=0.3, clip_sample=False,
+                                variance_type="learned_range", prediction_type="sample")  # fmt: skip
+    spread, n = 0.5, 400_000
+    x0, noise = torch.randn(2, 1, 1, 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = torch.tensor([t])
+    xt = made.add_noise(x0 * spread, noise, at)
+    abar = made._alphas_cumprod[t]
+    unsure = spread**2 * (1 - abar) / (abar * spread**2 + 1 - abar)
+    from_x0, _, smallest, largest = made._posterior[t].tolist()
+    best_share = (math.log(math.exp(smallest) + from_x0**2 * unsure) - smallest) / (largest - smallest)
+    assert 0 < best_share < 1
+    guess = abar.sqrt() * spread**2 / (abar * spread**2 + 1 - abar) * xt
+
+    def slope(share):
+        range_ = torch.full((1, 1, 1, 1), 2 * share - 1, dtype=torch.float64, requires_grad=True)
+        output = torch.cat([guess, range_.expand_as(guess)], dim=1)
+        bound_terms(made, x0 * spread, xt, at, output).sum().backward()
+        return range_.grad.item()
+
+    low, high = slope(0.0), slope(1.0)
+    assert low < 0 < high
+    assert abs(slope(best_share)) < 0.02 * min(-low, high)
