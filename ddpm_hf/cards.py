@@ -16,10 +16,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import TemplateError
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm_hf.comparison import interval, read_evaluation
+from ddpm_hf.extractor import weights_sha256
 from ddpm_hf.images import PIL_MODES
 from ddpm_hf.pipeline import DDPMCustomPipeline
 
-FACTS, CARD = "run.json", "README.md"
+FACTS, CARD, EVALUATION = "run.json", "README.md", "evaluation.json"
 # The first line of what is ours to write anew. Who edits the card takes it out.
 MARK = "<!-- Made by ddpm_hf of what was measured. Take this line out, or your changes to the card will be lost. -->"
 PACKAGES = ("ddpm-hf", "torch", "diffusers", "accelerate", "datasets", "transformers")
@@ -161,6 +163,44 @@ def read_facts(folder: Path) -> dict:
     return facts
 
 
+def evaluation_of(pipeline: DDPMCustomPipeline, folder: Path) -> dict:
+    """The evaluation.json of a folder, or {} if it has none, or one of other weights than these.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    if not (folder / EVALUATION).is_file():
+        return {}
+    found = read_evaluation(folder / EVALUATION)
+    of = found["protocol"].get("model", {}).get("sha256")
+    return found if of == weights_sha256(pipeline.unet) else {}
+
+
+def _evaluated(pipeline: DDPMCustomPipeline, folder: Path) -> list[dict]:
+    """Its metrics as a `Run` keeps its own."""
+    evaluation = evaluation_of(pipeline, folder)
+    if not evaluation:
+        return []
+    protocol, rows = evaluation["protocol"], []
+    made = ", ".join(
+        f"{words} {protocol[key]}" for key, words in (("num_samples", "samples"), ("num_inference_steps", "steps"),
+                                                      ("guidance_scale", "guidance"), ("seed", "seed"))
+        if key in protocol
+    )  # fmt: skip
+    for key, metric in evaluation["metrics"].items():
+        of = f"95 % interval {interval(metric)}; " if metric["stderr"] is not None else ""
+        rows.append(
+            {
+                "type": key,
+                "name": metric["name"],
+                "value": metric["value"],
+                "split": "held out" if key.endswith("held_out") or key in ("bpd", "bpd_fast") else "train",
+                "protocol": f"{of}n = {metric['n']}; {made}; {EVALUATION} has the whole protocol",
+            }
+        )
+    return rows
+
+
 def forward_flops(unet) -> int:
     """Floating-point operations of one prediction for one image of the network's `sample_size`.
 
@@ -214,7 +254,8 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
     data, training = facts.get("data", {}), facts.get("training", {})
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
-    metrics = [metric for metric in facts.get("metrics", []) if metric["value"] is not None]
+    metrics = [*facts.get("metrics", []), *_evaluated(pipeline, folder)]
+    metrics = [metric for metric in metrics if metric["value"] is not None]
     base = training.get("base_model")
     results = [
         EvalResult(
@@ -264,7 +305,7 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
         time=_duration(training.get("seconds")),
         versions=facts.get("versions", {}),
         metrics=[_cells(metric) for metric in metrics],
-        nearness=any(metric["type"] == "nearest_training_image" for metric in metrics),
+        nearness=any(metric["type"].startswith(("nearest_training_image", "memorization")) for metric in metrics),
         pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
         can_retrain=(folder / "train_config.json").is_file(),
         raw=any((folder / "unet").glob("*.raw.safetensors")),

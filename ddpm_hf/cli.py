@@ -135,7 +135,7 @@ def evaluate(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="sample k is a function of this and k; default: 0")
     parser.add_argument("--bpd_images", type=int, help="images of the whole bound, each T predictions; default: 64")
     parser.add_argument("--batch_size", type=int, help="images at a time; default: 64")
-    parser.add_argument("--output", help="the file to write; the report comes beside it; default: evaluation.json")
+    parser.add_argument("--output", help="the file to write; the report comes beside it; default: with the model")
     parser.add_argument("--compare", nargs="+", metavar="FILE", help="compare evaluations in place of making one")
     parser.add_argument("--across", nargs="+", default=[], help="of --compare: parts of the protocol that may differ")
     given = {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
@@ -153,7 +153,7 @@ def evaluate(args: list[str]) -> int:
         given["metrics"] = tuple(name.strip() for name in given["metrics"].split(","))
     found = evaluation.evaluate(**given)
     if os.environ.get("RANK", "0") == "0":
-        output = given.get("output", evaluation.OUTPUT)
+        output = given.get("output") or evaluation.output_of(given["model"])
         print("\n".join([*comparison.table(found), f"-> {output}, and report.html beside it"]), flush=True)
         if found["protocol"].get("num_samples", evaluation.ENOUGH) < evaluation.ENOUGH:
             print(comparison.FEW.format(n=found["protocol"]["num_samples"]), file=sys.stderr)

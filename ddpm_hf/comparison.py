@@ -32,6 +32,12 @@ def table(evaluation: dict) -> list[str]:
             for name, metric in evaluation["metrics"].items()]  # fmt: skip
 
 
+def interval(metric: dict) -> str:
+    """95 %, as of a normal distribution."""
+    low, high = (metric["value"] + sign * 1.96 * metric["stderr"] for sign in (-1, 1))
+    return f"{low:.4g} ... {high:.4g}"
+
+
 def _in_words(metric: dict) -> str:
     if metric["value"] is None:
         return "-"

@@ -79,7 +79,7 @@ def evaluate(
     seed: int = 0,
     bpd_images: int = 64,
     batch_size: int = 64,
-    output: str | Path = OUTPUT,
+    output: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> dict:
     """Measure a model, by all processes of a launcher; the main one writes `output` and the report beside it.
@@ -95,7 +95,8 @@ def evaluate(
         scheduler: a solver's name, or the model's own scheduler.
         bpd_images: held-out images whose whole bound is computed, a prediction for each of the T timesteps.
         batch_size: images at a time; it changes no number but by rounding.
-        output: the JSON file; by_timestep.csv, report.html and report.png are written beside it.
+        output: the JSON file, by default evaluation.json in the folder of the model, or here for one of the Hub;
+            by_timestep.csv, report.html and report.png are written beside it.
         cache: the folder of the references' feature statistics, found again by the content of the images.
 
     Returns:
@@ -105,7 +106,7 @@ def evaluate(
         ValueError: an argument that can't be, or a data set that can't be had; nothing has been written then.
     """
     _check(metrics, weights, num_samples, seed, bpd_images, batch_size)
-    output = _writable(Path(output))
+    output = _writable(output_of(model) if output is None else Path(output))
     accelerator = Accelerator()
     pipeline = load_pipeline(model, "model", "raw" if weights == "raw" else None)
     pipeline.set_progress_bar_config(disable=True)
@@ -145,6 +146,10 @@ def evaluate(
         _write(output, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
     accelerator.wait_for_everyone()
     return evaluation
+
+
+def output_of(model: str) -> Path:
+    return Path(model) / OUTPUT if Path(model).is_dir() else Path(OUTPUT)
 
 
 def data_config(model: str, pipeline, dataset_name: str | None, train_data_dir: str | None) -> TrainConfig:
