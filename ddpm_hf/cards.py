@@ -16,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import TemplateError
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_hf.comparison import interval, read_evaluation
+from ddpm_hf.comparison import number, read_evaluation
 from ddpm_hf.extractor import weights_sha256
 from ddpm_hf.images import PIL_MODES
 from ddpm_hf.pipeline import DDPMCustomPipeline
@@ -188,7 +188,7 @@ def _evaluated(pipeline: DDPMCustomPipeline, folder: Path) -> list[dict]:
         if key in protocol
     )  # fmt: skip
     for key, metric in evaluation["metrics"].items():
-        of = f"95 % interval {interval(metric)}; " if metric["stderr"] is not None else ""
+        of = f"{number(metric)} (95 %); " if metric["stderr"] is not None else ""
         rows.append(
             {
                 "type": key,

@@ -28,20 +28,26 @@ def read_evaluation(path: str | Path) -> dict:
 def table(evaluation: dict) -> list[str]:
     """A line a metric, with its 95 % interval."""
     width = max(len(name) for name in evaluation["metrics"])
-    return [f"{name:<{width}}  {_in_words(metric):<24} {metric['name']}"
+    return [f"{name:<{width}}  {number(metric):<24} {metric['name']}"
             for name, metric in evaluation["metrics"].items()]  # fmt: skip
 
 
-def interval(metric: dict) -> str:
-    """95 %, as of a normal distribution."""
-    low, high = (metric["value"] + sign * 1.96 * metric["stderr"] for sign in (-1, 1))
-    return f"{low:.4g} ... {high:.4g}"
-
-
-def _in_words(metric: dict) -> str:
-    if metric["value"] is None:
-        return "-"
-    return f"{metric['value']:.4g}" + (f" ± {1.96 * metric['stderr']:.2g}" if metric["stderr"] is not None else "")
+def number(metric: dict) -> str:
+    """A metric's value with its 95 % interval, as far as there is one, in as many digits as that bears."""
+    value, stderr = metric.get("value"), metric.get("stderr")
+    if value is None or not math.isfinite(value):
+        return "no value"
+    half = None if stderr is None else 1.96 * stderr
+    if half is None:
+        text = f"{value:.4g}"
+    elif not math.isfinite(half):
+        text = f"{value:.4g} ± unknown"
+    elif half == 0 or not 1e-6 < half < 1e6:
+        text = f"{value:.4g} ± {half:.2g}"
+    else:
+        digits = max(0, 1 - math.floor(math.log10(half)))
+        text = f"{value:,.{digits}f} ± {half:,.{digits}f}"
+    return text.replace("-", "\u2212")
 
 
 def compare(paths: list[str], across: tuple[str, ...] = ()) -> list[str]:
@@ -70,7 +76,7 @@ def compare(paths: list[str], across: tuple[str, ...] = ()) -> list[str]:
             f"{' '.join(dict.fromkeys(line.split()[0].split('.')[0] for line in apart))}"
         )
     names = [name for name in found[0]["metrics"] if all(name in each["metrics"] for each in found)]
-    rows = [["", *paths], *([name, *(_in_words(each["metrics"][name]) for each in found)] for name in names)]
+    rows = [["", *paths], *([name, *(number(each["metrics"][name]) for each in found)] for name in names)]
     for row, name in zip(rows[1:], names, strict=True):
         row.append(_apart([each["metrics"][name] for each in found]))
     rows[0].append("")
@@ -88,7 +94,8 @@ def _apart(metrics: list[dict]) -> str:
             continue
         error = 1.96 * math.hypot(values[2], values[3])
         difference = values[1] - values[0]
-        marks.append(f"{difference:+.3g}{'' if abs(difference) > error else ' (within the error)'}")
+        text = f"{difference:+.3g}".replace("-", "\u2212")
+        marks.append(text if abs(difference) > error else f"{text} (within the error)")
     return ", ".join(marks)
 
 

@@ -16,16 +16,29 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from ddpm_hf.charts import (
+    BITS,
+    DISTANCES,
+    DRIFTS,
+    INK,
+    INK_ON_BLACK,
+    LOSSES,
+    QUALITIES,
+    REAL,
+    STYLE,
+    TRAIN,
+    Panel,
+    channel_names,
+    has,
+    panels_of,
+)
+from ddpm_hf.comparison import number
+
 PAGE, POSTER = "report.html", "report.png"
 PANELS_A_ROW = 4  # of the poster
 FEW = 10_000  # samples, below which the bias of a distance is more than its interval
 SETS = {"train": "training images", "held_out": "held-out images"}
-DISTANCES = {"fid": "Fréchet Inception distance", "fd": "Fréchet distance", "kid": "Kernel distance"}
-QUALITIES = ("precision", "recall", "density", "coverage")
-BITS = {"bpd": "bound, held out", "bpd_fast": "estimate, held out", "bpd_fast_train": "estimate, training"}
 MEMORIZATION = {"memorization_features": "by features", "memorization_pixels": "by pixels"}
-DRIFTS = {"channel_mean_drift": "mean", "channel_std_drift": "standard deviation"}
-LOSSES = {"loss_held_out": "held-out images", "loss_train": "training images"}
 TOGETHER = (  # of these none is shown without the others
     *(tuple(f"{name}_{of}" for name in QUALITIES) for of in SETS),
     ("inception_score", "inception_score_real"),
@@ -36,15 +49,7 @@ KNOWN = {
     *(BITS | MEMORIZATION | DRIFTS | LOSSES),
     "bpd_floor",
 }
-HELD_OUT, TRAIN, REAL, THIRD = "#2f7fd1", "#e07b28", "#8a8f98", "#3a9d6e"  # seen on white as on black
 TONES = {"good": "#23804f", "so": "#23272f", "bad": "#c0392b"}
-INK, INK_ON_BLACK, FAINT = "#23272f", "#dfe3ea", "#8a8f9855"
-STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    **{"axes.grid": True, "grid.color": FAINT, "axes.axisbelow": True, "legend.frameon": False, "font.size": 9},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11},
-    **{"axes.titleweight": "bold", "lines.linewidth": 1.6, "axes.facecolor": "none", "svg.hashsalt": PAGE},
-}
 
 
 def write_report(folder: Path, evaluation: dict, pictures: dict[str, Image.Image], by_timestep: list[dict]) -> None:
@@ -61,7 +66,7 @@ def write_report(folder: Path, evaluation: dict, pictures: dict[str, Image.Image
     protocol, metrics = evaluation.get("protocol", {}), dict(evaluation.get("metrics", {}))
     withheld = _withhold(metrics)
     pictures = {name: _on_white(picture) for name, picture in pictures.items()}
-    panels = _panels(metrics, by_timestep)
+    panels = panels_of(metrics, by_timestep)
     model = protocol.get("model")
     content = {
         "name": str(model.get("name", "A model") if isinstance(model, dict) else model or "A model"),
@@ -91,24 +96,6 @@ def write_report(folder: Path, evaluation: dict, pictures: dict[str, Image.Image
 # ---------------------------------------------------------------- words
 
 
-def number(metric: dict) -> str:
-    """A metric's value with its 95 % interval, as far as there is one, in as many digits as that bears."""
-    value, stderr = metric.get("value"), metric.get("stderr")
-    if value is None or not math.isfinite(value):
-        return "no value"
-    half = None if stderr is None else 1.96 * stderr
-    if half is None:
-        text = f"{value:.4g}"
-    elif not math.isfinite(half):
-        text = f"{value:.4g} ± unknown"
-    elif half == 0 or not 1e-6 < half < 1e6:
-        text = f"{value:.4g} ± {half:.2g}"
-    else:
-        digits = max(0, 1 - math.floor(math.log10(half)))
-        text = f"{value:,.{digits}f} ± {half:,.{digits}f}"
-    return text.replace("-", "\u2212")
-
-
 def z_score(metric: dict) -> str:
     return f"{metric['value']:.2f}".replace("-", "\u2212")
 
@@ -124,16 +111,11 @@ def verdict(z: float) -> tuple[str, str]:
     return "so", "farther from the training images than unseen images are: no copies, but unlike the data"
 
 
-def _has(metrics: dict, key: str) -> bool:
-    value = metrics.get(key, {}).get("value")
-    return value is not None and math.isfinite(value)
-
-
 def _withhold(metrics: dict) -> list[str]:
     """Takes out what would stand without its fellows, and says so."""
     said = []
     for group in TOGETHER:
-        missing = [key for key in group if not _has(metrics, key)]
+        missing = [key for key in group if not has(metrics, key)]
         if missing:
             names = [metrics.pop(key).get("name", key) for key in group if key in metrics]
             said += [f"{', '.join(names)} (without {', '.join(missing)})"] if names else []
@@ -144,20 +126,24 @@ def _cards(metrics: dict) -> list[dict]:
     """The numbers to see first, each with the one to compare it with."""
     cards = []
     keys = [f"{name}_{of}" for of in SETS for name in DISTANCES]
-    for key in [key for key in keys if _has(metrics, key)][:1]:
+    for key in [key for key in keys if has(metrics, key)][:1]:
         family, of = key.split("_", 1)
         real = f"{family}_real"
-        beside = f"held-out real images: {number(metrics[real])}" if _has(metrics, real) else ""
+        beside = ""
+        if has(metrics, real):
+            n, samples = metrics[real].get("n"), metrics[key].get("n")
+            of = "" if n is None or n == samples else f"{n:,} "  # another number has another bias
+            beside = f"{of}held-out real images: {number(metrics[real])}"
         cards.append({"name": f"{DISTANCES[family]} to {SETS[of]}", "number": number(metrics[key]), "beside": beside})
-    if not cards and _has(metrics, "precision_train"):
+    if not cards and has(metrics, "precision_train"):
         both = " and ".join(number(metrics[f"{name}_train"]) for name in QUALITIES[:2])
         cards.append({"name": "Precision and recall", "number": both, "beside": "of training images"})
-    for key in [key for key in BITS if _has(metrics, key)][:1]:
+    for key in [key for key in BITS if has(metrics, key)][:1]:
         beside = f"floor, of a perfect network: {number(metrics['bpd_floor'])}" if "bpd_floor" in metrics else ""
         if key == "bpd_fast" and "bpd_fast_train" in metrics:
             beside = f"training images: {number(metrics['bpd_fast_train'])}"
         cards.append({"name": f"Bits per dimension: {BITS[key]}", "number": number(metrics[key]), "beside": beside})
-    for key in [key for key in MEMORIZATION if _has(metrics, key)][:1]:
+    for key in [key for key in MEMORIZATION if has(metrics, key)][:1]:
         tone, words = verdict(metrics[key]["value"])
         beside = f"Samples are {words}."
         cards.append(
@@ -242,136 +228,6 @@ def _plain(key, value) -> tuple[str, str]:
     else:
         text = f"{value:g}" if isinstance(value, float) else str(value)
     return text, text
-
-
-# ---------------------------------------------------------------- curves
-
-Panel = tuple[str, Callable]  # its title, and what draws it on axes
-
-
-def _panels(metrics: dict, rows: list[dict]) -> dict[str, Panel]:
-    """What can be drawn of these numbers."""
-    intervals = {
-        family: (
-            f"{name} (lower is better)",
-            {
-                f"{family}_train": ("to training", TRAIN),
-                f"{family}_held_out": ("to held-out", HELD_OUT),
-                f"{family}_real": ("real images", REAL),
-            },
-        )
-        for family, name in DISTANCES.items()
-    }
-    both = (("train", TRAIN), ("held_out", HELD_OUT))
-    names = {f"{name}_{of}": (f"{name}, {of.replace('_', '-')}", colour) for name in QUALITIES for of, colour in both}
-    intervals["qualities"] = ("Fidelity and diversity (higher is better)", names)
-    names = {"inception_score": ("samples", HELD_OUT), "inception_score_real": ("real images", REAL)}
-    intervals["inception_score"] = ("Inception Score (higher is better)", names)
-    panels = {
-        key: (title, partial(_draw_intervals, metrics=metrics, names=names))
-        for key, (title, names) in intervals.items()
-        if any(_has(metrics, name) for name in names)
-    }
-    if any(_has(metrics, key) for key in BITS):
-        panels["bits"] = ("Bits per dimension (lower is better)", partial(_draw_bits, metrics=metrics))
-    curves = {
-        "loss": ("Loss", {"loss_held_out": "held-out images", "loss_train": "training images"}, None),
-        "bits_by_timestep": ("Bits per dimension of each timestep", {"bits": ""}, None),
-        "rmse": ("Error of the predicted x0 (RMS)", {"x0_rmse": ""}, 0),
-        "slope": ("Slope of the true x0 on the predicted", {"x0_slope": ""}, 1),
-        "bias": ("Bias of the predicted x0", {"x0_bias": ""}, 0),
-    }
-    for key, (title, columns, level) in curves.items():
-        lines = {name: _points(rows, column) for column, name in columns.items()}
-        if any(lines.values()):
-            early = key == "bits_by_timestep"  # most of the bound is there
-            panels[key] = (title, partial(_draw_curve, lines=lines, level=level, early=early))
-    if any(metrics.get(key, {}).get("channels") for key in DRIFTS):
-        panels["drift"] = ("Colour drift: samples less training images", partial(_draw_drift, metrics=metrics))
-    return panels
-
-
-def _points(rows: list[dict], column: str) -> list[tuple[int, float]]:
-    found = [(row["timestep"], row.get(column)) for row in rows]
-    return sorted((t, value) for t, value in found if value is not None and math.isfinite(value))
-
-
-def _draw_intervals(axes, metrics: dict, names: dict[str, tuple[str, str]]) -> None:
-    shown = [(*names[key], metrics[key]) for key in names if _has(metrics, key)]
-    gap = "\n" if len(shown) <= 4 else "   "
-    for k, (_, colour, metric) in enumerate(shown):
-        _dot(axes, metric, -k, colour)
-    axes.set_yticks([-k for k in range(len(shown))], [f"{name}{gap}{number(metric)}" for name, _, metric in shown])
-    axes.set(ylim=(0.6 - len(shown), 0.6))
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(0, low), high)
-    axes.grid(visible=False, axis="y")
-
-
-def _dot(axes, metric: dict, y: float, colour: str) -> None:
-    half = 1.96 * (metric.get("stderr") or 0)
-    half = half if math.isfinite(half) else 0
-    axes.plot([0, metric["value"]], [y, y], color=colour, alpha=0.35, linewidth=4, solid_capstyle="butt")
-    axes.errorbar(metric["value"], y, xerr=half, fmt="o", color=colour, markersize=6, capsize=4, linewidth=2)
-
-
-def _draw_bits(axes, metrics: dict) -> None:
-    shown = [key for key in BITS if _has(metrics, key)]
-    for k, key in enumerate(shown):
-        metric, left = metrics[key], 0.0
-        parts = [(name, metric.get(name)) for name in ("decoder", "kl", "prior")]
-        if any(part is None for _, part in parts):
-            _dot(axes, metric, -k, TRAIN if key.endswith("train") else HELD_OUT)
-            continue
-        for (name, part), colour in zip(parts, (THIRD, HELD_OUT, TRAIN)):
-            axes.barh(-k, part, 0.4, left, color=colour, label=name)
-            left += part
-        axes.errorbar(metric["value"], -k, xerr=1.96 * (metric.get("stderr") or 0), color=INK, capsize=4)
-    if _has(metrics, "bpd_floor"):
-        floor = metrics["bpd_floor"]
-        axes.axvline(floor["value"], ymax=0.78, color=REAL, linestyle="--", label=f"floor {number(floor)}")
-    axes.set_yticks([-k for k in range(len(shown))], [f"{BITS[key]}\n{number(metrics[key])}" for key in shown])
-    axes.set(ylim=(0.5 - len(shown), 1.6))
-    axes.set_xlim(0)
-    axes.grid(visible=False, axis="y")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", ncols=2, fontsize=8, columnspacing=1, handlelength=1.2)
-
-
-def _draw_curve(axes, lines: dict[str, list], level: float | None, early: bool) -> None:
-    """Values against timesteps; `level`: the ideal, drawn dashed, or None and the values are drawn as logarithms."""
-    for (name, points), colour in zip(lines.items(), (HELD_OUT, TRAIN)):
-        if points:
-            axes.plot(*zip(*points), "o-" if len(points) <= 50 else "-", color=colour, markersize=3, label=name)
-    if level is not None:
-        axes.axhline(level, color=REAL, linestyle="--", linewidth=1.2)
-    elif min(value for points in lines.values() for _, value in points) > 0:
-        axes.set_yscale("log")
-    if early:
-        axes.set_xscale("symlog", linthresh=1, linscale=0.3)
-        axes.set_xlim(0)
-    axes.set(xlabel="timestep (0 has the least noise)")
-    if len(lines) > 1:
-        axes.legend()
-
-
-def _draw_drift(axes, metrics: dict) -> None:
-    drifts = {name: metrics[key]["channels"] for key, name in DRIFTS.items() if metrics.get(key, {}).get("channels")}
-    number_of = max(map(len, drifts.values()))
-    axes.axvspan(-2 / 255, 2 / 255, color=FAINT, linewidth=0, label="< 1 of 255 steps")
-    for k, (name, values) in enumerate(drifts.items()):
-        y = [-c - 0.35 * (k - (len(drifts) - 1) / 2) for c in range(len(values))]
-        axes.barh(y, values, 0.32, color=(HELD_OUT, TRAIN)[k], label=name)
-    axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks([-c for c in range(number_of)], channel_names(number_of))
-    reach = 1.25 * max(2.5 / 255, *(abs(value) for values in drifts.values() for value in values))
-    axes.set(xlim=(-reach, reach), ylim=(0.4 - number_of, 1.2), xlabel="pixel values in [\u22121, 1]")
-    axes.grid(visible=False, axis="y")
-    axes.legend(loc="upper left", ncols=3, fontsize=8, columnspacing=1, handlelength=1.2)
-
-
-def channel_names(number_of: int) -> list[str]:
-    return {1: ["gray"], 3: ["red", "green", "blue"]}.get(number_of, [f"channel {c}" for c in range(number_of)])
 
 
 # ---------------------------------------------------------------- page and poster

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, evaluation
 from ddpm_hf.cli import main
+from ddpm_hf.comparison import number
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import load_images
 from ddpm_hf.diagnostics import channel_moments
@@ -86,7 +87,7 @@ def test_the_names_are_kept(evaluated):
     )  # fmt: skip
     assert len(curves) == 50
     assert Image.open(folder / "report.png").width > 800
-    assert f"{found['metrics']['bpd']['value']:.2f}" in (folder / "report.html").read_text()
+    assert number(found["metrics"]["bpd"]) in (folder / "report.html").read_text()
 
 
 def test_what_is_not_asked_for_is_not_measured(trained, tmp_path):
@@ -314,7 +315,7 @@ def test_the_command(trained, tmp_path, capsys, monkeypatch):
     assert main(["evaluate", str(trained), "--output", str(output), *flags]) == 0
     out, err = capsys.readouterr()
     value = json.loads(output.read_text())["metrics"]["fd_train"]
-    assert f"{value['value']:.4g} ± {1.96 * value['stderr']:.2g}" in out
+    assert f"{number(value)} " in out
     assert "precision_train" in out
     assert "recall_train" in out
     assert "20 samples are fewer than 10,000" in err

@@ -526,7 +526,7 @@ def test_an_evaluation_is_in_the_card_as_long_as_the_weights_are_those_that_it_i
     there = hub.files("me/digits")
     assert set(there) == {*MODEL, "evaluation.json"}
     card = ModelCard(there["README.md"].decode())
-    assert "95 % interval 3.02 ... 4.98; n = 2000; samples 2000, steps 50, seed 7" in card.content
+    assert "4.00 ± 0.98 (95 %); n = 2000; samples 2000, steps 50, seed 7" in card.content
     found = {result.metric_type: result for result in card.data.eval_results}
     assert found["fd_train"].metric_value == 4.0
     assert found["memorization_pixels"].metric_value == -0.25

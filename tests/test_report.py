@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 import ddpm_hf.report
-from ddpm_hf.report import KNOWN, number, write_report
+from ddpm_hf.comparison import number
+from ddpm_hf.report import KNOWN, write_report
 
 
 def metric(value, stderr=None, n=2000, **more):
@@ -214,21 +215,6 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_report(tmp_path / "report", only("loss_train"), {}, [])
     assert {path: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    ("value", "stderr", "text"),
-    [
-        (8.4213, 0.1121, "8.42 ± 0.22"),
-        (7987.3, 23.8, "7,987 ± 47"),
-        (-0.00004, 0.00021, "\u22120.00004 ± 0.00041"),
-        (1.43123, None, "1.431"),
-        (0.5, 0.0, "0.5 ± 0"),
-        (float("nan"), 0.1, "no value"),
-    ],
-)
-def test_a_number_has_the_digits_that_its_interval_bears(value, stderr, text):
-    assert number({"value": value, "stderr": stderr}) == text
 
 
 def test_importing_it_imports_no_matplotlib():
