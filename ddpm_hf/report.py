@@ -132,8 +132,8 @@ def _cards(metrics: dict) -> list[dict]:
         beside = ""
         if has(metrics, real):
             n, samples = metrics[real].get("n"), metrics[key].get("n")
-            of = "" if n is None or n == samples else f"{n:,} "  # another number has another bias
-            beside = f"{of}held-out real images: {number(metrics[real])}"
+            number_of = "" if n is None or n == samples else f"{n:,} "  # another number has another bias
+            beside = f"{number_of}held-out real images: {number(metrics[real])}"
         cards.append({"name": f"{DISTANCES[family]} to {SETS[of]}", "number": number(metrics[key]), "beside": beside})
     if not cards and has(metrics, "precision_train"):
         both = " and ".join(number(metrics[f"{name}_train"]) for name in QUALITIES[:2])
