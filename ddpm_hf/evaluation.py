@@ -56,6 +56,7 @@ OF_FEATURES, OF_SAMPLES = {"fd", "kid", "prdc", "is"}, {"fd", "kid", "prdc", "is
 OUTPUT, CURVES = "evaluation.json", "by_timestep.csv"
 ENOUGH = 10_000  # samples; distances of fewer are not to be compared with published ones
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
+FEWEST = 2 * NEIGHBOURS  # images that have distances
 DRAWS = 16  # timesteps an image, of the fast estimate of the bound
 MOST_COMPARED = 1_000  # samples whose neighbours are looked for
 MOST_BY_TIMESTEP = 256  # images
@@ -141,8 +142,10 @@ def evaluate(
     }
     evaluation = {"protocol": protocol, "metrics": found}
     if accelerator.is_main_process:
-        _write(output.parent / CURVES, _csv(run.by_timestep)) if run.by_timestep else None
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_report(output.parent, evaluation, run.pictures, run.by_timestep)
+        if run.by_timestep:
+            _write(output.parent / CURVES, _csv(run.by_timestep))
         _write(output, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
     accelerator.wait_for_everyone()
     return evaluation
@@ -197,7 +200,7 @@ def _check(metrics, weights, num_samples, seed, bpd_images, batch_size) -> None:
         raise ValueError(f"metrics: name at least one of {', '.join(METRICS)}")
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r}; choose from ema, raw")
-    for name, value, least in (("num_samples", num_samples, 2 * NEIGHBOURS), ("bpd_images", bpd_images, 2),
+    for name, value, least in (("num_samples", num_samples, FEWEST), ("bpd_images", bpd_images, 2),
                                ("batch_size", batch_size, 1)):  # fmt: skip
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
@@ -209,9 +212,9 @@ def _writable(output: Path) -> Path:
     """`output`, before an hour's work is done that could not be kept."""
     if output.is_dir():
         raise ValueError(f"output={str(output)!r} is a folder; name a file, such as {output / OUTPUT}")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
     try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.absolute().parent):
+        with tempfile.TemporaryFile(dir=folder):
             return output.absolute()
     except OSError as error:
         raise ValueError(f"output={str(output)!r} can't be written: {error}") from error
@@ -265,6 +268,10 @@ class _Evaluation:
         )
         if self.metrics & {"bpd", "loss"} and self.held_out is None:
             raise ValueError("metrics: bpd and loss are of images that were held out, and a single image has none")
+        if self.metrics & OF_FEATURES and len(self.train) < FEWEST:
+            raise ValueError(f"metrics: {len(self.train)} training images are too few for distances; name others")
+        if self.metrics & OF_SAMPLES and (self.held_out is None or len(self.held_out) < FEWEST):
+            log.warning(f"fewer than {FEWEST} images were held out: nothing is compared with them")
         self.ours = _ours(self.pipeline)
 
     def measured(self) -> dict[str, dict]:
@@ -372,7 +379,7 @@ class _Evaluation:
         references = {}
         if self.extractor is not None:
             for name, images in (("train", self.train), ("held_out", self.held_out)):
-                if images is not None:
+                if images is not None and len(images) >= FEWEST:
                     references[name] = measure_cached(
                         self.extractor, images, self.cache, batch_size=256, accelerator=self.accelerator
                     )
@@ -448,7 +455,7 @@ class _Evaluation:
         if "held_out" not in references:
             return None
         features = references["held_out"].features
-        return _spread(features, self.num_samples) if len(features) >= 4 else None
+        return _spread(features, self.num_samples)
 
     def _kernel(self, made, references) -> None:
         name = f"Kernel distance, KID ({self.extractor.name} features)"
@@ -464,8 +471,6 @@ class _Evaluation:
     def _neighbourhoods(self, made, references) -> None:
         for split, of in references.items():
             n = min(len(made.features), len(of.features))
-            if n <= NEIGHBOURS:
-                continue
             values = precision_recall_density_coverage(_spread(of.features, n), made.features[:n], NEIGHBOURS)
             for name, value in values.items():
                 self._tell(f"{name}_{split}", f"{name.capitalize()}, {_words(split)} images", value)
@@ -485,31 +490,28 @@ class _Evaluation:
             self._tell(key, words, Estimate(value, spread / math.sqrt(splits), len(logits)), splits=splits)
 
     def _memorization(self, made, references) -> None:
-        if self.held_out is None or len(self.held_out) < 2:
-            log.warning("memorization: there are no held-out images to compare with")
-            return
         pixels = made.pixels[:MOST_COMPARED]
-        found, of_samples = nearest(pixels, self.train, 1)
-        unseen, _ = self._all(self.held_out, MOST_COMPARED)
-        of_held_out = nearest(unseen, self.train, 1)[1][:, 0]
-        words = "Are samples nearer to training images than unseen images are? z, in {}"
-        told = {"pixels": (of_samples[:, 0], of_held_out)}
-        if self.extractor is not None:
-            train = references["train"].features
-            held_out = _spread(references["held_out"].features, MOST_COMPARED)
-            told["features"] = tuple(
-                nearest_neighbours(each, train)[1][:, 0] for each in (made.features[:MOST_COMPARED], held_out)
-            )
-        for name, (a, b) in told.items():
-            found_of = copying(a, b)
-            value = Estimate(found_of.pop("value"), None, len(a))
-            self._tell(f"memorization_{name}", words.format(name), value, **found_of, n_held_out=len(b))
-        closest = of_samples[:, 0].argsort()[:24]
+        found, distances = nearest(pixels, self.train, 1)
+        closest = distances[:, 0].argsort()[:24]
         pairs = torch.stack([pixels[closest], found[closest, 0]], dim=1).flatten(0, 1)
-        picture = grid(to_output(pairs, "np"), 8, self._scale)
-        caption = [f"Of {len(pixels):,} samples the {len(closest)} that are nearest to a training image, by pixels:",
-                   "sample, its nearest training image, next sample ..."]  # fmt: skip
-        self.pictures["memorization"] = with_caption(picture, caption)
+        caption = [
+            f"Of {len(pixels):,} samples the {len(closest)} that are nearest to a training image, by pixels:",
+            "sample, its nearest training image, next sample ...",
+        ]
+        self.pictures["memorization"] = with_caption(grid(to_output(pairs, "np"), 8, self._scale), caption)
+        if self.held_out is None or len(self.held_out) < FEWEST:
+            return
+        unseen, _ = self._all(self.held_out, MOST_COMPARED)
+        told = {"pixels": (distances[:, 0], nearest(unseen, self.train, 1)[1][:, 0])}
+        if self.extractor is not None:
+            of_train, of_held_out = (references[name].features for name in ("train", "held_out"))
+            queries = made.features[:MOST_COMPARED], _spread(of_held_out, MOST_COMPARED)
+            told["features"] = tuple(nearest_neighbours(each, of_train)[1][:, 0] for each in queries)
+        for name, (of_samples, of_unseen) in told.items():
+            test = copying(of_samples, of_unseen)
+            z = Estimate(test.pop("value"), None, len(of_samples))
+            words = f"Are samples nearer to training images than unseen images are? z, in {name}"
+            self._tell(f"memorization_{name}", words, z, **test, n_held_out=len(of_unseen))
 
     def _drift(self, made) -> None:
         """Whether colours shift: each channel's mean and standard deviation of samples and of training images."""

@@ -1,4 +1,4 @@
-"""Distances between sets of images, over the features of any extractor. All in float64.
+"""Distances between sets of images, over the features of any extractor, with their errors. All in float64.
 
 Features are (N, D), one row an image, as tensors or arrays. Nothing of N x N numbers is held: distances and kernels are
 computed in blocks of rows.

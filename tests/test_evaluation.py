@@ -1,6 +1,7 @@
 """`ddpm-hf evaluate`, from a model to its numbers."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -350,3 +351,18 @@ def test_two_processes_measure_what_one_does(digits_model, tmp_path):
         assert process.stdout.count("fd_train") == 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert_alike(one, two)
+
+
+def test_few_images_have_no_distances(tmp_path, caplog):
+    """A folder of 30, of which 3 are held out: told at the start, and what can be measured is."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for k in range(30):
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{k}.png")
+    train(tiny_config(tmp_path / "run", train_data_dir=str(folder), max_train_steps=1))
+    with caplog.at_level(logging.WARNING):
+        found = quick(tmp_path / "run", tmp_path, features="digits", num_samples=12)
+    assert "fewer than 10 images were held out" in caplog.text
+    assert {"fd_train", "precision_train", "bpd", "loss_held_out"} <= found["metrics"].keys()
+    assert not [name for name in found["metrics"] if name.endswith(("_held_out", "real")) and name != "loss_held_out"]
+    assert not [name for name in found["metrics"] if name.startswith("memorization")]
