@@ -20,6 +20,7 @@ from ddpm_hf.comparison import number, read_evaluation
 from ddpm_hf.extractor import weights_sha256
 from ddpm_hf.images import PIL_MODES
 from ddpm_hf.pipeline import DDPMCustomPipeline
+from ddpm_hf.solvers import plain_config
 
 FACTS, CARD, EVALUATION = "run.json", "README.md", "evaluation.json"
 # The first line of what is ours to write anew. Who edits the card takes it out.
@@ -164,7 +165,7 @@ def read_facts(folder: Path) -> dict:
 
 
 def evaluation_of(pipeline: DDPMCustomPipeline, folder: Path) -> dict:
-    """The evaluation.json of a folder, or {} if it has none, or one of other weights than these.
+    """The evaluation.json of a folder, or {} if it has none, or one of other weights or another scheduler than these.
 
     Raises:
         ValueError: the file can't be read.
@@ -172,8 +173,9 @@ def evaluation_of(pipeline: DDPMCustomPipeline, folder: Path) -> dict:
     if not (folder / EVALUATION).is_file():
         return {}
     found = read_evaluation(folder / EVALUATION)
-    of = found["protocol"].get("model", {}).get("sha256")
-    return found if of == weights_sha256(pipeline.unet) else {}
+    of = found["protocol"].get("model", {})
+    same = of.get("sha256") == weights_sha256(pipeline.unet) and of.get("scheduler") == plain_config(pipeline.scheduler)
+    return found if same else {}
 
 
 def _evaluated(pipeline: DDPMCustomPipeline, folder: Path) -> list[dict]:
@@ -189,13 +191,16 @@ def _evaluated(pipeline: DDPMCustomPipeline, folder: Path) -> list[dict]:
     )  # fmt: skip
     for key, metric in evaluation["metrics"].items():
         of = f"{number(metric)} (95 %); " if metric["stderr"] is not None else ""
+        of += "" if metric["n"] is None else f"n = {metric['n']}; "
+        of += "" if key.startswith(("bpd", "loss")) else f"{made}; "
+        on_held_out = key.endswith(("held_out", "real")) or key in ("bpd", "bpd_fast", "bpd_floor")
         rows.append(
             {
                 "type": key,
                 "name": metric["name"],
                 "value": metric["value"],
-                "split": "held out" if key.endswith("held_out") or key in ("bpd", "bpd_fast") else "train",
-                "protocol": f"{of}n = {metric['n']}; {made}; {EVALUATION} has the whole protocol",
+                "split": "held out" if on_held_out else "train",
+                "protocol": f"{of}{EVALUATION} has the whole protocol",
             }
         )
     return rows

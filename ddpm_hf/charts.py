@@ -36,6 +36,7 @@ def panels_of(metrics: dict, rows: list[dict]) -> dict[str, Panel]:
             {
                 f"{family}_train": ("to training", TRAIN),
                 f"{family}_held_out": ("to held-out", HELD_OUT),
+                f"{family}_train_matched": ("as many as real", TRAIN),
                 f"{family}_real": ("real images", REAL),
             },
         )

@@ -155,8 +155,9 @@ def evaluate(args: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         output = given.get("output") or evaluation.output_of(given["model"])
         print("\n".join([*comparison.table(found), f"-> {output}, and report.html beside it"]), flush=True)
-        if found["protocol"].get("num_samples", evaluation.ENOUGH) < evaluation.ENOUGH:
-            print(comparison.FEW.format(n=found["protocol"]["num_samples"]), file=sys.stderr)
+        n = found["protocol"].get("num_samples", evaluation.ENOUGH)
+        if n < evaluation.ENOUGH and any(name.startswith(("fd", "fid", "inception")) for name in found["metrics"]):
+            print(comparison.FEW.format(n=n), file=sys.stderr)
     return 0
 
 

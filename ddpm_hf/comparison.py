@@ -27,7 +27,7 @@ def read_evaluation(path: str | Path) -> dict:
 
 def table(evaluation: dict) -> list[str]:
     """A line a metric, with its 95 % interval."""
-    width = max(len(name) for name in evaluation["metrics"])
+    width = max(map(len, evaluation["metrics"]), default=0)
     return [f"{name:<{width}}  {number(metric):<24} {metric['name']}"
             for name, metric in evaluation["metrics"].items()]  # fmt: skip
 
@@ -71,9 +71,9 @@ def compare(paths: list[str], across: tuple[str, ...] = ()) -> list[str]:
             if a != b and not allowed:
                 apart.append(f"{key} is {a!r} in {paths[0]} and {b!r} in {path}")
     if apart:
+        keys = " ".join(dict.fromkeys(line.split()[0] for line in apart))
         raise ValueError(
-            f"these are not measured alike: {'; '.join(apart)}. If that is what to compare, say --across "
-            f"{' '.join(dict.fromkeys(line.split()[0].split('.')[0] for line in apart))}"
+            f"these are not measured alike: {'; '.join(apart)}. If that is what to compare, say --across {keys}"
         )
     names = [name for name in found[0]["metrics"] if all(name in each["metrics"] for each in found)]
     rows = [["", *paths], *([name, *(number(each["metrics"][name]) for each in found)] for name in names)]

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -43,17 +44,18 @@ from ddpm_hf.likelihood import (
     full_bound,
     timestep_probabilities,
 )
-from ddpm_hf.memorization import copying
+from ddpm_hf.memorization import nearness, share_of_copies
 from ddpm_hf.pictures import nearest
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes
 from ddpm_hf.report import write_report
 from ddpm_hf.scheduler import NoiseScheduler
 from ddpm_hf.seeds import image_generators, seeded_generator
-from ddpm_hf.solvers import scheduler_class
+from ddpm_hf.solvers import SOLVERS, plain_config, scheduler_class
 
 METRICS = ("bpd", "fd", "kid", "prdc", "is", "memorization", "loss", "drift")
 OF_FEATURES, OF_SAMPLES = {"fd", "kid", "prdc", "is"}, {"fd", "kid", "prdc", "is", "memorization", "drift"}
 OUTPUT, CURVES = "evaluation.json", "by_timestep.csv"
+REPORT = ("report.html", "report.png")
 ENOUGH = 10_000  # samples; distances of fewer are not to be compared with published ones
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 FEWEST = 2 * NEIGHBOURS  # images that have distances
@@ -97,7 +99,7 @@ def evaluate(
         bpd_images: held-out images whose whole bound is computed, a prediction for each of the T timesteps.
         batch_size: images at a time; it changes no number but by rounding.
         output: the JSON file, by default evaluation.json in the folder of the model, or here for one of the Hub;
-            by_timestep.csv, report.html and report.png are written beside it.
+            by_timestep.csv, report.html and report.png are written beside it, after its name if it has another.
         cache: the folder of the references' feature statistics, found again by the content of the images.
 
     Returns:
@@ -109,11 +111,18 @@ def evaluate(
     _check(metrics, weights, num_samples, seed, bpd_images, batch_size)
     output = _writable(output_of(model) if output is None else Path(output))
     accelerator = Accelerator()
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were launched and each would do all of the work: use "
+            "`accelerate launch`, or set ACCELERATE_USE_CPU=true where there is no other device"
+        )
     pipeline = load_pipeline(model, "model", "raw" if weights == "raw" else None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(accelerator.device)
     pipeline.unet.eval().requires_grad_(False)
-    steps = min(50, len(_ours(pipeline))) if num_inference_steps is None else num_inference_steps
+    steps = num_inference_steps
+    if steps is None:  # some solvers can't visit every timestep
+        steps = min(50, max(1, pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)))
     config = data_config(model, pipeline, dataset_name, train_data_dir)
     train, held_out = load_images(config, test_limit=None)
     if train.shape != pipeline.image_shape:
@@ -130,25 +139,38 @@ def evaluate(
         channels = train.shape[0]
         default = "digits" if has_embedded_digits(config) and train.shape[1:] == (8, 8) else None
         run.extractor = make_extractor(features or default, channels, accelerator.device)
+        run.check_extractor()
     found = run.measured()
     protocol = {
         "model": {
             "name": Path(model).resolve().name if Path(model).exists() else model,
             "sha256": weights_sha256(pipeline.unet),
             "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+            "scheduler": plain_config(pipeline.scheduler),
         },
-        "weights": weights,
+        "weights": weights if weights == "raw" or _train_config(model) else "as saved",
         **run.protocol(config),
     }
     evaluation = {"protocol": protocol, "metrics": found}
     if accelerator.is_main_process:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_report(output.parent, evaluation, run.pictures, run.by_timestep)
-        if run.by_timestep:
-            _write(output.parent / CURVES, _csv(run.by_timestep))
-        _write(output, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
-    accelerator.wait_for_everyone()
+        _keep(output, evaluation, run)
     return evaluation
+
+
+def _keep(output: Path, evaluation: dict, run: "_Evaluation") -> None:
+    """The numbers first, so that nothing that happens to a picture can take them away."""
+    text = json.dumps(evaluation, indent=2, allow_nan=False) + "\n"
+    prefix = "" if output.name == OUTPUT else f"{output.stem}-"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name in (CURVES, *REPORT):  # of an evaluation before this one
+        (output.parent / f"{prefix}{name}").unlink(missing_ok=True)
+    _write(output, text)
+    if run.by_timestep:
+        _write(output.parent / f"{prefix}{CURVES}", _csv(run.by_timestep))
+    try:
+        write_report(output.parent, evaluation, run.pictures, run.by_timestep, prefix)
+    except Exception as error:
+        log.warning(f"{output} is written, but its report can't be: {type(error).__name__} {error}")
 
 
 def output_of(model: str) -> Path:
@@ -166,12 +188,11 @@ def data_config(model: str, pipeline, dataset_name: str | None, train_data_dir: 
         )
     flags = {} if path is None else {"config": str(path)}
     if named:
-        flags |= {"dataset_name": dataset_name, "train_data_dir": train_data_dir}
-    if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
-        flags |= {"channels": None, "value_range": None}
-    elif path is None:
         channels, height, width = pipeline.image_shape
+        flags |= {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "dataset_config_name": None}
         flags |= {"channels": channels, "resolution": height if height == width else None}
+        if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
+            flags |= {"channels": None, "value_range": None, "resolution": None}
     flags |= {"output_dir": str(Path.cwd()), "streaming": False, "max_train_steps": 1}
     config = resolve(flags)
     if path is not None and json.loads(path.read_text()).get("streaming"):
@@ -188,8 +209,10 @@ def _train_config(model: str) -> Path | None:
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(model, "train_config.json"))
-    except Exception:  # the network, the Hub and the cache all raise their own; without the file nobody knows
+    except RemoteEntryNotFoundError:
         return None
+    except Exception as error:  # the network, the Hub and the cache all raise their own
+        raise ValueError(f"model={model!r}: its train_config.json can't be had: {error}") from error
 
 
 def _check(metrics, weights, num_samples, seed, bpd_images, batch_size) -> None:
@@ -221,11 +244,25 @@ def _writable(output: Path) -> Path:
 
 
 def _ours(pipeline: DDPMCustomPipeline) -> NoiseScheduler:
-    """The model's process as our scheduler has it, whichever it samples with."""
-    scheduler = pipeline.scheduler
+    """The model's process as our scheduler has it, whichever it samples with.
+
+    Raises:
+        ValueError: ours has no such process.
+    """
+    scheduler, unet = pipeline.scheduler, pipeline.unet.config
     if isinstance(scheduler, NoiseScheduler):
         return scheduler
-    return scheduler_class(scheduler.config).from_config(scheduler.config)
+    config = dict(scheduler.config)
+    if unet.get("out_channels") == 2 * unet.in_channels:
+        config["variance_type"] = "learned_range"
+    elif config.get("variance_type") is None:  # solvers that have no variance
+        config["variance_type"] = "fixed_small"
+    try:
+        return scheduler_class(config).from_config(config)
+    except ValueError as error:
+        raise ValueError(
+            f"metrics: bpd and loss are not known for the model's {type(scheduler).__name__}: {error}"
+        ) from error
 
 
 @dataclass
@@ -272,7 +309,41 @@ class _Evaluation:
             raise ValueError(f"metrics: {len(self.train)} training images are too few for distances; name others")
         if self.metrics & OF_SAMPLES and (self.held_out is None or len(self.held_out) < FEWEST):
             log.warning(f"fewer than {FEWEST} images were held out: nothing is compared with them")
-        self.ours = _ours(self.pipeline)
+        if self.metrics & {"bpd", "loss"}:
+            self.ours = _ours(self.pipeline)
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """Have the labels of the data number the classes as the network does."""
+        unet, names = self.pipeline.unet.config, self.train.label_names
+        classes = num_classes(self.pipeline.unet)
+        if classes is None or names is None:
+            return
+        known = unet.get("class_names") or ([str(k) for k in range(classes)] if len(names) > classes else names)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(
+                f"the images have the classes {', '.join(names)[:200]}, and the model {', '.join(known)[:200]}: "
+                f"{', '.join(unknown)[:80]} it does not know"
+            )
+        number_of = torch.tensor([known.index(name) for name in names])
+        for images in (self.train, self.held_out):
+            if images is not None and images.labels is not None:
+                images.labels = torch.where(images.labels < 0, images.labels, number_of[images.labels.clamp(min=0)])
+
+    def check_extractor(self) -> None:
+        """By one image, before an hour's work is done."""
+        self.extractor(((self.train.batch(torch.tensor([0])) + 1) / 2).clamp(0, 1))
+        if "is" in self.metrics and not self.extractor.classifies:
+            if self.asked_for_all:
+                self.metrics.discard("is")
+                log.warning(f"no Inception Score: the features {self.extractor.name!r} have no classes")
+            else:
+                raise ValueError(f"metrics: 'is' needs classes, which the features {self.extractor.name!r} do not have")
+
+    @property
+    def asked_for_all(self) -> bool:
+        return self.metrics == set(METRICS)
 
     def measured(self) -> dict[str, dict]:
         """All that was asked for, in the order in which it is told; in the main process."""
@@ -311,7 +382,8 @@ class _Evaluation:
         images, labels, numbers = self._chosen(self.held_out, self.bpd_images)
 
         def whole():
-            prior, terms = full_bound(self._predict, ours, images, labels, numbers, **settings)
+            shown = self._bar(numbers, "bits per dimension")
+            prior, terms = full_bound(self._predict, ours, images, labels, shown, **settings)
             return [(prior, terms[:, 1:].sum(1), terms[:, 0])]
 
         parts = in_all(whole, self.accelerator)
@@ -321,20 +393,28 @@ class _Evaluation:
         self._tell("bpd", "Bits per dimension (whole variational bound), held-out images", bound,
                    total_nats=bound.value * dimensions / BITS, total_nats_stderr=bound.stderr * dimensions / BITS,
                    prior=prior.mean().item(), kl=kl.mean().item(), decoder=decoder.mean().item())  # fmt: skip
-        floor = fixed_variance_floor(ours, levels)
+        floor = fixed_variance_floor(ours, self.held_out.batch(torch.arange(min(1024, len(self.held_out)))), levels)
         if floor is not None:
-            self._tell("bpd_floor", "What the fixed variance costs even a perfect network", Estimate(floor, None, None))
+            self._tell(
+                "bpd_floor",
+                "What the fixed variance costs even a network that knows the image",
+                Estimate(floor, None, None),
+            )
         pilot = self._all(self.held_out, 32)
         probabilities = timestep_probabilities(self._predict, ours, *pilot, **settings)
         for name, of, data in (("bpd_fast", "held-out", self.held_out), ("bpd_fast_train", "training", self.train)):
             images, labels, numbers = self._chosen(data, MOST_ESTIMATED)
 
             def estimated(images=images, labels=labels, numbers=numbers):
-                return [estimated_bound(self._predict, ours, images, labels, numbers, probabilities, DRAWS, **settings)]
+                shown = self._bar(numbers, "bits per dimension, fast")
+                return [estimated_bound(self._predict, ours, images, labels, shown, probabilities, DRAWS, **settings)]
 
             values = torch.cat(in_all(estimated, self.accelerator))
             self._tell(name, f"Bits per dimension (estimate from {DRAWS} timesteps an image), {of} images",
                        _mean(values))  # fmt: skip
+
+    def _bar(self, numbers: list[int], what: str):
+        return tqdm(numbers, what, leave=False, unit=" images", disable=self.accelerator.process_index != 0)
 
     def _all(self, images: ImageData, most: int):
         """As `_chosen`, all of them in every process."""
@@ -351,15 +431,16 @@ class _Evaluation:
         for name, of, data in (("loss_held_out", "held-out", self.held_out), ("loss_train", "training", self.train)):
             images, labels, numbers = self._chosen(data, MOST_BY_TIMESTEP)
 
-            def looked(images=images, labels=labels, numbers=numbers, levels=data.levels):
+            def looked(images=images, labels=labels, numbers=numbers, of=of, levels=data.levels):
                 seen = ByTimestep(timesteps)
-                seen.see(self._predict, self.ours, images, labels, numbers, self.seed, levels, self.batch_size)
+                shown = self._bar(numbers, f"loss, {of} images")
+                seen.see(self._predict, self.ours, images, labels, shown, self.seed, levels, self.batch_size)
                 return [seen]
 
             seen = sum(in_all(looked, self.accelerator), ByTimestep(timesteps))
             curves[name] = seen.columns()
             losses = torch.tensor(seen.losses, dtype=torch.float64)
-            self._tell(name, f"Mean squared error of the prediction over all timesteps, {of} images", _mean(losses))
+            self._tell(name, f"Mean squared error of the prediction, mean over timesteps, {of} images", _mean(losses))
         held_out = curves["loss_held_out"]
         columns = {"timestep": timesteps, "loss_held_out": held_out.pop("loss"),
                    "loss_train": curves["loss_train"]["loss"], **held_out}  # fmt: skip
@@ -381,7 +462,7 @@ class _Evaluation:
             for name, images in (("train", self.train), ("held_out", self.held_out)):
                 if images is not None and len(images) >= FEWEST:
                     references[name] = measure_cached(
-                        self.extractor, images, self.cache, batch_size=256, accelerator=self.accelerator
+                        self.extractor, images, self.cache, batch_size=self.batch_size, accelerator=self.accelerator
                     )
         if not self.accelerator.is_main_process:
             return  # what follows is not worth sharing
@@ -444,11 +525,14 @@ class _Evaluation:
         for split, of in references.items():
             self._tell(f"{key}_{split}", f"{name} to the {_words(split)} images",
                        frechet_estimate(made.features, of.stats), n_reference=of.stats.count)  # fmt: skip
-        real = self._real(references)
-        if real is not None:
-            self._tell(f"{key}_real", f"{name} of held-out to training images",
-                       frechet_estimate(real, references["train"].stats),
-                       n_reference=references["train"].stats.count)  # fmt: skip
+        real, of = self._real(references), references["train"].stats
+        if real is None:
+            return
+        if len(real) < len(made.features):  # a distance of fewer is larger, so beside reality stands one of as many
+            self._tell(f"{key}_train_matched", f"{name} to the training images, of as many samples as held-out images",
+                       frechet_estimate(made.features[: len(real)], of), n_reference=of.count)  # fmt: skip
+        self._tell(f"{key}_real", f"{name} of held-out to training images", frechet_estimate(real, of),
+                   n_reference=of.count)  # fmt: skip
 
     def _real(self, references) -> torch.Tensor | None:
         """Features of as many held-out images as there are samples, or of all: what a perfect model would score."""
@@ -477,21 +561,21 @@ class _Evaluation:
 
     def _score(self, made, references) -> None:
         name = "Inception Score" + ("" if self.extractor.is_inception_2015 else f" ({self.extractor.name} classifier)")
-        scored = {"inception_score": (name, made.logits)}
-        real = references.get("held_out")
-        if real is not None and real.logits is not None:
-            scored["inception_score_real"] = (f"{name} of held-out images", _spread(real.logits, self.num_samples))
+        scored, real = {"inception_score": (name, made.logits)}, references.get("held_out")
+        if real is not None:
+            logits = _spread(real.logits, self.num_samples)
+            if len(logits) < len(made.logits):
+                words = f"{name}, of as many samples as held-out images"
+                scored["inception_score_matched"] = (words, made.logits[: len(logits)])
+            scored["inception_score_real"] = (f"{name} of held-out images", logits)
         for key, (words, logits) in scored.items():
-            if logits is None:
-                log.warning(f"is: {self.extractor.name!r} has no classes, so there is no Inception Score")
-                return
             splits = max(2, min(10, len(logits) // 50))
             value, spread = inception_score(logits, splits)
-            self._tell(key, words, Estimate(value, spread / math.sqrt(splits), len(logits)), splits=splits)
+            self._tell(key, words, Estimate(value, spread / math.sqrt(splits - 1), len(logits)), splits=splits)
 
     def _memorization(self, made, references) -> None:
         pixels = made.pixels[:MOST_COMPARED]
-        found, distances = nearest(pixels, self.train, 1)
+        found, distances = nearest(pixels, self.train, 2)
         closest = distances[:, 0].argsort()[:24]
         pairs = torch.stack([pixels[closest], found[closest, 0]], dim=1).flatten(0, 1)
         caption = [
@@ -502,16 +586,17 @@ class _Evaluation:
         if self.held_out is None or len(self.held_out) < FEWEST:
             return
         unseen, _ = self._all(self.held_out, MOST_COMPARED)
-        told = {"pixels": (distances[:, 0], nearest(unseen, self.train, 1)[1][:, 0])}
+        told = {"pixels": (distances, nearest(unseen, self.train, 2)[1])}
         if self.extractor is not None:
             of_train, of_held_out = (references[name].features for name in ("train", "held_out"))
             queries = made.features[:MOST_COMPARED], _spread(of_held_out, MOST_COMPARED)
-            told["features"] = tuple(nearest_neighbours(each, of_train)[1][:, 0] for each in queries)
+            told["features"] = tuple(nearest_neighbours(each, of_train, 2)[1] for each in queries)
         for name, (of_samples, of_unseen) in told.items():
-            test = copying(of_samples, of_unseen)
+            test = nearness(of_samples[:, 0], of_unseen[:, 0])
             z = Estimate(test.pop("value"), None, len(of_samples))
+            copies = {"copies": share_of_copies(of_samples), "copies_held_out": share_of_copies(of_unseen)}
             words = f"Are samples nearer to training images than unseen images are? z, in {name}"
-            self._tell(f"memorization_{name}", words, z, **test, n_held_out=len(of_unseen))
+            self._tell(f"memorization_{name}", words, z, **test, **copies, n_held_out=len(of_unseen))
 
     def _drift(self, made) -> None:
         """Whether colours shift: each channel's mean and standard deviation of samples and of training images."""
@@ -529,11 +614,17 @@ class _Evaluation:
                        train=train[0].tolist())  # fmt: skip
 
     def _tell(self, key: str, name: str, estimate: Estimate, **more) -> None:
-        finite = {"value": estimate.value, "stderr": estimate.stderr}
-        finite = {k: v if v is None or math.isfinite(v) else None for k, v in finite.items()}
-        self.found[key] = {"name": name, **finite, "n": estimate.n, **more}
+        told = {"value": estimate.value, "stderr": estimate.stderr, "n": estimate.n, **more}
+        lost = [k for k, v in told.items() if isinstance(v, float) and not math.isfinite(v)]  # JSON has no infinity
+        self.found[key] = {"name": name, **told, **dict.fromkeys(lost)}
 
     # ---------------------------------------------------------------- protocol
+
+    def _own_solver(self) -> str:
+        """The name by which one would ask for the model's own scheduler."""
+        scheduler = self.pipeline.scheduler
+        names = [name for name, of in SOLVERS.items() if of == type(scheduler).__name__]
+        return "ddpm" if isinstance(scheduler, NoiseScheduler) else (names or [type(scheduler).__name__])[0]
 
     def protocol(self, config: TrainConfig) -> dict:
         name = config.train_data_dir or config.dataset_name
@@ -556,15 +647,19 @@ class _Evaluation:
             own = self.train.labels is not None
             protocol |= {
                 "num_samples": self.num_samples,
-                "solver": self.solver or type(self.pipeline.scheduler).__name__,
+                "solver": self.solver or self._own_solver(),
                 "num_inference_steps": self.steps,
                 "guidance_scale": self.guidance_scale,
                 "class_labels": None if labels is None else "as in the training images" if own else "in turns",
-                "pixels": "rounded to 8 bits, as an image file holds them",
             }
         if self.extractor is not None:
             of = self.extractor
-            protocol["features"] = {"name": of.name, "sha256": of.sha256, "resize": of.resize}
+            protocol["features"] = {
+                "name": of.name,
+                "sha256": of.sha256,
+                "resize": of.resize,
+                "pixels": "rounded to 8 bits, as an image file holds them",
+            }
         if "prdc" in self.metrics:
             protocol["prdc"] = {"k": NEIGHBOURS, "images": "as many of each as there are of the fewer"}
         if "bpd" in self.metrics:
@@ -572,7 +667,6 @@ class _Evaluation:
                 "images": self.bpd_images,
                 "levels": self.held_out.levels,
                 "timesteps": len(self.ours),
-                "variance_type": self.ours.config.variance_type,
                 "draws_of_estimate": DRAWS,
             }
         if "loss" in self.metrics:

@@ -1,6 +1,8 @@
 """What is kept of images as an extractor sees them: statistics of all of them, features of some, on disk if asked."""
 
+import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from safetensors.torch import save_file
 
 from ddpm_hf.data import ImageData
 from ddpm_hf.extractor import Extractor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -227,10 +231,15 @@ def _write(path: Path, measured: Measured) -> None:
     stats = measured.stats
     tensors = {"count": torch.tensor(stats.count), "mean": stats.mean, "scatter": stats.scatter}
     tensors |= {"features": measured.features} | ({} if measured.logits is None else {"logits": measured.logits})
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.part")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-    partial.replace(path)  # a reader finds all of it or nothing
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+        partial.replace(path)  # a reader finds all of it or nothing
+    except (OSError, SafetensorError) as error:  # the numbers are there, and can be had again
+        log.warning(f"{path.parent}: can't keep the statistics of features: {error}")
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def checked(name: str, features, least: int = 2) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """From images to the features that they are compared by: `make_extractor`."""
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -188,7 +190,9 @@ def _transformers(name: str, device) -> Extractor:
     settings = {key: getattr(processor, key, None) for key in ("size", "crop_size", "resample")}
     words = ", ".join(f"{key} {dict(v) if hasattr(v, 'items') else v}" for key, v in settings.items() if v is not None)
     resize = f"the network's own ({type(processor).__name__}: {words})"
-    return Extractor(f"transformers:{label}", weights_sha256(model), resize, pooled, 3, device=device)
+    prepared = json.dumps(processor.to_dict(), sort_keys=True, default=str)  # means and the like count too
+    sha256 = hashlib.sha256(f"{weights_sha256(model)} {prepared}".encode()).hexdigest()
+    return Extractor(f"transformers:{label}", sha256, resize, pooled, 3, device=device)
 
 
 def _python_file(spec: str, path: Path, attribute: str | None, device) -> Extractor:

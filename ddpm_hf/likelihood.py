@@ -40,23 +40,35 @@ def bound_terms(scheduler, original_samples, sample, timesteps, model_output, le
 
 def prior_term(scheduler, original_samples) -> torch.Tensor:
     """L_T of each image, KL(q(x_T | x_0) || N(0, 1)), in bits/dim: (B,)."""
-    last = torch.full((len(original_samples),), len(scheduler) - 1)
+    last = torch.tensor(len(scheduler) - 1)
     zero = torch.zeros_like(original_samples)
     mean = scheduler.add_noise(original_samples, zero, last)
     std = scheduler.add_noise(zero, zero + 1, last)
     return BITS * _gaussian_kl(mean, 2 * std.log(), zero, zero).flatten(1).mean(1)
 
 
-def fixed_variance_floor(scheduler, levels: int = 256) -> float | None:
-    """Bits/dim that a fixed variance costs even if the network is perfect and the image holds no information at all.
+def fixed_variance_floor(scheduler, images, levels: int = 256) -> float | None:
+    """Bits/dim that a fixed variance costs for these images (N, C, H, W) in [-1, 1] even if the network knows them.
 
-    That of a pixel which is always the same. `None` for a learned variance, which has no such floor.
+    What the images themselves tell comes on top. Black and white cost less than what lies between, since their bins are
+    open, and nothing if the x_0 of the scheduler is not clamped to [-1, 1]. `None` for a learned variance.
     """
-    if scheduler.config.variance_type == "learned_range":
+    config = scheduler.config
+    if config.variance_type == "learned_range":
         return None
     timesteps = torch.arange(len(scheduler))
-    zero = torch.zeros(len(scheduler), 1, 1, 1, dtype=torch.float64)  # x_t, x_0 and each kind of prediction of it
-    return bound_terms(scheduler, zero, zero, timesteps, zero, levels).sum().item()
+    beyond = min(config.clip_sample_range, 2.0) if config.clip_sample else 2.0  # the most that x_0 may be guessed to be
+    costs = []
+    for value, guess in ((0.0, 0.0), (1.0, max(beyond, 1.0))):
+        x0 = torch.full((len(scheduler), 1, 1, 1), value, dtype=torch.float64)
+        sample, noise = scheduler.add_noise(x0, 0 * x0, timesteps), 0 * x0
+        output = scheduler.target(x0, noise, timesteps)
+        kl = bound_terms(scheduler, x0, sample, timesteps, output, levels)[1:].sum().item()
+        _, log_variance, _ = scheduler.reverse(output[:1], sample[:1], timesteps[:1])
+        decoder = _log_probability_of_bins(x0[:1], x0[:1] * 0 + guess, (0.5 * log_variance).exp(), 1 / (levels - 1))
+        costs.append(kl - BITS * decoder.item())
+    ends = (images.abs() > 1 - 1 / (levels - 1)).double().mean().item()
+    return (1 - ends) * costs[0] + ends * costs[1]
 
 
 def full_bound(predict, scheduler, images, labels, numbers, seed: int, levels: int, batch_size: int = 64):
@@ -116,22 +128,20 @@ def estimated_bound(
     """
     if len(scheduler) == 1:
         draws = 0
-    timesteps, noises = [], []
-    for number in numbers:
-        generator = seeded_generator(seed, "estimate", number)
-        t = torch.multinomial(probabilities, draws, replacement=True, generator=generator) if draws else ()
-        timesteps.append(torch.tensor([0, *t]))
-        noises.append(torch.randn((draws + 1, *images.shape[1:]), generator=generator, dtype=torch.float64))
     found = []
-    for part in torch.arange(len(images)).split(max(1, batch_size // (draws + 1))):
-        x0 = images[part].double().repeat_interleave(draws + 1, 0)
-        of_images = None if labels is None else labels[part].repeat_interleave(draws + 1)
-        t, noise = (torch.cat([values[k] for k in part.tolist()]) for values in (timesteps, noises))
-        terms = _terms(predict, scheduler, x0, noise, t, of_images, levels)
-        weights = torch.where(t == 0, 1.0, 1 / (max(draws, 1) * probabilities[t]))
-        found.append((weights * terms).reshape(-1, draws + 1).sum(1))
-    sums = torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
-    return prior_term(scheduler, images.double()) + sums
+    for k, number in enumerate(numbers):
+        generator = seeded_generator(seed, "estimate", number)
+        t = torch.zeros(1, dtype=torch.long)
+        if draws:
+            t = torch.cat([t, torch.multinomial(probabilities, draws, replacement=True, generator=generator)])
+        noise = torch.randn((draws + 1, *images.shape[1:]), generator=generator, dtype=torch.float64)
+        x0 = images[k : k + 1].double().expand(draws + 1, -1, -1, -1)
+        of_image = None if labels is None else labels[k].expand(draws + 1)
+        parts = torch.arange(draws + 1).split(batch_size)
+        given = [(x0[p], noise[p], t[p], None if labels is None else of_image[p]) for p in parts]
+        terms = torch.cat([_terms(predict, scheduler, *each, levels) for each in given])
+        found.append((torch.where(t == 0, 1.0, 1 / (max(draws, 1) * probabilities[t])) * terms).sum())
+    return prior_term(scheduler, images.double()) + (torch.stack(found) if found else 0.0)
 
 
 def _terms(predict, scheduler, x0, noise, timesteps, labels, levels):

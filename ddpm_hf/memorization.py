@@ -5,8 +5,19 @@ import math
 import torch
 from scipy.stats import norm, rankdata
 
+COPY = 1 / 3
 
-def copying(of_samples: torch.Tensor, of_held_out: torch.Tensor) -> dict[str, float]:
+
+def share_of_copies(distances: torch.Tensor) -> float:
+    """The share of images that are `COPY` times as far from their nearest training image as from the next, or nearer.
+
+    Args:
+        distances: (N, 2), to the two nearest training images (the criterion of Gu et al. 2023, arXiv:2310.02664).
+    """
+    return (distances[:, 0] <= COPY * distances[:, 1]).double().mean().item()
+
+
+def nearness(of_samples: torch.Tensor, of_held_out: torch.Tensor) -> dict[str, float]:
     """Are samples nearer to the training images than images that were never trained on are?
 
     The two-sample test of Meehan, Chaudhuri & Dasgupta 2020 (arXiv:2004.05675, section 3.1, of the whole space): the
@@ -17,8 +28,9 @@ def copying(of_samples: torch.Tensor, of_held_out: torch.Tensor) -> dict[str, fl
         of_held_out: (M,) the same of held-out images.
 
     Returns:
-        `value`: z; far below 0 the model copies, far above its samples are unlike all data. `p_value`: of so small a z
-        or a smaller one if nothing is copied. `median_ratio`: of the distances of samples to those of held-out images;
+        `value`: z; far below 0 the model copies, or its samples are smoother or paler than images are, which brings
+        them nearer to all; far above 0 they are unlike the data. `p_value`: of so small a z or a smaller one if samples
+        and held-out images are alike. `median_ratio`: of the distances of samples to those of held-out images;
         None if the latter are 0.
     """
     a, b = of_samples.double(), of_held_out.double()

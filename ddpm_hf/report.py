@@ -44,7 +44,8 @@ TOGETHER = (  # of these none is shown without the others
     ("inception_score", "inception_score_real"),
 )
 KNOWN = {
-    *(f"{name}_{of}" for name in DISTANCES for of in (*SETS, "real")),
+    *(f"{name}_{of}" for name in DISTANCES for of in (*SETS, "train_matched", "real")),
+    "inception_score_matched",
     *(name for group in TOGETHER for name in group),
     *(BITS | MEMORIZATION | DRIFTS | LOSSES),
     "bpd_floor",
@@ -52,8 +53,10 @@ KNOWN = {
 TONES = {"good": "#23804f", "so": "#23272f", "bad": "#c0392b"}
 
 
-def write_report(folder: Path, evaluation: dict, pictures: dict[str, Image.Image], by_timestep: list[dict]) -> None:
-    """report.html and report.png, both or neither.
+def write_report(
+    folder: Path, evaluation: dict, pictures: dict[str, Image.Image], by_timestep: list[dict], prefix: str = ""
+) -> None:
+    """report.html and report.png, both or neither, their names after `prefix`.
 
     Args:
         evaluation: "protocol", any nested dictionary, and "metrics", each {"name", "value", "stderr", "n", ...}. What
@@ -78,8 +81,8 @@ def write_report(folder: Path, evaluation: dict, pictures: dict[str, Image.Image
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in letters that the poster's font lacks
         files = {
-            PAGE: _page(content, metrics, withheld, pictures, panels).encode(),
-            POSTER: _poster(content, pictures, panels),
+            prefix + PAGE: _page(content, metrics, withheld, pictures, panels).encode(),
+            prefix + POSTER: _poster(content, pictures, panels),
         }
     folder.mkdir(parents=True, exist_ok=True)
     beside = {name: folder / f".{name}" for name in files}
@@ -100,10 +103,16 @@ def z_score(metric: dict) -> str:
     return f"{metric['value']:.2f}".replace("-", "\u2212")
 
 
-def verdict(z: float) -> tuple[str, str]:
+def verdict(metric: dict) -> tuple[str, str]:
     """What the test of nearness says: whether that is "good", "so" or "bad", and in words."""
+    z, copies = metric["value"], metric.get("copies") or 0.0
+    if copies > max(0.01, 2 * (metric.get("copies_held_out") or 0.0)):
+        return "bad", f"copies of training images in {copies:.1%} of all cases: the nearest is far nearer than the next"
     if z < -3:
-        return "bad", "nearer to the training images than unseen images are: it repeats some of them"
+        return "so", (
+            "nearer to the training images than unseen images are: copies, or smoother or paler than real ones; look "
+            "at the pairs"
+        )
     if z < -2:
         return "so", "perhaps nearer to the training images than unseen images are: look at the pairs"
     if z <= 2:
@@ -129,11 +138,11 @@ def _cards(metrics: dict) -> list[dict]:
     for key in [key for key in keys if has(metrics, key)][:1]:
         family, of = key.split("_", 1)
         real = f"{family}_real"
-        beside = ""
-        if has(metrics, real):
-            n, samples = metrics[real].get("n"), metrics[key].get("n")
-            number_of = "" if n is None or n == samples else f"{n:,} "  # another number has another bias
-            beside = f"{number_of}held-out real images: {number(metrics[real])}"
+        beside, matched = "", f"{key}_matched"
+        if has(metrics, real) and has(metrics, matched):
+            beside = f"of {metrics[real]['n']:,}: samples {number(metrics[matched])}, held-out {number(metrics[real])}"
+        elif has(metrics, real):
+            beside = f"held-out real images: {number(metrics[real])}"
         cards.append({"name": f"{DISTANCES[family]} to {SETS[of]}", "number": number(metrics[key]), "beside": beside})
     if not cards and has(metrics, "precision_train"):
         both = " and ".join(number(metrics[f"{name}_train"]) for name in QUALITIES[:2])
@@ -144,7 +153,7 @@ def _cards(metrics: dict) -> list[dict]:
             beside = f"training images: {number(metrics['bpd_fast_train'])}"
         cards.append({"name": f"Bits per dimension: {BITS[key]}", "number": number(metrics[key]), "beside": beside})
     for key in [key for key in MEMORIZATION if has(metrics, key)][:1]:
-        tone, words = verdict(metrics[key]["value"])
+        tone, words = verdict(metrics[key])
         beside = f"Samples are {words}."
         cards.append(
             {
@@ -159,7 +168,11 @@ def _cards(metrics: dict) -> list[dict]:
 
 def _tables(metrics: dict) -> dict[str, tuple[list[str], list[tuple[str, list]]]]:
     """Heads, and rows of a title and a metric under each head, None where it was not measured."""
-    between = {of: f"samples to {title}" for of, title in SETS.items()} | {"real": "real images: training to held-out"}
+    between = {of: f"samples to {title}" for of, title in SETS.items()}
+    between |= {
+        "train_matched": "as many samples as held-out images, to training images",
+        "real": "real images: held-out to training",
+    }
     families = [name for name in DISTANCES if any(f"{name}_{of}" in metrics for of in between)]
     judged = [of for of in SETS if f"recall_{of}" in metrics]
     floor = {"floor of this variance": ["bpd_floor"]}
@@ -172,7 +185,10 @@ def _tables(metrics: dict) -> dict[str, tuple[list[str], list[tuple[str, list]]]
             [f"against {SETS[of]}" for of in judged],
             {name: [f"{name}_{of}" for of in judged] for name in QUALITIES},
         ),
-        "inception_score": (["samples", "real images"], {"Inception Score": list(TOGETHER[-1])}),
+        "inception_score": (
+            ["samples", "as many samples as real images", "real images"],
+            {"Inception Score": ["inception_score", "inception_score_matched", "inception_score_real"]},
+        ),
         "bits": (["bits/dim"], {title: [key] for key, title in BITS.items()} | floor),
         "losses": (["mean squared error, mean over timesteps"], {title: [key] for key, title in LOSSES.items()}),
         "more": (["value"], {metrics[key].get("name", key): [key] for key in metrics if key not in KNOWN}),

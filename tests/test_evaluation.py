@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -36,12 +37,12 @@ NAMES = [
 MORE = {
     "bpd": {"total_nats", "total_nats_stderr", "prior", "kl", "decoder"},
     "fd": {"n_reference"}, "kid": {"n_reference"}, "inception": {"splits"},
-    "memorization": {"p_value", "median_ratio", "n_held_out"},
+    "memorization": {"p_value", "median_ratio", "n_held_out", "copies", "copies_held_out"},
     "channel": {"channels", "samples", "train"},
 }  # fmt: skip
 PROTOCOL = {
     "model", "weights", "dtype", "seed", "reference", "num_samples", "solver", "num_inference_steps", "guidance_scale",
-    "class_labels", "pixels", "features", "prdc", "bpd", "loss", "memorization", "versions",
+    "class_labels", "features", "prdc", "bpd", "loss", "memorization", "versions",
 }  # fmt: skip
 
 
@@ -74,8 +75,10 @@ def test_the_names_are_kept(evaluated):
         assert metric["stderr"] is None or metric["stderr"] >= 0, name
     protocol = found["protocol"]
     assert protocol.keys() == PROTOCOL
-    assert protocol["model"].keys() == {"name", "sha256", "parameters"}
-    assert protocol["features"].keys() == {"name", "sha256", "resize"}
+    assert protocol["model"].keys() == {"name", "sha256", "parameters", "scheduler"}
+    assert protocol["model"]["scheduler"]["variance_type"] == "fixed_small"
+    assert protocol["solver"] == "ddpm"
+    assert protocol["features"].keys() == {"name", "sha256", "resize", "pixels"}
     assert protocol["reference"]["train"].keys() == {"n", "sha256", "shape"}
     assert protocol["reference"]["held_out"]["n"] == 180
     assert protocol["versions"].keys() >= {"ddpm-hf", "torch", "diffusers", "scipy"}
@@ -298,14 +301,82 @@ def test_an_output_that_cannot_be(trained, tmp_path):
         evaluate(str(trained), output=tmp_path / "file" / "evaluation.json")
 
 
-def test_a_failure_leaves_what_was_there(trained, tmp_path, monkeypatch):
-    quick(trained, tmp_path, metrics=("drift",))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+def test_numbers_are_kept_though_the_report_fails(trained, tmp_path, monkeypatch, caplog):
+    quick(trained, tmp_path, metrics=("loss",))
+    assert (tmp_path / "by_timestep.csv").exists()
     monkeypatch.setattr(evaluation, "write_report", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        quick(trained, tmp_path, metrics=("loss",))
-    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".part"} == set()
-    assert (tmp_path / "evaluation.json").read_bytes() == before["evaluation.json"]
+    found = quick(trained, tmp_path, metrics=("drift",))
+    assert "its report can't be: ZeroDivisionError" in caplog.text
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == found
+    assert sorted(os.listdir(tmp_path)) == ["evaluation.json"]  # nothing of the evaluation before
+
+
+def test_two_evaluations_in_one_folder(trained, tmp_path):
+    for name in ("a", "b"):
+        evaluate(str(trained), metrics=("loss",), output=tmp_path / f"{name}.json")
+    files = ("a.json", "a-by_timestep.csv", "a-report.html", "a-report.png")
+    assert sorted(os.listdir(tmp_path)) == sorted([*files, *(f"b{name[1:]}" for name in files)])
+
+
+def test_as_many_samples_as_real_images_stand_beside_them(trained, tmp_path):
+    found = quick(trained, tmp_path, metrics=("fd", "is"), num_samples=300)["metrics"]
+    assert list(found) == ["fd_train", "fd_held_out", "fd_train_matched", "fd_real",
+                           "inception_score", "inception_score_matched", "inception_score_real"]  # fmt: skip
+    for name in ("fd_train_matched", "fd_real", "inception_score_matched", "inception_score_real"):
+        assert found[name]["n"] == 180
+    assert found["inception_score_matched"]["splits"] == found["inception_score_real"]["splits"]
+
+
+def test_classes_are_matched_by_name(digits_model, tmp_path, monkeypatch):
+    """Data that numbers them otherwise, or has others."""
+    images, held_out = load_images(TrainConfig())
+    backwards = [9 - images.labels, 9 - held_out.labels]
+    names = images.label_names[::-1]
+
+    def load(config, test_limit):
+        found = load_images(config)
+        for each, labels in zip(found, backwards, strict=True):
+            each.labels, each.label_names = labels.clone(), list(names)
+        return found
+
+    plain = quick(digits_model, tmp_path, metrics=("loss",))
+    monkeypatch.setattr(evaluation, "load_images", load)
+    assert quick(digits_model, tmp_path, metrics=("loss",))["metrics"] == plain["metrics"]
+    names[3] = "eel"
+    with pytest.raises(ValueError, match="eel it does not know"):
+        quick(digits_model, tmp_path, metrics=("loss",))
+
+
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_model_that_samples_by_a_solver_of_diffusers(tmp_path, kind):
+    solver = getattr(diffusers, kind).from_config(LinearNoiseScheduler().config)
+    pipeline = DDPMCustomPipeline(tiny_unet(), solver)
+    pipeline.save_pretrained(tmp_path / "model")
+    metrics = ("loss", "bpd", "drift")
+    found = quick(tmp_path / "model", tmp_path, dataset_name="digits", metrics=metrics)
+    ours = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
+    ours.save_pretrained(tmp_path / "ours")
+    expected = quick(tmp_path / "ours", tmp_path, dataset_name="digits", metrics=metrics)
+    for name in ("bpd", "loss_held_out"):
+        assert found["metrics"][name] == expected["metrics"][name]
+    assert found["protocol"]["weights"] == "as saved"
+
+
+def test_features_that_do_not_fit_are_told_before_anything_is_measured(trained, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def features(images):\n    return images.mean((2, 3, 1))\n")
+    monkeypatch.setattr(evaluation._Evaluation, "_predict", lambda *args: pytest.fail("predicted"))
+    with pytest.raises(ValueError, match="must be"):
+        quick(trained, tmp_path, features=f"{tmp_path / 'mine.py'}:features")
+    (tmp_path / "mine.py").write_text("def features(images):\n    return images.flatten(1)\n")
+    with pytest.raises(ValueError, match="'is' needs classes"):
+        quick(trained, tmp_path, features=f"{tmp_path / 'mine.py'}:features", metrics=("is",))
+
+
+def test_a_cache_that_can_not_be_written(trained, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    found = quick(trained, tmp_path, metrics=("kid",))
+    assert "can't keep the statistics" in caplog.text
+    assert "kid_train" in found["metrics"]
 
 
 def test_the_command(trained, tmp_path, capsys, monkeypatch):
@@ -345,6 +416,7 @@ def test_two_processes_measure_what_one_does(digits_model, tmp_path):
     several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583", "-m"]
     for name, how in (("one", ["-m"]), ("two", several)):
         environment = {**os.environ, "HF_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        environment["ACCELERATE_USE_CPU"] = "true"
         command = [sys.executable, *how, *base, "--output", str(tmp_path / name / "evaluation.json")]
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert process.returncode == 0, process.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -435,8 +436,14 @@ def test_a_vision_transformer_by_its_path(tmp_path, pooler):
     assert (first.name, first.classifies, first.channels) == ("transformers:vit", False, 3)
     assert "16" in first.resize
     assert make_extractor(spec, 1)(images(2))[0].shape == (2, 16)
-    if pooler:
-        assert first.sha256 == second.sha256 == weights_sha256(model)
+    assert pooler is False or first.sha256 == second.sha256  # what is made up is other weights
+    settings = tmp_path / "vit" / "preprocessor_config.json"
+    before = json.loads(settings.read_text())
+    settings.write_text(json.dumps(before | {"image_mean": [0.4, 0.4, 0.4]}))
+    other = make_extractor(spec, 3)  # the same weights see other images
+    assert other.sha256 != first.sha256
+    assert not torch.equal(other(x)[0], first(x)[0])
+    settings.write_text(json.dumps(before))
     with pytest.raises(ValueError, match="images of 3 channels, and these have 4"):
         make_extractor(spec, 4)
 

@@ -25,6 +25,7 @@ from ddpm_hf.cli import main
 from ddpm_hf.data import ImageData
 from ddpm_hf.extractor import weights_sha256
 from ddpm_hf.hub import check_right_to_push, push
+from ddpm_hf.solvers import plain_config
 
 MODEL = {
     "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv", "run.json",
@@ -519,7 +520,8 @@ def test_an_evaluation_is_in_the_card_as_long_as_the_weights_are_those_that_it_i
         "fd_train": {"name": "Fréchet distance (digits features)", "value": 4.0, "stderr": 0.5, "n": 2000},
         "memorization_pixels": {"name": "Is it nearer? z", "value": -0.25, "stderr": None, "n": 1000},
     }
-    protocol = {"model": {"sha256": sha}, "num_samples": 2000, "num_inference_steps": 50, "seed": 7}
+    model = {"sha256": sha, "scheduler": plain_config(LinearNoiseScheduler.from_pretrained(run, subfolder="scheduler"))}
+    protocol = {"model": model, "num_samples": 2000, "num_inference_steps": 50, "seed": 7}
     (run / "evaluation.json").write_text(json.dumps({"protocol": protocol, "metrics": metrics}))
     (run / "report.html").write_text("shows images of the data")
     push(str(run), "me/digits")

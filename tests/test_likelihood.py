@@ -69,7 +69,8 @@ def test_a_fair_coin(variance_type, bits):
 @pytest.mark.parametrize(("variance_type", "bits"), [("fixed_small", 8.75705638), ("fixed_large", 8.12300673)])
 def test_a_pixel_of_any_level(variance_type, bits):
     made = scheduler(variance_type)
-    assert expected_bits(made, LEVELS, best(made, LEVELS)) == pytest.approx(bits, abs=1e-6)
+    # Those above the middle mirror those below.
+    assert expected_bits(made, LEVELS[:128], best(made, LEVELS)) == pytest.approx(bits, abs=1e-8)
 
 
 def test_the_prior():
@@ -155,17 +156,31 @@ def test_the_bound_of_images_is_that_of_the_closed_form(variance_type, bits, oth
     assert abs(estimate.mean().item() - other) > 20 * error
 
 
-def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance():
-    black = torch.full((2, 1, 4, 4), 127 / 127.5 - 1)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance(prediction_type):
+    """Gray by the closed forms; black and white, whose bins are open, by the bound of a network that knows them."""
+    gray, black = (torch.full((2, 1, 4, 4), value, dtype=torch.float64) for value in (127 / 127.5 - 1, -1.0))
+    half = torch.cat([gray, -black], dim=3)
     for variance_type, bits in (("fixed_small", 1.30537766), ("fixed_large", 1.79179689)):
-        made = scheduler(variance_type)
-        assert fixed_variance_floor(made) == pytest.approx(bits, abs=1e-8)
-        found = bounds(made, black.double(), predict=lambda sample, t, y: 0 * sample + (127 / 127.5 - 1))
-        assert found.tolist() == pytest.approx([bits] * 2, abs=3e-8)  # and L_T, 1e-9
-    epsilon = LinearNoiseScheduler(variance_type="fixed_small")
-    assert fixed_variance_floor(epsilon) == pytest.approx(1.30537766, abs=1e-8)
-    assert fixed_variance_floor(epsilon, levels=2) < 1e-12
-    assert fixed_variance_floor(scheduler("learned_range")) is None
+        made = LinearNoiseScheduler(variance_type=variance_type, prediction_type=prediction_type)
+        assert fixed_variance_floor(made, gray) == pytest.approx(bits, abs=1e-8)
+        found = {}
+        for x0 in (gray, black):
+
+            def knows(sample, timesteps, labels, x0=x0, made=made):
+                image = x0[:1].expand(sample.shape)
+                signal, sigma = made._signal_and_noise_at(timesteps, sample)
+                return made.target(image, (sample - signal * image) / sigma, timesteps)
+
+            found[x0] = bounds(made, x0, predict=knows)
+        assert found[gray].tolist() == pytest.approx([bits] * 2, abs=3e-8)  # and L_T, 1e-9
+        floor = fixed_variance_floor(made, black)
+        assert found[black].tolist() == pytest.approx([floor] * 2, abs=5e-5)  # and L_T, 2.9e-5
+        assert 0.5 < floor < bits - 0.5
+        assert fixed_variance_floor(made, half) == pytest.approx((floor + bits) / 2)
+    assert fixed_variance_floor(LinearNoiseScheduler(clip_sample=False), black) < 1e-9
+    assert fixed_variance_floor(LinearNoiseScheduler(), gray, levels=2) < 1e-12
+    assert fixed_variance_floor(LinearNoiseScheduler(variance_type="learned_range"), gray) is None
 
 
 def estimated(made, images, probabilities, draws=16, batch_size=64):
@@ -213,7 +228,7 @@ def test_labels_go_with_their_images():
     assert {y for n, of in seen[len(seen) // 2 :] for y in of} == {1}
     seen.clear()
     estimated_bound(predict, made, images, labels, range(4), best_probabilities(made), 3, 0, 256, 8)
-    assert [of for n, of in seen] == [[3] * 4 + [1] * 4, [2] * 4 + [0] * 4]
+    assert [of for n, of in seen] == [[3] * 4, [1] * 4, [2] * 4, [0] * 4]
 
 
 def test_the_estimate_of_one_timestep():

@@ -12,7 +12,7 @@ from PIL import Image
 
 import ddpm_hf.report
 from ddpm_hf.comparison import number
-from ddpm_hf.report import KNOWN, write_report
+from ddpm_hf.report import KNOWN, verdict, write_report
 
 
 def metric(value, stderr=None, n=2000, **more):
@@ -27,8 +27,9 @@ def full(num_samples=2000):
         "bpd_fast": metric(3.7623, 0.023, 500),
         "bpd_fast_train": metric(3.6101, 0.024, 500),
         "inception_score": metric(7.913, 0.081),
+        "inception_score_matched": metric(7.713, 0.181, 500),
         "inception_score_real": metric(9.871, 0.102, 500),
-        "memorization_pixels": metric(0.4123, p_value=0.66, median_ratio=1.0123, n_held_out=497),
+        "memorization_pixels": metric(0.4123, p_value=0.66, median_ratio=1.0123, n_held_out=497, copies=0.0),
         "memorization_features": metric(-5.3111, p_value=5.4e-8, median_ratio=0.6831, n_held_out=497),
         "channel_mean_drift": metric(0.0123, 0.002, channels=[0.0123, -0.0041], samples=[-0.012, -0.051], train=[0, 1]),
         "channel_std_drift": metric(0.0211, 0.001, channels=[-0.0211, 0.018], samples=[0.47, 0.48], train=[0.5, 0.51]),
@@ -36,7 +37,7 @@ def full(num_samples=2000):
         "loss_train": metric(0.02987, 0.0005, 500),
     }
     for k, family in enumerate(("fid", "fd", "kid")):
-        for j, of in enumerate(("train", "held_out", "real")):
+        for j, of in enumerate(("train", "held_out", "train_matched", "real")):
             metrics[f"{family}_{of}"] = metric(8.37 + 1.11 * k + 0.13 * j, 0.05)
     for k, name in enumerate(("precision", "recall", "density", "coverage")):
         for j, of in enumerate(("train", "held_out")):
@@ -110,7 +111,7 @@ def test_every_metric_is_there_with_its_interval(full_page):
         assert number(each) in full_page.text, name
     assert "z = 0.41, p = 0.66; the median distance to the nearest training image is 1.01 times" in full_page.text
     assert "z = \u22125.31, p < 0.001" in full_page.text
-    assert "samples are nearer to the training images than unseen images are: it repeats some" in full_page.text
+    assert "nearer to the training images than unseen images are: copies, or smoother or paler" in full_page.text
     assert "samples are no nearer to the training images than unseen images are" in full_page.text
     assert "In all 7,987 ± 47 nats" in full_page.text
     assert "\u22120.0041" in full_page.text  # a channel's drift
@@ -222,3 +223,12 @@ def test_importing_it_imports_no_matplotlib():
     imports = [ast.unparse(node) for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert len(imports) > 5
     assert "matplotlib" not in " ".join(imports)
+
+
+def test_what_is_said_of_nearness():
+    assert verdict({"value": -0.4, "copies": 0.0, "copies_held_out": 0.0})[0] == "good"
+    tone, words = verdict({"value": -9.0, "copies": 0.0, "copies_held_out": 0.0})
+    assert (tone, "smoother or paler" in words) == ("so", True)
+    tone, words = verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.01})
+    assert (tone, "copies of training images in 25.0% of all cases" in words) == ("bad", True)
+    assert verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.2})[0] == "good"  # the data repeat themselves
