@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 
 from ddpm_hf.config import resolve
-from ddpm_hf.evaluation import digits_legibility
 from ddpm_hf.films import grid
+from ddpm_hf.legibility import digits_legibility
 from ddpm_hf.scheduler import PREDICTION_TYPES
 from ddpm_hf.training import train
 

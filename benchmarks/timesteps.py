@@ -32,7 +32,7 @@ def main(model: Path) -> None:
             batch, _ = images.of_update(config.seed, step, B, torch.arange(B))
             with_gradient = step < BATCHES_OF_GRADIENT
             with torch.set_grad_enabled(with_gradient):
-                loss = diffusion_loss(unet, scheduler, batch, noise, timesteps).mean()
+                loss = diffusion_loss(unet, scheduler, batch, noise, timesteps)[0].mean()
             losses.append(loss.item())
             if with_gradient:
                 gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).double()

@@ -16,10 +16,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import TemplateError
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm_hf.comparison import number, read_evaluation
+from ddpm_hf.extractor import weights_sha256
 from ddpm_hf.images import PIL_MODES
 from ddpm_hf.pipeline import DDPMCustomPipeline
+from ddpm_hf.solvers import plain_config
 
-FACTS, CARD = "run.json", "README.md"
+FACTS, CARD, EVALUATION = "run.json", "README.md", "evaluation.json"
 # The first line of what is ours to write anew. Who edits the card takes it out.
 MARK = "<!-- Made by ddpm_hf of what was measured. Take this line out, or your changes to the card will be lost. -->"
 PACKAGES = ("ddpm-hf", "torch", "diffusers", "accelerate", "datasets", "transformers")
@@ -161,6 +164,48 @@ def read_facts(folder: Path) -> dict:
     return facts
 
 
+def evaluation_of(pipeline: DDPMCustomPipeline, folder: Path) -> dict:
+    """The evaluation.json of a folder, or {} if it has none, or one of other weights or another scheduler than these.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    if not (folder / EVALUATION).is_file():
+        return {}
+    found = read_evaluation(folder / EVALUATION)
+    of = found["protocol"].get("model", {})
+    same = of.get("sha256") == weights_sha256(pipeline.unet) and of.get("scheduler") == plain_config(pipeline.scheduler)
+    return found if same else {}
+
+
+def _evaluated(pipeline: DDPMCustomPipeline, folder: Path) -> list[dict]:
+    """Its metrics as a `Run` keeps its own."""
+    evaluation = evaluation_of(pipeline, folder)
+    if not evaluation:
+        return []
+    protocol, rows = evaluation["protocol"], []
+    made = ", ".join(
+        f"{words} {protocol[key]}" for key, words in (("num_samples", "samples"), ("num_inference_steps", "steps"),
+                                                      ("guidance_scale", "guidance"), ("seed", "seed"))
+        if key in protocol
+    )  # fmt: skip
+    for key, metric in evaluation["metrics"].items():
+        of = f"{number(metric)} (95 %); " if metric["stderr"] is not None else ""
+        of += "" if metric["n"] is None else f"n = {metric['n']}; "
+        of += "" if key.startswith(("bpd", "loss")) else f"{made}; "
+        on_held_out = key.endswith(("held_out", "real")) or key in ("bpd", "bpd_fast", "bpd_floor")
+        rows.append(
+            {
+                "type": key,
+                "name": metric["name"],
+                "value": metric["value"],
+                "split": "held out" if on_held_out else "train",
+                "protocol": f"{of}{EVALUATION} has the whole protocol",
+            }
+        )
+    return rows
+
+
 def forward_flops(unet) -> int:
     """Floating-point operations of one prediction for one image of the network's `sample_size`.
 
@@ -214,7 +259,8 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
     data, training = facts.get("data", {}), facts.get("training", {})
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
-    metrics = [metric for metric in facts.get("metrics", []) if metric["value"] is not None]
+    metrics = [*facts.get("metrics", []), *_evaluated(pipeline, folder)]
+    metrics = [metric for metric in metrics if metric["value"] is not None]
     base = training.get("base_model")
     results = [
         EvalResult(
@@ -264,7 +310,7 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
         time=_duration(training.get("seconds")),
         versions=facts.get("versions", {}),
         metrics=[_cells(metric) for metric in metrics],
-        nearness=any(metric["type"] == "nearest_training_image" for metric in metrics),
+        nearness=any(metric["type"].startswith(("nearest_training_image", "memorization")) for metric in metrics),
         pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
         can_retrain=(folder / "train_config.json").is_file(),
         raw=any((folder / "unet").glob("*.raw.safetensors")),

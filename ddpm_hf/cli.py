@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sample", help="make images with a model, or compare solvers", add_help=False)
     commands.add_parser("train", help="train a model; `ddpm-hf train --help` lists the settings", add_help=False)
+    commands.add_parser("evaluate", help="tell how good a model is, with a report", add_help=False)
     commands.add_parser("push", help="upload a model to the Hub, with its card", add_help=False)
     commands.add_parser(
         "convert", help="a tutorial's or diffusers' checkpoint as a pipeline of ours, or back", add_help=False
@@ -24,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("demo", help="a page to try a model in the browser", add_help=False)
     try:
         command = parser.parse_args(argv[:1]).command
-        run = {"train": train, "sample": sample, "push": push, "convert": convert, "demo": demo}[command]
-        return run(argv[1:])
+        run = {"train": train, "sample": sample, "evaluate": evaluate, "push": push, "convert": convert, "demo": demo}
+        return run[command](argv[1:])
     except (ValueError, FloatingPointError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -109,6 +110,54 @@ def sample(args: list[str]) -> int:
     path = os.path.join(given.output, sampling.COMPARISON)
     picture.save(path)
     print(path)
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    try:
+        from ddpm_hf import comparison, evaluation
+    except ImportError as error:
+        raise ValueError(f"{error}: evaluating needs more packages, `pip install ddpm-hf[eval]`") from error
+    from ddpm_hf.features import CHOICES
+    from ddpm_hf.solvers import SOLVERS
+
+    parser = _Parser(prog="ddpm-hf evaluate", description=evaluation.__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", help="a pipeline folder, or user/model on the Hub")
+    parser.add_argument("--dataset_name", help="what to compare with; default: what the model was trained on")
+    parser.add_argument("--train_data_dir", help="in place of dataset_name, as for training")
+    parser.add_argument("--metrics", help=f"of {','.join(evaluation.METRICS)}; default: all")
+    parser.add_argument("--features", help=f"for the distances: {CHOICES}; default: digits for them, or imagenet")
+    parser.add_argument("--weights", help="ema, the averaged ones, or raw; default: ema")
+    parser.add_argument("--num_samples", type=int, help="default: 2000; published scores are of 10,000 and more")
+    parser.add_argument("--num_inference_steps", type=int, help="of the samples; default: 50")
+    parser.add_argument("--scheduler", help=f"ddpm, {', '.join(SOLVERS)}; default: the model's own")
+    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance; default: 1, none")
+    parser.add_argument("--seed", type=int, help="sample k is a function of this and k; default: 0")
+    parser.add_argument("--bpd_images", type=int, help="images of the whole bound, each T predictions; default: 64")
+    parser.add_argument("--batch_size", type=int, help="images at a time; default: 64")
+    parser.add_argument("--output", help="the file to write; the report comes beside it; default: with the model")
+    parser.add_argument("--compare", nargs="+", metavar="FILE", help="compare evaluations in place of making one")
+    parser.add_argument("--across", nargs="+", default=[], help="of --compare: parts of the protocol that may differ")
+    given = {name: value for name, value in vars(parser.parse_args(args)).items() if value is not None}
+    across = given.pop("across")
+    if "compare" in given:
+        if len(given) > 1:
+            raise ValueError(f"--compare takes files alone: leave out {', '.join(given.keys() - {'compare'})}")
+        print("\n".join(comparison.compare(given["compare"], across)))
+        return 0
+    if "model" not in given:
+        raise ValueError("name a model, or files to --compare")
+    if across:
+        raise ValueError("--across is for --compare")
+    if "metrics" in given:
+        given["metrics"] = tuple(name.strip() for name in given["metrics"].split(","))
+    found = evaluation.evaluate(**given)
+    if os.environ.get("RANK", "0") == "0":
+        output = given.get("output") or evaluation.output_of(given["model"])
+        print("\n".join([*comparison.table(found), f"-> {output}, and report.html beside it"]), flush=True)
+        n = found["protocol"].get("num_samples", evaluation.ENOUGH)
+        if n < evaluation.ENOUGH and any(name.startswith(("fd", "fid", "inception")) for name in found["metrics"]):
+            print(comparison.FEW.format(n=n), file=sys.stderr)
     return 0
 
 
@@ -196,7 +245,7 @@ def announce(run) -> None:
 
 def tell_legibility(run) -> None:
     if run.finished and run.pipeline.unet.config.sample_size == 8:  # what the classifier can look at
-        from ddpm_hf.evaluation import digits_legibility
+        from ddpm_hf.legibility import digits_legibility
 
         config = run.config
         steps, guidance = config.ddpm_num_inference_steps, config.guidance_scale

@@ -76,6 +76,9 @@ class TrainConfig:
     prediction_type: str | None = _setting(
         "what the network predicts: epsilon, sample or v_prediction; default: as scheduler says, or epsilon"
     )
+    learned_variance: bool = _setting(
+        "learn the variance of the reverse process too (Improved DDPM), for bits/dim and for few steps", False
+    )
     # optimisation
     train_batch_size: int = _setting("images a process and a micro-batch", 64)
     gradient_accumulation_steps: int = _setting("micro-batches an update", 1)

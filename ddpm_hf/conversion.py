@@ -302,13 +302,14 @@ def _diffusers_settings(config: dict) -> dict:
         "downsample_type": ("conv",), "upsample_type": ("conv",), "act_fn": ("silu", "swish"), "add_attention": (True,),
         "mid_block_type": ("UNetMidBlock2D",), "mid_block_scale_factor": (1,), "resnet_time_scale_shift": ("default",),
         "attn_norm_num_groups": (None, config["norm_num_groups"]), "class_embed_type": (None,),
-        "num_class_embeds": (None,), "out_channels": (config["in_channels"],),
+        "num_class_embeds": (None,), "out_channels": (config["in_channels"], 2 * config["in_channels"]),
     }  # fmt: skip
     for key, values in expressible.items():
         _require(config, key, config[key] in values, f"can't be expressed; it must be {values[0]!r}")
     return _one_skip_a_layer(widths, config["layers_per_block"], attention) | {
         "sample_size": config["sample_size"] or 32,
         "in_channels": config["in_channels"],
+        "out_channels": None if config["out_channels"] == config["in_channels"] else config["out_channels"],
         "stem_channels": widths[0],
         "up_block_out_channels": widths[::-1],
         "downsample": [True] * (stages - 1) + [False],
@@ -424,7 +425,7 @@ def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
     theirs = diffusers.UNet2DModel(
         sample_size=config["sample_size"],
         in_channels=config["in_channels"],
-        out_channels=config["in_channels"],
+        out_channels=config["out_channels"] or config["in_channels"],
         block_out_channels=widths,
         layers_per_block=config["layers_per_block"],
         down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],

@@ -80,6 +80,14 @@ class ImageData:
         return normalized(self.pixels[indices], self.value_range)
 
     @cached_property
+    def levels(self) -> int:
+        """How many values a pixel can have: the integers of the range; 256 are taken where pixels are fractions."""
+        parts = () if self.pixels.dtype == torch.uint8 else self.pixels.split(1024)
+        whole = all((part == part.round()).all() for part in parts)
+        low, high = self.value_range
+        return int(high - low) + 1 if whole and float(high - low).is_integer() else 256
+
+    @cached_property
     def fingerprint(self) -> str:
         """Other images have another: their number and a checksum of their pixels."""
         checksum = 0
@@ -123,8 +131,10 @@ def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
     return torch.randperm(num_images, generator=seeded_generator(seed, "order", epoch))
 
 
-def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
+def load_images(config: TrainConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
     """The images to train on, and those to measure on: the test split, or a tenth kept aside (None of a single image).
+
+    Of a test split every so-many-th image is taken, `test_limit` in all; None: all.
 
     Broken files are left out and listed in `bad`, before there is an order, which stays a function of (seed, update).
 
@@ -141,8 +151,8 @@ def load_images(config: TrainConfig) -> tuple[ImageData, ImageData | None]:
         order = torch.randperm(len(train), generator=seeded_generator(HELD_OUT_SEED, "held out", 0)).tolist()
         aside = min(max(1, round(len(train) * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if len(train) > 1 else 0
         test, train = Part(train, sorted(order[:aside])), Part(train, sorted(order[aside:]))
-    elif len(test) > HELD_OUT_LIMIT:
-        test = Part(test, np.linspace(0, len(test) - 1, HELD_OUT_LIMIT).astype(int).tolist())
+    elif test_limit is not None and len(test) > test_limit:
+        test = Part(test, np.linspace(0, len(test) - 1, test_limit).astype(int).tolist())
     decoder = decoder_of(config)
     workers, folder = config.dataloader_num_workers, Path(config.output_dir)
     images, bad = collect(train, decoder, workers, label_names, folder)

@@ -26,15 +26,26 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from ddpm_hf.cards import CARD, FACTS, MARK, PICTURES, is_hub_id, is_ours, model_card, read_facts
+from ddpm_hf.cards import (
+    CARD,
+    EVALUATION,
+    FACTS,
+    MARK,
+    PICTURES,
+    evaluation_of,
+    is_hub_id,
+    is_ours,
+    model_card,
+    read_facts,
+)
 from ddpm_hf.loading import INDEX, OURS, check_inside, root_of
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 
 # What belongs into a model's repository. Checkpoints do not, and neither do the pictures that show images of the data,
-# which may not be one's own to publish: data.png, forward.png, neighbours.png.
+# which may not be one's own to publish: data.png, forward.png, neighbours.png, and the report of an evaluation.
 CONFIG = "train_config.json"
 MODEL = [INDEX, "unet/config.json", "unet/*.safetensors", "unet/*.safetensors.index*.json", "scheduler/*_config.json"]
-UPLOADED = [*MODEL, CARD, FACTS, CONFIG, "log.csv", *PICTURES]
+UPLOADED = [*MODEL, CARD, FACTS, CONFIG, EVALUATION, "log.csv", *PICTURES]
 # The code of a repository that carries its own: pipeline.py and what it imports. Our modules as they are, but for the
 # names that they have for one another: diffusers copies the code of all repositories into one folder.
 MODULES = ("images", "loading", "scheduler", "solvers", "unet")
@@ -238,6 +249,8 @@ def files_of(
 ) -> dict[str, Path | bytes]:
     """What goes into the repository: by its name there, a file of `folder` or a content."""
     files = dict(_belonging(folder))
+    if not evaluation_of(pipeline, folder):  # none, or one from before the last training
+        files.pop(EVALUATION, None)
     if is_ours(folder / CARD):
         card = model_card(pipeline, read_facts(folder), folder, repo_id, license, self_contained)
         files[CARD] = str(card).encode()

@@ -344,6 +344,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             target = sample
             for _ in range(iterations):
                 output = self._predict(sample.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
+                output = output[:, : sample.shape[1]]
                 sample = ours.ddim_start(output, timestep, before, sample, target)
             original = ours.predicted_original(output, timestep, sample)
             tensors = {"sample": sample, "pred_original_sample": original}
@@ -425,10 +426,13 @@ class DDPMCustomPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(solver.step).parameters
         model_input = solver.scale_model_input(sample, timestep)
         model_output = self._predict(model_input.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
-        output = solver.step(model_output, timestep, sample, **({"generator": generator} if takes_generator else {}))
+        prediction = model_output[:, : sample.shape[1]]
+        learned = solver.config.get("variance_type") == "learned_range"
+        of_step = model_output if learned else prediction  # other solvers have no use for the variance
+        output = solver.step(of_step, timestep, sample, **({"generator": generator} if takes_generator else {}))
         original = getattr(output, "pred_original_sample", None)
         if original is None and ours is not None:
-            original = ours.predicted_original(model_output, round(float(timestep)), model_input)
+            original = ours.predicted_original(prediction, round(float(timestep)), model_input)
         return {"sample": output.prev_sample, "pred_original_sample": original}
 
     def _after_step(self, callback, i: int, timestep, tensors: dict) -> torch.Tensor:
@@ -444,7 +448,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         """The network's output in `dtype`, guided.
 
         At one x_t the noise, x_0 and v are affine in one another, so it is all the same of which of them this mixture
-        is made; the scheduler clamps the x_0 of the mixture.
+        is made; the scheduler clamps the x_0 of the mixture. A learned variance is that of the class.
         """
         if labels is None:
             return self.unet(sample, timestep).sample.to(dtype)
@@ -453,7 +457,9 @@ class DDPMCustomPipeline(DiffusionPipeline):
         null = torch.full_like(labels, self.unet.config.num_classes)
         both = self.unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
         of_class, of_none = both.to(dtype).chunk(2)
-        return of_none + guidance_scale * (of_class - of_none)
+        C = sample.shape[1]
+        guided = of_none[:, :C] + guidance_scale * (of_class[:, :C] - of_none[:, :C])
+        return torch.cat([guided, of_class[:, C:]], dim=1)
 
     def _labels(self, class_labels, batch_size: int | None, guidance_scale) -> torch.Tensor | None:
         """int64 (batch_size,) on the device, or None for an unconditional network."""
@@ -552,13 +558,13 @@ def num_classes(unet) -> int | None:
     return unet.config.get("num_classes")
 
 
-def load_pipeline(source: str, name: str) -> DDPMCustomPipeline:
+def load_pipeline(source: str, name: str, variant: str | None = None) -> DDPMCustomPipeline:
     """`DDPMCustomPipeline.from_pretrained` for commands: what goes wrong is told once, by a ValueError about `name`."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        return DDPMCustomPipeline.from_pretrained(source)
+        return DDPMCustomPipeline.from_pretrained(source, **({"variant": variant} if variant else {}))
     except Exception as error:  # the loader, the Hub and the network all raise their own
         raise ValueError(f"{name}={source!r} can't be loaded: {error}") from error
     finally:

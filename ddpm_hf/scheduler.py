@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 
 BETA_SCHEDULES = ("linear", "scaled_linear")
 COSINE_SCHEDULE = "squaredcos_cap_v2"
-VARIANCE_TYPES = ("fixed_small", "fixed_large")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
 # Keys that diffusers' schedulers have and ours does not act on: any other value is refused, never ignored.
@@ -94,6 +94,17 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         # sqrt(abar_t), sqrt(1 - abar_t): how much image and how much noise is in x_t
         self._signal_and_noise = torch.stack([self._alphas_cumprod.sqrt(), (1 - self._alphas_cumprod).sqrt()], dim=1)
 
+        # Of all T timesteps in float64: the posterior's mean from x_0 and x_t and its log variance (equation 7), and
+        # log beta_t. The posterior at t = 0 has no variance; that of t = 1 stands in its place (arXiv:2102.09672).
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self._alphas_cumprod[:-1]])
+        posterior_variance = betas * (1 - before) / (1 - self._alphas_cumprod)
+        posterior_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
+        self._posterior = torch.stack(
+            [before.sqrt() * betas / (1 - self._alphas_cumprod),
+             (1 - betas).sqrt() * (1 - before) / (1 - self._alphas_cumprod),
+             posterior_variance.log(), betas.log()], dim=1
+        )  # fmt: skip
+
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
@@ -138,7 +149,64 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
         return (snr.clamp(max=gamma) / per).float().to(timesteps.device)[timesteps]
 
+    def posterior(self, original_samples, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (B, ...) and log variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (equation 7).
+
+        Args:
+            original_samples, sample: x_0 and x_t, (B, ...).
+            timesteps: (B,). At 0, where x_0 is known, the log variance is that of 1.
+        """
+        from_x0, from_sample, log_variance, _ = self._rows_at(self._posterior, timesteps, sample)
+        return from_x0 * original_samples + from_sample * sample, log_variance
+
+    def reverse(self, model_output, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean and log variance of p(x_{t-1} | x_t), of the walk through all T timesteps, and the x_0 it assumes.
+
+        Args:
+            model_output: (B, C, ...), or with a learned variance (B, 2 C, ...).
+            sample: x_t, (B, C, ...).
+            timesteps: (B,).
+
+        Returns:
+            mean (B, C, ...), log variance (B, 1, ...) or, if learned, (B, C, ...), and x_0 (B, C, ...).
+        """
+        model_output, share = self.split_output(model_output, sample)
+        original = self.predicted_original(model_output, timesteps, sample)
+        if self.config.clip_sample:
+            original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        mean, smallest = self.posterior(original, sample, timesteps)
+        largest = self._rows_at(self._posterior, timesteps, sample)[3]
+        if share is not None:
+            return mean, share * largest + (1 - share) * smallest, original
+        if self.config.variance_type == "fixed_small":
+            return mean, smallest, original
+        at_zero = torch.as_tensor(timesteps, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1)) == 0
+        return mean, torch.where(at_zero, smallest, largest), original
+
+    def split_output(self, model_output, sample):
+        """The prediction (B, C, ...), and with a learned variance the share of log beta_t in its logarithm.
+
+        log variance = share log beta_t + (1 - share) log beta~_t (Nichol & Dhariwal 2021, arXiv:2102.09672, equation
+        15); a network whose output is -1 ... 1 gives shares of 0 ... 1. `None` if the variance is not learned.
+        """
+        if self.config.variance_type != "learned_range":
+            if model_output.shape != sample.shape:
+                raise ValueError(f"model_output is {tuple(model_output.shape)} and sample {tuple(sample.shape)}")
+            return model_output, None
+        wanted = (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:])
+        if model_output.shape != wanted:
+            raise ValueError(
+                f"model_output is {tuple(model_output.shape)} for a sample of {tuple(sample.shape)}; "
+                f"variance_type='learned_range' takes {wanted}"
+            )
+        prediction, range_ = model_output.chunk(2, dim=1)
+        return prediction, (range_ + 1) / 2
+
     def _signal_and_noise_at(self, timesteps, sample):
+        return self._rows_at(self._signal_and_noise, timesteps, sample)
+
+    def _rows_at(self, table, timesteps, sample):
+        """Columns of the float64 `table` (T, n) at `timesteps` () or (B,), to be multiplied with `sample` (B, ...)."""
         timesteps = torch.as_tensor(timesteps)
         if timesteps.device.type == "cpu" and (  # elsewhere looking at the values would stop the device
             timesteps.is_floating_point() or timesteps.min() < 0 or timesteps.max() >= len(self)
@@ -146,14 +214,17 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timesteps={timesteps.tolist()} must be integers in 0 ... {len(self) - 1}")
         # Half precisions are computed in float32: in bf16, sqrt(1 - abar_t) and the sum would lose the noise.
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        rows = self._signal_and_noise.to(dtype).to(sample.device)[timesteps.reshape(-1).to(sample.device)]
-        return rows.reshape(-1, 2, *(1,) * (sample.ndim - 1)).unbind(1)
+        rows = table.to(dtype).to(sample.device)[timesteps.reshape(-1).to(sample.device)]
+        return rows.reshape(-1, table.shape[1], *(1,) * (sample.ndim - 1)).unbind(1)
 
     # ------------------------------------------------------------------ between timesteps
 
-    def predicted_original(self, model_output, timestep: int, sample) -> torch.Tensor:
-        """The x_0 that `model_output` (B, ...) says is in `sample` at `timestep`, whatever the walk."""
-        signal, sigma = self._signal_and_noise[int(timestep)].tolist()
+    def predicted_original(self, model_output, timestep, sample) -> torch.Tensor:
+        """The x_0 that `model_output` (B, ...) says is in `sample` at `timestep`, or at each its own (B,)."""
+        if isinstance(timestep, torch.Tensor) and timestep.ndim:
+            signal, sigma = self._signal_and_noise_at(timestep, sample)
+        else:
+            signal, sigma = self._signal_and_noise[int(timestep)].tolist()
         if self.config.prediction_type == "epsilon":
             return (sample - sigma * model_output) / signal
         return model_output if self.config.prediction_type == "sample" else signal * sample - sigma * model_output
@@ -224,11 +295,13 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             "v_prediction": (signal, -sigma),
         }[self.config.prediction_type]
         mean_from = (abar_prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - abar_prev) / (1 - abar))  # equation 7
-        steps = torch.stack([*x0_from, *mean_from, variance.sqrt()], dim=1)  # (steps, 5)
+        clipped = torch.cat([posterior_variance[:-1], posterior_variance[-2:-1] if len(beta) > 1 else beta])
+        bounds = clipped.log(), beta.log()
+        steps = torch.stack([*x0_from, *mean_from, variance.sqrt(), *bounds], dim=1)  # (steps, 7)
 
         self._walk = dict(zip(timesteps.tolist(), steps.tolist(), strict=True))
         # The same for timesteps that live on a device. Off the walk there is no step, so not a number either.
-        self._walk_table = torch.full((len(self), 5), math.nan, dtype=torch.float64)
+        self._walk_table = torch.full((len(self), 7), math.nan, dtype=torch.float64)
         self._walk_table[timesteps] = steps
         self._walk_table_on_device = self._walk_table
 
@@ -240,19 +313,19 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """One draw from p(x_{t-1} | x_t) (algorithm 2, with x_0 predicted and clamped first).
 
         Args:
-            model_output: (B, ...), the network's prediction at `timestep`.
+            model_output: (B, C, ...), the network's prediction at `timestep`; with a learned variance (B, 2 C, ...).
             timestep: int, 0-d tensor or tensor of one element: a timestep of the walk. A tensor on a device is never
                 brought to the host; off the walk it gives NaN, where an int or a CPU tensor gives a ValueError.
-            sample: x_t, of `model_output`'s shape.
+            sample: x_t, (B, C, ...).
             generator: as in `draw_noise`. Nothing is drawn at the last step (with a timestep on a device, where
                 looking which step it is would stop the device, something is drawn and not used).
 
         Returns:
             `DDPMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or the tuple of both.
         """
-        if model_output.shape != sample.shape:
-            raise ValueError(f"model_output is {tuple(model_output.shape)} and sample {tuple(sample.shape)}")
-        from_sample, from_output, mean_from_x0, mean_from_sample, std = self._coefficients(timestep, sample)
+        model_output, share = self.split_output(model_output, sample)
+        coefficients = self._coefficients(timestep, sample)
+        from_sample, from_output, mean_from_x0, mean_from_sample, std, smallest, largest = coefficients
 
         # 1. x_0 as the network sees it
         pred_original_sample = from_sample * sample + from_output * model_output
@@ -261,8 +334,11 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             pred_original_sample = pred_original_sample.clamp(-limit, limit)
         # 2. mean of q(x_{t-1} | x_t, x_0), equation 7
         prev_sample = mean_from_x0 * pred_original_sample + mean_from_sample * sample
-        # 3. noise
+        # 3. noise; `std` is 0 at the last step, and there alone
         if isinstance(std, torch.Tensor) or std > 0:
+            if share is not None:
+                learned = (0.5 * (share * largest + (1 - share) * smallest)).exp()
+                std = torch.where(std > 0, learned, 0.0) if isinstance(std, torch.Tensor) else learned
             prev_sample = prev_sample + std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
 
         if not return_dict:
@@ -276,7 +352,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             if (table.device, table.dtype) != (timestep.device, dtype):
                 table = self._walk_table_on_device = self._walk_table.to(dtype).to(timestep.device)
             # 0-d tensors scale the sample without changing its dtype
-            return table.index_select(0, timestep.reshape(1)).reshape(5).unbind()
+            return table.index_select(0, timestep.reshape(1)).reshape(7).unbind()
         if isinstance(timestep, torch.Tensor):
             timestep = timestep.reshape(()).tolist()
         if timestep not in self._walk:
@@ -304,7 +380,8 @@ class LinearNoiseScheduler(NoiseScheduler):
         beta_schedule: `"linear"` in beta (the paper, section 4) or `"scaled_linear"`, linear in sqrt(beta).
         trained_betas: the T betas themselves, each in (0, 1), in place of the three arguments above.
         variance_type: variance of p(x_{t-1} | x_t): `"fixed_small"`, the posterior's (equation 7), or
-            `"fixed_large"`, beta_t (section 3.2).
+            `"fixed_large"`, beta_t (section 3.2), or `"learned_range"`: between the two, where the second half of the
+            network's output says (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15).
         clip_sample: clamp the predicted x_0 to [-clip_sample_range, clip_sample_range] before the posterior mean is
             formed (the authors' code). Without it `pred_original_sample` is returned unclamped too.
         prediction_type: what the network predicts: `"epsilon"` (the noise), `"sample"` (x_0) or `"v_prediction"`

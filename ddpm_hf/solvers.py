@@ -1,5 +1,8 @@
 """Solvers by name: diffusers' schedulers, built from our configuration with nothing lost or changed."""
 
+import json
+import math
+
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -57,6 +60,8 @@ def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: boo
     # diffusers drops from a configuration what was left at its default, and another class may have another one.
     config = {**scheduler.config, "_use_default_values": []}
     config |= {} if clip_sample is None else {"clip_sample": clip_sample}
+    if solver != "ddpm" and config.get("variance_type") == "learned_range":
+        config["variance_type"] = "fixed_small"  # the pipeline gives them the prediction alone
     if solver != "ddpm" and config.get("timestep_spacing") == "quadratic":
         raise ValueError(f"scheduler={solver!r}: timestep_spacing='quadratic' is known to ddpm_hf alone; use ddpm")
     made = (scheduler_class(config) if solver == "ddpm" else getattr(diffusers, SOLVERS[solver])).from_config(config)
@@ -93,3 +98,10 @@ def set_walk(solver, num_inference_steps: int | None, device) -> None:
                 f"num_inference_steps={n}: {name} with timestep_spacing={spacing!r} takes numbers of steps that divide "
                 f"{T} into equal parts only; another solver takes any"
             )
+
+
+def plain_config(scheduler) -> dict:
+    """A scheduler's class and settings, as JSON gives them back."""
+    settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    infinite = {key: str(v) for key, v in settings.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.loads(json.dumps({"class": type(scheduler).__name__, **settings, **infinite}, default=str))

@@ -39,6 +39,7 @@ class ImageStream:
     """
 
     num_images = None  # nobody knows
+    levels = 256  # of a pixel; so taken whatever it is
 
     def __init__(self, config: TrainConfig, process_index: int, num_processes: int):
         train, test, names = source_of(config, streaming=True)

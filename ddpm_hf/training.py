@@ -23,6 +23,7 @@ from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData
 from ddpm_hf.ema import EMA
+from ddpm_hf.likelihood import bound_terms
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
@@ -34,6 +35,7 @@ from ddpm_hf.unet import DDPMUNet
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
 FEW_IMAGES = 500
+VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:2102.09672, equation 16)
 # Seconds. With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets
 # go of the last tensor it sent while Python ends makes the process abort, all being saved.
 GLOO_LETS_GO = 0.3
@@ -78,21 +80,29 @@ class Run:
         return self.step >= self.total_steps
 
 
-def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=None) -> torch.Tensor:
-    """L_simple of each image, the mean squared error of the prediction (Ho et al. 2020, equation 14).
+def diffusion_loss(network, scheduler, images, noise, timesteps, class_labels=None, levels=256):
+    """L_simple of each image, the mean squared error of the prediction (Ho et al. 2020, equation 14), and L_vlb.
 
     Args:
         images, noise: (B, C, H, W); images in [-1, 1].
         timesteps: (B,).
         class_labels: (B,), for a class-conditional network.
+        levels: of a pixel, for L_vlb.
 
     Returns:
-        float32 (B,)
+        L_simple, float32 (B,); and for a learned variance L_vlb as the one timestep estimates it, in bits/dim, (B,), of
+        which only the variance learns (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1), otherwise None.
     """
     noisy = scheduler.add_noise(images, noise, timesteps)
     classes = {} if class_labels is None else {"class_labels": class_labels}
-    prediction = network(noisy, timesteps, **classes).sample.float()
-    return (prediction - scheduler.target(images, noise, timesteps)).square().mean(dim=(1, 2, 3))
+    output = network(noisy, timesteps, **classes).sample.float()
+    prediction, variance = output[:, : images.shape[1]], output[:, images.shape[1] :]
+    errors = (prediction - scheduler.target(images, noise, timesteps)).square().mean(dim=(1, 2, 3))
+    if scheduler.config.variance_type != "learned_range":
+        return errors, None
+    output = torch.cat([prediction.detach(), variance], dim=1)
+    terms = bound_terms(scheduler, images, noisy, timesteps, output, levels)
+    return errors, len(scheduler) * terms
 
 
 def train(
@@ -198,9 +208,10 @@ def train(
                 y = None if labels is None else labels[this].to(accelerator.device)
                 torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
                 with accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext():
-                    errors = diffusion_loss(network, scheduler, x, z, t, y)
+                    errors, bounds = diffusion_loss(network, scheduler, x, z, t, y, images.levels)
                     weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
-                    micro_loss = (weights * errors).mean() / micros
+                    losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
+                    micro_loss = losses.mean() / micros
                     accelerator.backward(micro_loss)
                 loss = loss + micro_loss.detach()
                 seen.append((t, errors.detach()))
@@ -383,6 +394,8 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
     if source is not None and config.unet:
         raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     settings = {**config.scheduler, **({"prediction_type": config.prediction_type} if config.prediction_type else {})}
+    if config.learned_variance:
+        settings["variance_type"] = "learned_range"
     pipeline = None if source is None else load_pipeline(source, "pretrained_model_name_or_path")
     merged = settings if pipeline is None else {**pipeline.scheduler.config, **settings}
     kind = scheduler_class(merged)
@@ -395,7 +408,8 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
             size = height if height == width else (height, width)
             names = images.label_names if config.class_conditional else None
             classes = {"num_classes": len(names), "class_names": names} if names else {}
-            unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **classes, **config.unet})
+            variance = {"out_channels": 2 * channels} if config.learned_variance else {}
+            unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **variance, **classes, **config.unet})
         else:
             unet = pipeline.unet
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
@@ -405,6 +419,14 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
         made_for = unet.config.in_channels
         raise ValueError(f"{of} is made for {made_for} channels and the images have {channels}: set channels")
     _check_classes(config, unet, images.label_names)
+    learned = scheduler.config.variance_type == "learned_range"
+    if learned != (unet.config.get("out_channels") == 2 * channels):
+        predicts = unet.config.get("out_channels") or channels
+        raise ValueError(
+            f"learned_variance={config.learned_variance}: the network predicts {predicts} channels of images of "
+            f"{channels}, and the scheduler has variance_type={scheduler.config.variance_type!r}: set learned_variance "
+            "and neither of the others for a new network, and leave it out to go on with one that has it"
+        )
     if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
         raise ValueError(
             f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the last timestep, where samples begin, "
@@ -469,7 +491,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
-    """`diffusion_loss` of the averaged network on the held-out images, at timesteps spread evenly over 0 ... T-1.
+    """L_simple of the averaged network on the held-out images, at timesteps spread evenly over 0 ... T-1.
 
     It is not weighted, and held-out images without a class are predicted without one. Noise and timesteps are the same
     each time and in every run, so that only the network makes the difference.
@@ -488,7 +510,7 @@ def held_out_loss(run: Run) -> float:
             y = None
             if run.config.class_conditional:
                 y = _labels(run, run.held_out.labels[indices], torch.tensor(False)).to(unet.device)
-            total += diffusion_loss(unet, scheduler, x, z, t, y).sum()
+            total += diffusion_loss(unet, scheduler, x, z, t, y)[0].sum()
     return accelerator.reduce(total, "sum").item() / n
 
 

@@ -213,7 +213,9 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
     Args:
         sample_size: side, or (height, width), of the images it is made for; the default size of what is sampled.
-        in_channels: channels of the images, and of the prediction.
+        in_channels: channels of the images.
+        out_channels: channels of the prediction; `None`: as many. Twice as many with a learned variance, of which the
+            second half says where between its bounds the variance lies (Nichol & Dhariwal 2021, arXiv:2102.09672).
         stem_channels: width of the first convolution.
         block_out_channels: width of each down stage, from the image inwards.
         downsample: for each down stage, whether it halves height and width at its end (and the up stage beside it
@@ -290,6 +292,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         dropout_channels: bool = False,
         num_classes: int | None = None,
         class_names: list[str] | None = None,
+        out_channels: int | None = None,
     ):
         super().__init__()
         config = self.config
@@ -327,7 +330,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             width = width_out
 
         self.norm_out = nn.GroupNorm(norm_num_groups_out or norm_num_groups, width, norm_eps)
-        self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels or in_channels, 3, padding=1)
         # (B,) -> (B, E), added to the time embedding; the last row is that of the null label
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, config.time_embedding_dim)
 
@@ -355,7 +358,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             class_labels: int64 (B,), each in 0 ... num_classes; of a class-conditional network, and of no other.
 
         Returns:
-            `DDPMUNetOutput` with `sample` (B, in_channels, H, W), or the tuple of it.
+            `DDPMUNetOutput` with `sample` (B, out_channels, H, W), or the tuple of it.
         """
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample has shape {tuple(sample.shape)}; it must be (B, {self.config.in_channels}, H, W)")
@@ -424,6 +427,8 @@ def _check(config) -> None:
     for name in ("in_channels", "stem_channels", "layers_per_block", "mid_layers_per_block", "time_embedding_dim",
                  "norm_num_groups"):  # fmt: skip
         require(name, type(config[name]) is int and config[name] >= 1, "must be an integer of at least 1")
+    holds = config.out_channels in (None, config.in_channels, 2 * config.in_channels)
+    require("out_channels", holds, f"must be None, in_channels={config.in_channels}, or twice that: a learned variance")
     sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
     holds = is_list_of(int, sides) and len(sides) <= 2 and min(sides) >= 1
     require("sample_size", holds, "must be a side or a (height, width) of at least 1")

@@ -12,7 +12,7 @@ import ddpm_hf
 from ddpm_hf import DDPMCustomPipeline
 from ddpm_hf.cli import main
 from ddpm_hf.config import recipe_names
-from ddpm_hf.evaluation import digits_legibility
+from ddpm_hf.legibility import digits_legibility
 from ddpm_hf.progress import read_log
 from ddpm_hf.training import train
 

@@ -102,7 +102,7 @@ def unet2d_configs(draw):
     return {
         "sample_size": draw(st.sampled_from([8, 16])),
         "in_channels": (channels := draw(st.integers(1, 3))),
-        "out_channels": channels,
+        "out_channels": draw(st.sampled_from([channels, 2 * channels])),
         "block_out_channels": widths,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]],

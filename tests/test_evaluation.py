@@ -1,49 +1,440 @@
+"""`ddpm-hf evaluate`, from a model to its numbers."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
+import torch
+from conftest import tiny_config, tiny_unet
+from PIL import Image
+from torch.testing import assert_close
 
-from ddpm_hf.evaluation import digits_legibility
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, evaluation
+from ddpm_hf.cli import main
+from ddpm_hf.comparison import number
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import load_images
+from ddpm_hf.diagnostics import channel_moments
+from ddpm_hf.evaluation import METRICS, evaluate
+from ddpm_hf.training import train
 
-
-class Gives:
-    """A pipeline that gives these images, 0 ... 16, whatever class is asked for."""
-
-    def __init__(self, images, num_classes=None):
-        self.images = images.reshape(-1, 8, 8, 1) / 16
-        self.unet = SimpleNamespace(config={"num_classes": num_classes})
-
-    def __call__(self, n, generators, steps, output_type, **classes):
-        assert (len(generators), steps, output_type) == (n, 5, "np")
-        if self.unet.config["num_classes"]:
-            assert classes.pop("guidance_scale") == 3
-            assert list(classes.pop("class_labels")[:12]) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-        assert not classes
-        return SimpleNamespace(images=self.images[:n])
-
-
-@pytest.mark.parametrize(
-    ("images", "low", "high", "kinds"),
-    [
-        (load_digits().data, 0.9, 1.0, 10),
-        (load_digits().data[load_digits().target == 3], 0.9, 1.0, 1),
-        (np.random.default_rng(0).uniform(0, 16, (256, 64)), 0.0, 0.02, 0),
-        (load_digits().data[:, np.random.default_rng(0).permutation(64)], 0.0, 0.02, 0),
-    ],
-)
-def test_real_digits_are_read_and_noise_is_not(images, low, high, kinds):
-    told = digits_legibility(Gives(images), 5, seed=0, num_samples=150)
-    assert low <= told.samples <= high
-    assert told.kinds == kinds
-    assert told.held_out > 0.9
-    assert f"{told.samples:.1%} of 150 samples" in str(told)
+# The names that evaluation.json has and keeps: other people's scripts read them.
+NAMES = [
+    "bpd", "bpd_floor", "bpd_fast", "bpd_fast_train", "loss_held_out", "loss_train",
+    "fd_train", "fd_held_out", "fd_real", "kid_train", "kid_held_out", "kid_real",
+    "precision_train", "recall_train", "density_train", "coverage_train",
+    "precision_held_out", "recall_held_out", "density_held_out", "coverage_held_out",
+    "inception_score", "inception_score_real", "memorization_pixels", "memorization_features",
+    "channel_mean_drift", "channel_std_drift",
+]  # fmt: skip
+MORE = {
+    "bpd": {"total_nats", "total_nats_stderr", "prior", "kl", "decoder"},
+    "fd": {"n_reference"}, "kid": {"n_reference"}, "inception": {"splits"},
+    "memorization": {"p_value", "median_ratio", "n_held_out", "copies", "copies_held_out"},
+    "channel": {"channels", "samples", "train"},
+}  # fmt: skip
+PROTOCOL = {
+    "model", "weights", "dtype", "seed", "reference", "num_samples", "solver", "num_inference_steps", "guidance_scale",
+    "class_labels", "features", "prdc", "bpd", "loss", "memorization", "versions",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("off", [0, 1])
-def test_what_was_asked_for_is_what_is_read(off):
-    digits = load_digits()
-    of = [np.flatnonzero(digits.target == (k + off) % 10)[k // 10] for k in range(150)]
-    told = digits_legibility(Gives(digits.data[of], 10), 5, seed=0, num_samples=150, guidance_scale=3)
-    assert (told.as_asked > 0.97) if off == 0 else (told.as_asked < 0.03)
-    assert f"{told.as_asked:.1%} of the samples are what was asked for (guidance 3)" in str(told)
+@pytest.fixture(autouse=True)
+def _few(monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_BY_TIMESTEP", 8)
+    monkeypatch.setattr(evaluation, "MOST_ESTIMATED", 40)
+
+
+def quick(model, folder, **settings):
+    """An evaluation of some seconds."""
+    defaults = {"num_samples": 40, "num_inference_steps": 2, "bpd_images": 3, "cache": folder / "cache"}
+    return evaluate(str(model), output=folder / "evaluation.json", **{**defaults, **settings})
+
+
+@pytest.fixture
+def evaluated(trained, tmp_path):
+    return quick(trained, tmp_path), tmp_path
+
+
+def test_the_names_are_kept(evaluated):
+    found, folder = evaluated
+    assert found == json.loads((folder / "evaluation.json").read_text())
+    assert list(found) == ["protocol", "metrics"]
+    assert list(found["metrics"]) == NAMES
+    for name, metric in found["metrics"].items():
+        more = MORE.get(name, MORE.get(name.split("_")[0], set()) if not name.startswith("bpd_") else set())
+        assert metric.keys() == {"name", "value", "stderr", "n"} | more, name
+        assert isinstance(metric["value"], float), name
+        assert metric["stderr"] is None or metric["stderr"] >= 0, name
+    protocol = found["protocol"]
+    assert protocol.keys() == PROTOCOL
+    assert protocol["model"].keys() == {"name", "sha256", "parameters", "scheduler"}
+    assert protocol["model"]["scheduler"]["variance_type"] == "fixed_small"
+    assert protocol["solver"] == "ddpm"
+    assert protocol["features"].keys() == {"name", "sha256", "resize", "pixels"}
+    assert protocol["reference"]["train"].keys() == {"n", "sha256", "shape"}
+    assert protocol["reference"]["held_out"]["n"] == 180
+    assert protocol["versions"].keys() >= {"ddpm-hf", "torch", "diffusers", "scipy"}
+    assert (protocol["weights"], protocol["num_samples"], protocol["num_inference_steps"]) == ("ema", 40, 2)
+    assert protocol["bpd"]["levels"] == 17
+    assert sorted(os.listdir(folder)) == ["by_timestep.csv", "cache", "evaluation.json", "report.html", "report.png"]
+    curves = np.genfromtxt(folder / "by_timestep.csv", delimiter=",", names=True)
+    assert curves.dtype.names == (
+        "timestep", "loss_held_out", "loss_train", "bits", "x0_rmse", "x0_slope", "x0_bias",
+    )  # fmt: skip
+    assert len(curves) == 50
+    assert Image.open(folder / "report.png").width > 800
+    assert number(found["metrics"]["bpd"]) in (folder / "report.html").read_text()
+
+
+def test_what_is_not_asked_for_is_not_measured(trained, tmp_path):
+    found = quick(trained, tmp_path, metrics=("kid", "drift"))
+    assert list(found["metrics"]) == [
+        "kid_train", "kid_held_out", "kid_real", "channel_mean_drift", "channel_std_drift",
+    ]  # fmt: skip
+    assert "bpd" not in found["protocol"]
+    assert not (tmp_path / "by_timestep.csv").exists()
+    likelihood = quick(trained, tmp_path, metrics=("bpd",))
+    assert "num_samples" not in likelihood["protocol"]
+    assert list(likelihood["metrics"]) == ["bpd", "bpd_floor", "bpd_fast", "bpd_fast_train"]
+
+
+def test_the_bound_is_of_the_whole_walk_and_agrees_with_its_estimate(digits_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_ESTIMATED", 180)
+    found = quick(digits_model, tmp_path, metrics=("bpd",), bpd_images=12)["metrics"]
+    whole, estimate = found["bpd"], found["bpd_fast"]
+    assert whole["prior"] + whole["kl"] + whole["decoder"] == pytest.approx(whole["value"])
+    assert whole["total_nats"] == pytest.approx(whole["value"] * 64 * np.log(2))
+    error = np.hypot(whole["stderr"], estimate["stderr"])
+    assert abs(whole["value"] - estimate["value"]) < 4 * error
+    assert error < 0.1 * whole["value"]
+
+
+# ---------------------------------------------------------------- samples whose numbers are known
+
+
+def made_of(monkeypatch, images):
+    """In place of samples, these images one after the other."""
+    position = iter(range(10**6))
+
+    def call(self, batch_size, *args, **settings):
+        batch = images.batch(torch.tensor([next(position) for _ in range(batch_size)]))
+        return SimpleNamespace(images=(batch + 1) / 2)
+
+    monkeypatch.setattr(DDPMCustomPipeline, "__call__", call)
+
+
+def test_training_images_for_samples(trained, tmp_path, monkeypatch):
+    made_of(monkeypatch, load_images(TrainConfig())[0])
+    metrics = ("fd", "kid", "prdc", "memorization", "drift")
+    found = quick(trained, tmp_path, num_samples=1617, metrics=metrics)["metrics"]
+    assert found["fd_train"]["value"] < 1e-8
+    assert found["fd_held_out"]["value"] > 1
+    assert found["precision_train"]["value"] == found["recall_train"]["value"] == found["coverage_train"]["value"] == 1
+    assert found["precision_held_out"]["value"] < 1
+    assert found["memorization_pixels"]["value"] < -15
+    assert found["memorization_features"]["value"] < -15
+    assert found["memorization_pixels"]["median_ratio"] < 1e-4
+    assert found["channel_mean_drift"]["value"] < 1e-7
+    assert found["channel_std_drift"]["value"] < 1e-7
+
+
+def test_held_out_images_for_samples(trained, tmp_path, monkeypatch):
+    """What a model that has learnt the data and none of its images by heart would get."""
+    made_of(monkeypatch, load_images(TrainConfig())[1])
+    metrics = ("fd", "kid", "prdc", "memorization", "is")
+    found = quick(trained, tmp_path, num_samples=180, metrics=metrics)["metrics"]
+    assert found["fd_held_out"]["value"] < 1e-8
+    assert found["fd_train"]["value"] == pytest.approx(found["fd_real"]["value"], rel=1e-9)
+    assert found["kid_train"]["value"] == pytest.approx(found["kid_real"]["value"], rel=1e-9)
+    assert found["fd_train"]["value"] > 1
+    assert found["inception_score"]["value"] == pytest.approx(found["inception_score_real"]["value"])
+    assert found["precision_held_out"]["value"] == found["coverage_held_out"]["value"] == 1
+    assert found["memorization_pixels"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found["memorization_pixels"]["median_ratio"] == pytest.approx(1)
+
+
+def test_a_shift_of_colour_is_told(trained, tmp_path, monkeypatch):
+    images = load_images(TrainConfig())[0]
+    made_of(monkeypatch, SimpleNamespace(batch=lambda i: (0.8 * images.batch(i) + 0.1).clamp(-1, 1)))
+    found = quick(trained, tmp_path, num_samples=400, metrics=("drift",))["metrics"]
+    pixels = images.batch(torch.arange(len(images)))
+    shift = (0.8 * pixels + 0.1).mean() - pixels.mean()
+    mean, std = found["channel_mean_drift"], found["channel_std_drift"]
+    assert mean["channels"] == pytest.approx([shift.item()], abs=4 * mean["stderr"])
+    assert mean["value"] == abs(mean["channels"][0]) > 10 * mean["stderr"]
+    assert std["channels"] == pytest.approx([-0.2 * pixels.std().item()], abs=4 * std["stderr"])
+
+
+def test_errors_of_mean_and_spread_are_those_of_repeating_it():
+    generator = torch.Generator().manual_seed(0)
+    tries = torch.randn(300, 50, 1, 4, 4, generator=generator) * 0.3 + 0.5 * torch.rand(
+        300, 50, 1, 1, 1, generator=generator
+    )
+    found = [evaluation._mean_and_std(channel_moments(images)) for images in tries]
+    for k in (0, 1):
+        values = torch.stack([one[k][0] for one in found])
+        told = torch.stack([one[k][1] for one in found]).mean()
+        assert told.item() == pytest.approx(values.std().item(), rel=0.15)
+    assert_close(found[0][1][0][0], tries[0].double().std(correction=0), rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_numbers_do_not_depend_on_the_batch_nor_on_the_cache(trained, tmp_path):
+    first = quick(trained, tmp_path)
+    (cached, *others) = sorted((tmp_path / "cache").iterdir())
+    stamp = cached.stat().st_mtime_ns
+    again = quick(trained, tmp_path, batch_size=7)
+    assert len(others) == 1
+    assert cached.stat().st_mtime_ns == stamp
+    assert_alike(first, again)
+
+
+def assert_alike(a, b):
+    """Rounding apart, which may put a pixel into the next of the 256 levels."""
+    assert a["protocol"] == b["protocol"]
+    assert a["metrics"].keys() == b["metrics"].keys()
+    for name, metric in a["metrics"].items():
+        assert b["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-3, abs=1e-4), name
+
+
+def test_raw_weights_are_others(trained, tmp_path):
+    ema, raw = (quick(trained, tmp_path, weights=weights, metrics=("loss",)) for weights in ("ema", "raw"))
+    assert ema["protocol"]["model"]["sha256"] != raw["protocol"]["model"]["sha256"]
+    assert ema["metrics"]["loss_train"]["value"] != raw["metrics"]["loss_train"]["value"]
+    assert raw["protocol"]["weights"] == "raw"
+
+
+def test_classes_are_asked_for_as_often_as_they_are_in_the_data(digits_model, tmp_path, monkeypatch):
+    asked, told = [], []
+    call, forward = DDPMCustomPipeline.__call__, evaluation._Evaluation._predict
+
+    def spy(self, *args, **settings):
+        asked.extend(settings["class_labels"])
+        return call(self, *args, **settings)
+
+    def predict(self, sample, timesteps, labels):
+        told.extend(labels.tolist())
+        return forward(self, sample, timesteps, labels)
+
+    monkeypatch.setattr(DDPMCustomPipeline, "__call__", spy)
+    monkeypatch.setattr(evaluation._Evaluation, "_predict", predict)
+    found = quick(digits_model, tmp_path, metrics=("loss", "drift"), num_samples=1617, num_inference_steps=1)
+    images, held_out = load_images(TrainConfig())
+    assert sorted(asked) == sorted(images.labels.tolist())
+    assert found["protocol"]["class_labels"] == "as in the training images"
+    chosen = torch.linspace(0, 179, 8).round().long()
+    assert told[: 8 * 50 : 50] == held_out.labels[chosen].tolist()
+
+
+def test_what_the_model_was_trained_on_is_found(tmp_path, monkeypatch):
+    """A folder of images with a setting of its own: the numbers are of images decoded as they were for training."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(24):
+        pixels = np.random.default_rng(k).integers(0, 255, (12, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    settings = {"train_data_dir": str(folder), "resolution": 8, "channels": 3, "max_train_steps": 1}
+    train(tiny_config(tmp_path / "run", **settings))
+    metrics = ("bpd", "loss", "drift", "memorization")
+    found = quick(tmp_path / "run", tmp_path, metrics=metrics, num_samples=12)
+    assert found["protocol"]["reference"]["name"] == "photos"
+    assert found["protocol"]["reference"]["train"]["shape"] == [3, 8, 8]
+    assert len(found["metrics"]["channel_mean_drift"]["channels"]) == 3
+    assert "memorization_features" not in found["metrics"]
+    assert found["protocol"]["bpd"]["levels"] == 256
+    os.rename(folder, tmp_path / "moved")
+    with pytest.raises(ValueError, match="photos"):
+        quick(tmp_path / "run", tmp_path)
+    moved = quick(tmp_path / "run", tmp_path, metrics=metrics, num_samples=12, train_data_dir=str(tmp_path / "moved"))
+    assert moved["metrics"] == found["metrics"]
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\).*\(3, 8, 8\)"):
+        quick(tmp_path / "run", tmp_path, dataset_name="digits")
+
+
+def test_a_model_of_which_nothing_is_known(tmp_path):
+    DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has no train_config.json.*--dataset_name"):
+        quick(tmp_path / "model", tmp_path)
+    found = quick(tmp_path / "model", tmp_path, dataset_name="digits", metrics=("is", "fd"))
+    assert found["protocol"]["features"]["name"] == "digits"
+    with pytest.raises(ValueError, match="weights='raw'|variant|raw"):
+        quick(tmp_path / "model", tmp_path, dataset_name="digits", weights="raw")
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"metrics": ("fid",)}, "metrics: there is no 'fid'; choose from bpd, fd, kid"),
+    ({"metrics": ()}, "metrics: name at least one"),
+    ({"weights": "best"}, "weights='best'; choose from ema, raw"),
+    ({"num_samples": 3}, "num_samples=3 must be an integer of at least"),
+    ({"bpd_images": 1}, "bpd_images=1 must be an integer of at least 2"),
+    ({"batch_size": 0}, "batch_size=0 must be an integer"),
+    ({"seed": -1}, "seed=-1 must be an integer in 0"),
+    ({"num_inference_steps": 2000}, "num_inference_steps=2000"),
+    ({"scheduler": "magic"}, "scheduler='magic'"),
+    ({"guidance_scale": 2.0}, "guidance_scale=2"),
+    ({"features": "nothing"}, "features='nothing'"),
+    ({"dataset_name": "no/such set"}, "dataset_name='no/such set'"),
+])  # fmt: skip
+def test_a_mistake_is_told_before_anything_is_measured_or_written(trained, tmp_path, settings, message, monkeypatch):
+    monkeypatch.setattr(DDPMCustomPipeline, "__call__", lambda *args, **settings: pytest.fail("sampled"))
+    monkeypatch.setattr(evaluation._Evaluation, "_predict", lambda *args: pytest.fail("predicted"))
+    with pytest.raises(ValueError, match=message):
+        quick(trained, tmp_path, **settings)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_an_output_that_cannot_be(trained, tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        evaluate(str(trained), output=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file"):
+        evaluate(str(trained), output=tmp_path / "file" / "evaluation.json")
+
+
+def test_numbers_are_kept_though_the_report_fails(trained, tmp_path, monkeypatch, caplog):
+    quick(trained, tmp_path, metrics=("loss",))
+    assert (tmp_path / "by_timestep.csv").exists()
+    monkeypatch.setattr(evaluation, "write_report", lambda *args: 1 / 0)
+    found = quick(trained, tmp_path, metrics=("drift",))
+    assert "its report can't be: ZeroDivisionError" in caplog.text
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == found
+    assert sorted(os.listdir(tmp_path)) == ["evaluation.json"]  # nothing of the evaluation before
+
+
+def test_two_evaluations_in_one_folder(trained, tmp_path):
+    for name in ("a", "b"):
+        evaluate(str(trained), metrics=("loss",), output=tmp_path / f"{name}.json")
+    files = ("a.json", "a-by_timestep.csv", "a-report.html", "a-report.png")
+    assert sorted(os.listdir(tmp_path)) == sorted([*files, *(f"b{name[1:]}" for name in files)])
+
+
+def test_as_many_samples_as_real_images_stand_beside_them(trained, tmp_path):
+    found = quick(trained, tmp_path, metrics=("fd", "is"), num_samples=300)["metrics"]
+    assert list(found) == ["fd_train", "fd_held_out", "fd_train_matched", "fd_real",
+                           "inception_score", "inception_score_matched", "inception_score_real"]  # fmt: skip
+    for name in ("fd_train_matched", "fd_real", "inception_score_matched", "inception_score_real"):
+        assert found[name]["n"] == 180
+    assert found["inception_score_matched"]["splits"] == found["inception_score_real"]["splits"]
+
+
+def test_classes_are_matched_by_name(digits_model, tmp_path, monkeypatch):
+    """Data that numbers them otherwise, or has others."""
+    images, held_out = load_images(TrainConfig())
+    backwards = [9 - images.labels, 9 - held_out.labels]
+    names = images.label_names[::-1]
+
+    def load(config, test_limit):
+        found = load_images(config)
+        for each, labels in zip(found, backwards, strict=True):
+            each.labels, each.label_names = labels.clone(), list(names)
+        return found
+
+    plain = quick(digits_model, tmp_path, metrics=("loss",))
+    monkeypatch.setattr(evaluation, "load_images", load)
+    assert quick(digits_model, tmp_path, metrics=("loss",))["metrics"] == plain["metrics"]
+    names[3] = "eel"
+    with pytest.raises(ValueError, match="eel it does not know"):
+        quick(digits_model, tmp_path, metrics=("loss",))
+
+
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_model_that_samples_by_a_solver_of_diffusers(tmp_path, kind):
+    solver = getattr(diffusers, kind).from_config(LinearNoiseScheduler().config)
+    pipeline = DDPMCustomPipeline(tiny_unet(), solver)
+    pipeline.save_pretrained(tmp_path / "model")
+    metrics = ("loss", "bpd", "drift")
+    found = quick(tmp_path / "model", tmp_path, dataset_name="digits", metrics=metrics)
+    ours = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
+    ours.save_pretrained(tmp_path / "ours")
+    expected = quick(tmp_path / "ours", tmp_path, dataset_name="digits", metrics=metrics)
+    for name in ("bpd", "loss_held_out"):
+        assert found["metrics"][name] == expected["metrics"][name]
+    assert found["protocol"]["weights"] == "as saved"
+
+
+def test_features_that_do_not_fit_are_told_before_anything_is_measured(trained, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def features(images):\n    return images.mean((2, 3, 1))\n")
+    monkeypatch.setattr(evaluation._Evaluation, "_predict", lambda *args: pytest.fail("predicted"))
+    with pytest.raises(ValueError, match="must be"):
+        quick(trained, tmp_path, features=f"{tmp_path / 'mine.py'}:features")
+    (tmp_path / "mine.py").write_text("def features(images):\n    return images.flatten(1)\n")
+    with pytest.raises(ValueError, match="'is' needs classes"):
+        quick(trained, tmp_path, features=f"{tmp_path / 'mine.py'}:features", metrics=("is",))
+
+
+def test_a_cache_that_can_not_be_written(trained, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    found = quick(trained, tmp_path, metrics=("kid",))
+    assert "can't keep the statistics" in caplog.text
+    assert "kid_train" in found["metrics"]
+
+
+def test_the_command(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(evaluation, "HF_HOME", str(tmp_path / "hf"))
+    output = tmp_path / "a.json"
+    flags = ["--num_samples", "20", "--num_inference_steps", "2", "--metrics", "fd,prdc"]
+    assert main(["evaluate", str(trained), "--output", str(output), *flags]) == 0
+    out, err = capsys.readouterr()
+    value = json.loads(output.read_text())["metrics"]["fd_train"]
+    assert f"{number(value)} " in out
+    assert "precision_train" in out
+    assert "recall_train" in out
+    assert "20 samples are fewer than 10,000" in err
+    assert main(["evaluate", str(trained), "--output", str(tmp_path / "b.json"), *flags, "--seed", "1"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(output), str(tmp_path / "b.json")]) == 2
+    assert "seed is 0 in" in capsys.readouterr().err
+    assert main(["evaluate", "--compare", str(output), str(tmp_path / "b.json"), "--across", "seed"]) == 0
+    assert "fd_train" in capsys.readouterr().out
+    assert main(["evaluate"]) == 2
+    assert main(["evaluate", str(trained), "--across", "seed"]) == 2
+    assert main(["evaluate", str(trained), "--compare", str(output)]) == 2
+
+
+def test_all_metrics_are_documented():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in METRICS:
+        assert f"`{name}`" in readme, name
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(digits_model, tmp_path):
+    """In processes of their own, with the caches apart, so that both measure the references."""
+    base = ["ddpm_hf", "evaluate", str(digits_model), "--num_samples", "50", "--num_inference_steps", "3",
+            "--bpd_images", "4", "--guidance_scale", "2"]  # fmt: skip
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583", "-m"]
+    for name, how in (("one", ["-m"]), ("two", several)):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        environment["ACCELERATE_USE_CPU"] = "true"
+        command = [sys.executable, *how, *base, "--output", str(tmp_path / name / "evaluation.json")]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert process.returncode == 0, process.stderr[-2000:]
+        assert process.stdout.count("fd_train") == 1
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert_alike(one, two)
+
+
+def test_few_images_have_no_distances(tmp_path, caplog):
+    """A folder of 30, of which 3 are held out: told at the start, and what can be measured is."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for k in range(30):
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / f"{k}.png")
+    train(tiny_config(tmp_path / "run", train_data_dir=str(folder), max_train_steps=1))
+    with caplog.at_level(logging.WARNING):
+        found = quick(tmp_path / "run", tmp_path, features="digits", num_samples=12)
+    assert "fewer than 10 images were held out" in caplog.text
+    assert {"fd_train", "precision_train", "bpd", "loss_held_out"} <= found["metrics"].keys()
+    assert not [name for name in found["metrics"] if name.endswith(("_held_out", "real")) and name != "loss_held_out"]
+    assert not [name for name in found["metrics"] if name.startswith("memorization")]

@@ -23,7 +23,9 @@ from ddpm_hf import hub as sharing
 from ddpm_hf.cards import MARK
 from ddpm_hf.cli import main
 from ddpm_hf.data import ImageData
+from ddpm_hf.extractor import weights_sha256
 from ddpm_hf.hub import check_right_to_push, push
+from ddpm_hf.solvers import plain_config
 
 MODEL = {
     "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv", "run.json",
@@ -510,6 +512,36 @@ def test_the_card_says_what_was_measured_and_no_more(run):
         assert leftover not in card.text
     assert card.text.count("from_pretrained(") == 2
     assert "ddpm-hf sample digits" in card.text
+
+
+def test_an_evaluation_is_in_the_card_as_long_as_the_weights_are_those_that_it_is_of(hub, run):
+    sha = weights_sha256(DDPMCustomPipeline.from_pretrained(run).unet)
+    metrics = {
+        "fd_train": {"name": "Fréchet distance (digits features)", "value": 4.0, "stderr": 0.5, "n": 2000},
+        "memorization_pixels": {"name": "Is it nearer? z", "value": -0.25, "stderr": None, "n": 1000},
+    }
+    model = {"sha256": sha, "scheduler": plain_config(LinearNoiseScheduler.from_pretrained(run, subfolder="scheduler"))}
+    protocol = {"model": model, "num_samples": 2000, "num_inference_steps": 50, "seed": 7}
+    (run / "evaluation.json").write_text(json.dumps({"protocol": protocol, "metrics": metrics}))
+    (run / "report.html").write_text("shows images of the data")
+    push(str(run), "me/digits")
+    there = hub.files("me/digits")
+    assert set(there) == {*MODEL, "evaluation.json"}
+    card = ModelCard(there["README.md"].decode())
+    assert "4.00 ± 0.98 (95 %); n = 2000; samples 2000, steps 50, seed 7" in card.content
+    found = {result.metric_type: result for result in card.data.eval_results}
+    assert found["fd_train"].metric_value == 4.0
+    assert found["memorization_pixels"].metric_value == -0.25
+    assert "Memorisation: see what was measured" in card.content
+
+    protocol["model"]["sha256"] = "of other weights"
+    (run / "evaluation.json").write_text(json.dumps({"protocol": protocol, "metrics": metrics}))
+    push(str(run), "me/digits")
+    assert set(hub.files("me/digits")) == MODEL
+    assert "Fréchet" not in hub.files("me/digits")["README.md"].decode()
+    (run / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match="evaluation.json"):
+        push(str(run), "me/digits")
 
 
 def test_the_card_of_a_folder_that_nobody_knows_anything_of(hub, run, tmp_path):

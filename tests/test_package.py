@@ -37,7 +37,7 @@ def test_imports_go_one_way():
     imports = {path.stem: imports_of(path) for path in MODULES}
     assert imports["unet"] == imports["scheduler"] == set()  # each can be shipped as one file
     assert [name for name, used in imports.items() if "cli" in used] == ["__main__"]
-    assert not imports["training"] & {"hub", "pictures", "evaluation", "cli"}
+    assert not imports["training"] & {"hub", "pictures", "legibility", "evaluation", "cli"}
 
 
 def test_using_a_model_needs_the_base_dependencies_only():

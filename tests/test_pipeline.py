@@ -626,3 +626,68 @@ def test_the_same_noise_at_every_dtype_and_batch_size(digits):
 def test_images_and_masks_that_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_pipeline(), torch.rand(2, 1, 8, 8))
+
+
+# ---------------------------------------------------------------- a learned variance
+
+
+def of_learned_variance(**settings) -> DDPMCustomPipeline:
+    unet = tiny_unet(out_channels=2, **settings)
+    pipeline = DDPMCustomPipeline(unet, LinearNoiseScheduler(variance_type="learned_range"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def half_of(unet, **settings):
+    """The same network without its second half."""
+    half = tiny_unet(**settings)
+    weights = unet.state_dict()
+    half.load_state_dict(weights | {name: weights[name][:1] for name in ("conv_out.weight", "conv_out.bias")})
+    return half
+
+
+def test_other_solvers_have_no_use_for_the_variance():
+    learned = of_learned_variance()
+    fixed = DDPMCustomPipeline(half_of(learned.unet), LinearNoiseScheduler())
+    fixed.set_progress_bar_config(disable=True)
+    for scheduler in SOLVERS:
+        a, b = (
+            pipeline(2, [seeded(0), seeded(1)], 5, "pt", scheduler=scheduler).images for pipeline in (learned, fixed)
+        )
+        assert_close(a, b, rtol=0, atol=1e-5)
+    a, b = (pipeline(2, [seeded(0), seeded(1)], 5, "pt").images for pipeline in (learned, fixed))
+    assert not torch.allclose(a, b, atol=1e-2)
+    image = torch.rand(1, 1, 8, 8, generator=seeded(0))
+    a, b = (pipeline.invert(image, num_inference_steps=5) for pipeline in (learned, fixed))
+    assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_learned_variance_is_saved_and_loaded(tmp_path):
+    pipeline = of_learned_variance()
+    pipeline.save_pretrained(tmp_path)
+    again = DDPMCustomPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    a, b = (each(2, [seeded(0), seeded(1)], 5, "pt").images for each in (pipeline, again))
+    assert_close(a, b, rtol=0, atol=0)
+    mask = torch.zeros(8, 8)
+    mask[2:6] = 1
+    assert again.inpaint(a[:1], mask, num_inference_steps=5, generator=seeded(0)).images
+
+
+def test_guidance_is_of_the_prediction_and_not_of_the_variance():
+    pipeline, seen = of_learned_variance(num_classes=3), []
+    pipeline.unet.class_embedding.weight.data *= 3
+    step = LinearNoiseScheduler.step
+    outputs = []
+    pipeline.unet.register_forward_hook(lambda *args: outputs.append(args[-1].sample))
+
+    def spy(self, model_output, *args, **settings):
+        seen.append(model_output)
+        return step(self, model_output, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LinearNoiseScheduler, "step", spy)
+        pipeline(class_labels=[0, 2], guidance_scale=3.0, num_inference_steps=1, generator=seeded(0))
+    of_class, of_none = outputs[0].chunk(2)
+    assert_close(seen[0][:, :1], (3 * of_class - 2 * of_none)[:, :1])
+    assert_close(seen[0][:, 1:], of_class[:, 1:], rtol=0, atol=0)

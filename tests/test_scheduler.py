@@ -483,3 +483,57 @@ def test_calls_that_cannot_be():
     offset = LinearNoiseScheduler(steps_offset=1)
     with pytest.raises(ValueError, match="steps_offset=1 moves the walk of 1000 steps beyond timestep 999"):
         offset.set_timesteps(1000)
+
+
+# ---------------------------------------------------------------- a learned variance
+
+
+def test_a_learned_variance_is_that_of_diffusers():
+    ours, theirs = (kind(variance_type="learned_range") for kind in (LinearNoiseScheduler, diffusers.DDPMScheduler))
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 3, 4, 4, generator=generator), torch.randn(2, 6, 4, 4, generator=generator)
+    for t in (999, 500, 20, 2, 1, 0):
+        ours.set_timesteps(1000)
+        a, b = (s.step(output, t, x, generator=torch.Generator().manual_seed(1)) for s in (ours, theirs))
+        assert_close(a.prev_sample, b.prev_sample, rtol=2e-4, atol=2e-5)
+        assert_close(a.pred_original_sample, b.pred_original_sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("end", "variance_type"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+def test_the_ends_of_a_learned_variance_are_the_fixed_ones(end, variance_type, steps):
+    """In walks of fewer steps too, whose variances are those of their own betas."""
+    learned, fixed = (LinearNoiseScheduler(variance_type=kind) for kind in ("learned_range", variance_type))
+    for scheduler in (learned, fixed):
+        scheduler.set_timesteps(steps)
+    x, output = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    both = torch.cat([output, torch.full_like(output, end)], dim=1)
+    for t in learned.timesteps.tolist():
+        a = learned.step(both, t, x, generator=torch.Generator().manual_seed(1)).prev_sample
+        b = fixed.step(output, t, x, generator=torch.Generator().manual_seed(1)).prev_sample
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_outputs_of_the_wrong_width_are_told():
+    learned, fixed, x = (
+        LinearNoiseScheduler(variance_type="learned_range"),
+        LinearNoiseScheduler(),
+        torch.zeros(1, 3, 2, 2),
+    )
+    with pytest.raises(ValueError, match=r"\(1, 3, 2, 2\).*'learned_range' takes \(1, 6, 2, 2\)"):
+        learned.step(x, 5, x)
+    with pytest.raises(ValueError, match=r"model_output is \(1, 6, 2, 2\) and sample \(1, 3, 2, 2\)"):
+        fixed.step(torch.zeros(1, 6, 2, 2), 5, x)
+
+
+def test_the_posterior_is_bayes_rule():
+    """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0), of Gaussians."""
+    scheduler = LinearNoiseScheduler()
+    abar, t = scheduler._alphas_cumprod, torch.arange(1, 1000)
+    alpha = abar[t] / abar[t - 1]
+    precision = alpha / (1 - alpha) + 1 / (1 - abar[t - 1])
+    x0, xt = torch.randn(2, 999, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    mean = (alpha.sqrt() * xt[:, 0] / (1 - alpha) + abar[t - 1].sqrt() * x0[:, 0] / (1 - abar[t - 1])) / precision
+    found, log_variance = scheduler.posterior(x0, xt, t)
+    assert_close(found[:, 0], mean, rtol=1e-9, atol=1e-9)
+    assert_close(log_variance[:, 0], -precision.log(), rtol=1e-9, atol=1e-9)

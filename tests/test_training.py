@@ -26,6 +26,7 @@ from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, checkpoints, train
 from ddpm_hf.checkpoints import Checkpoints
 from ddpm_hf.data import ImageData
 from ddpm_hf.ema import EMA
+from ddpm_hf.likelihood import bound_terms
 from ddpm_hf.pictures import draw_pictures
 from ddpm_hf.progress import Progress, read_log
 from ddpm_hf.training import Run, diffusion_loss, draw, held_out_loss, learning_rate, train
@@ -58,8 +59,10 @@ def test_the_loss_is_zero_for_the_right_answer_only(prediction_type):
 
         return forward
 
-    assert (diffusion_loss(network(0.0), scheduler, images, noise, t) == 0).all()
-    assert_close(diffusion_loss(network(0.5), scheduler, images, noise, t), torch.full((5,), 0.25))
+    errors, bound = diffusion_loss(network(0.0), scheduler, images, noise, t)
+    assert bound is None
+    assert (errors == 0).all()
+    assert_close(diffusion_loss(network(0.5), scheduler, images, noise, t)[0], torch.full((5,), 0.25))
 
 
 def test_the_draw_is_a_function_of_seed_and_update(tmp_path):
@@ -452,7 +455,7 @@ def test_a_run_of_classes_learns_them(tmp_path):
     t = torch.full((n,), 400)
     with torch.no_grad():
         right, wrong, none = (
-            diffusion_loss(unet, scheduler, x, noise, t, y).mean()
+            diffusion_loss(unet, scheduler, x, noise, t, y)[0].mean()
             for y in (labels, (labels + 1) % 10, torch.full((n,), 10))
         )
     assert right < none < wrong
@@ -591,7 +594,7 @@ def test_min_snr_weights_the_loss_and_not_what_is_logged_beside_it(tmp_path):
     start = tiny_unet().train()
     noise, t, _, _ = draw(run.config, run.pipeline.scheduler, (16, 1, 8, 8), 0)
     x = run.images.of_update(0, 0, 16, torch.arange(16))[0]
-    errors = diffusion_loss(start, run.pipeline.scheduler, x, noise, t)
+    errors, _ = diffusion_loss(start, run.pipeline.scheduler, x, noise, t)
     snr = run.pipeline.scheduler.alphas_cumprod[t] / (1 - run.pipeline.scheduler.alphas_cumprod[t])
     assert_close(rows[None]["loss"], errors.mean().item(), rtol=1e-5, atol=0)
     assert_close(rows[0.01]["loss"], (snr.clamp(max=0.01) / snr * errors).mean().item(), rtol=1e-3, atol=0)
@@ -611,8 +614,8 @@ def poison(monkeypatch, updates, value=math.nan):
     counted = iter(range(10**6))
 
     def loss(*args):
-        true = diffusion_loss(*args)
-        return true * value if next(counted) in updates else true
+        true, bound = diffusion_loss(*args)
+        return true * value if next(counted) in updates else true, bound
 
     monkeypatch.setattr(training, "diffusion_loss", loss)
 
@@ -641,7 +644,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch):
     """x ** 0.5 at 0 has a finite value and an infinite slope."""
 
     def loss(network, *args):
-        return diffusion_loss(network, *args) + (0 * network.stem.weight.sum()).abs() ** 0.5
+        return diffusion_loss(network, *args)[0] + (0 * network.stem.weight.sum()).abs() ** 0.5, None
 
     monkeypatch.setattr(training, "diffusion_loss", loss)
     start = {}
@@ -924,3 +927,56 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, proce
         for path in (tmp_path / "killed", whole)
     ]
     assert texts[0] == texts[1]
+
+
+# ---------------------------------------------------------------- a learned variance
+
+
+def test_a_learned_variance_is_trained_beside_the_mean_and_leaves_it_alone(tmp_path):
+    """The bound teaches the variance only (arXiv:2102.09672, section 3.1), so of the prediction nothing changes."""
+    scheduler = LinearNoiseScheduler(variance_type="learned_range")
+    unet = tiny_unet(out_channels=2)
+    images, noise = torch.rand(5, 1, 8, 8) * 2 - 1, torch.randn(5, 1, 8, 8)
+    t = torch.tensor([0, 1, 10, 500, 999])
+    errors, bounds = diffusion_loss(unet, scheduler, images, noise, t)
+    (of_bounds,) = torch.autograd.grad(bounds.sum(), unet.conv_out.weight, retain_graph=True)
+    (of_errors,) = torch.autograd.grad(errors.sum(), unet.conv_out.weight)
+    assert (of_bounds[0] == 0).all()
+    assert (of_bounds[1] != 0).any()
+    assert (of_errors[1] == 0).all()
+    terms = bound_terms(scheduler, images, scheduler.add_noise(images, noise, t), t, unet(
+        scheduler.add_noise(images, noise, t), t
+    ).sample, 256)  # fmt: skip
+    assert_close(bounds, 1000 * terms)  # of one timestep drawn evenly, the sum over all
+
+
+def test_a_run_with_a_learned_variance(tmp_path):
+    settings = {"learned_variance": True, "max_train_steps": 40, "checkpointing_steps": 20}
+    run = train(tiny_config(tmp_path / "whole", **settings))
+    assert run.unet.config.out_channels == 2
+    assert run.pipeline.scheduler.config.variance_type == "learned_range"
+    assert run.images.levels == 17
+    start, end = tiny_unet(out_channels=2).conv_out, run.unet.conv_out
+    assert (end.weight[1] - start.weight[1]).abs().max() > 1e-3
+    pipeline = DDPMCustomPipeline.from_pretrained(tmp_path / "whole")
+    assert pipeline(2, num_inference_steps=3).images[0].size == (8, 8)
+
+    again = tiny_config(tmp_path / "again", **settings)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-20", tmp_path / "again" / "checkpoint-20")
+    again.resume_from_checkpoint = "latest"
+    train(again)
+    assert_close(weights(tmp_path / "again"), weights(tmp_path / "whole"), rtol=0, atol=0)
+    again = tiny_config(tmp_path / "again", **{**settings, "learned_variance": False, "max_train_steps": 50})
+    again.resume_from_checkpoint = "latest"
+    with pytest.raises(ValueError, match="conv_out"):
+        train(again)
+
+    fine = {"pretrained_model_name_or_path": str(tmp_path / "whole"), "unet": {}, "max_train_steps": 2}
+    assert train(tiny_config(tmp_path / "fine", **fine)).unet.config.out_channels == 2
+    plain = train(tiny_config(tmp_path / "plain", max_train_steps=1))
+    fine = {**fine, "pretrained_model_name_or_path": str(plain.output_dir), "learned_variance": True}
+    with pytest.raises(ValueError, match="learned_variance=True: the network predicts 1 channels of images of 1"):
+        train(tiny_config(tmp_path / "no", **fine))
+    for settings in ({"scheduler": {"variance_type": "learned_range"}}, {"unet": {**TINY_UNET, "out_channels": 2}}):
+        with pytest.raises(ValueError, match="learned_variance=False.*set learned_variance"):
+            train(tiny_config(tmp_path / "no", **settings))

@@ -1,0 +1,84 @@
+"""Loss, bound and calibration by timestep, for data whose best network is known."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ddpm_hf import LinearNoiseScheduler
+from ddpm_hf.diagnostics import ByTimestep, channel_moments, chosen_timesteps
+
+SPREAD = 0.5  # standard deviation of the pixels
+
+
+def gaussian_images(n=40):
+    return SPREAD * torch.randn(n, 2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def best(made, bolder=1.0, shift=0.0):
+    """The best network for pixels of N(0, SPREAD^2), whose guesses of x_0 are made `bolder` and shifted."""
+
+    def predict(sample, timesteps, labels):
+        signal, sigma = made._signal_and_noise_at(timesteps, sample)
+        x0 = signal * SPREAD**2 * sample / (signal**2 * SPREAD**2 + sigma**2)
+        return (sample - signal * (bolder * x0 + shift)) / sigma
+
+    return predict
+
+
+def seen(predict, made, images=None, numbers=None, batch_size=64):
+    images = gaussian_images() if images is None else images
+    found = ByTimestep(chosen_timesteps(made))
+    found.see(predict, made, images, None, range(len(images)) if numbers is None else numbers, 0, 256, batch_size)
+    return found
+
+
+def test_timesteps_are_spread_over_the_walk():
+    assert chosen_timesteps(LinearNoiseScheduler()).tolist() == list(range(10, 1000, 20))
+    assert chosen_timesteps(LinearNoiseScheduler(num_train_timesteps=4)).tolist() == [0, 1, 2, 3]
+
+
+def test_the_best_network_is_calibrated():
+    made = LinearNoiseScheduler(clip_sample=False)
+    found = seen(best(made), made)
+    columns, t = found.columns(), found.timesteps
+    abar = made._alphas_cumprod[t]
+    assert_close(columns["loss"], abar * SPREAD**2 / (abar * SPREAD**2 + 1 - abar), rtol=0.1, atol=0)
+    explained = abar * SPREAD**2 / (abar * SPREAD**2 + 1 - abar)
+    errors = ((1 - explained) / explained / gaussian_images().numel()).sqrt()  # of a slope
+    assert errors[:15].max() < 0.04
+    assert ((columns["x0_slope"] - 1).abs() < 4 * errors).all()
+    assert columns["x0_bias"].abs().max() < 0.05
+    rmse = (SPREAD**2 * (1 - abar) / (abar * SPREAD**2 + 1 - abar)).sqrt()
+    assert_close(columns["x0_rmse"], rmse, rtol=0.05, atol=0)
+    assert torch.tensor(found.losses).mean().item() == pytest.approx(columns["loss"].mean().item())
+
+
+def test_bold_and_shifted_guesses_are_told():
+    made = LinearNoiseScheduler(clip_sample=False)
+    columns = seen(best(made, bolder=2.0, shift=0.25), made).columns()
+    assert_close(columns["x0_slope"][:15], torch.full((15,), 0.5, dtype=torch.float64), rtol=0.1, atol=0)
+    assert_close(columns["x0_bias"], torch.full((50,), 0.25, dtype=torch.float64), rtol=0, atol=0.1)
+    honest = seen(best(made), made).columns()
+    assert (columns["bits"] > honest["bits"]).all()
+    assert (columns["loss"] > honest["loss"]).all()
+
+
+def test_guesses_that_are_all_the_same_have_no_slope():
+    made = LinearNoiseScheduler(prediction_type="sample")
+    assert seen(lambda sample, t, y: 0 * sample, made).columns()["x0_slope"].isnan().all()
+
+
+def test_processes_add_up():
+    made, images = LinearNoiseScheduler(), gaussian_images(6)
+    whole = seen(best(made), made, images)
+    even = seen(best(made), made, images[::2], [0, 2, 4], batch_size=9)
+    odd = seen(best(made), made, images[1::2], [1, 3, 5])
+    assert_close((even + odd).sums, whole.sums, rtol=1e-12, atol=1e-12)
+    assert sorted((even + odd).losses) == pytest.approx(sorted(whole.losses), rel=1e-12)
+
+
+def test_moments_of_channels():
+    images = gaussian_images(3)
+    found = channel_moments(images)
+    assert_close(found[1, 0, 1], images[1, 1].mean())
+    assert_close(found[2, 1, 0], (images[2, 0] ** 2).mean())

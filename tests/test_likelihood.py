@@ -1,0 +1,278 @@
+"""The variational bound, against what it is for data whose best network is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ddpm_hf import LinearNoiseScheduler
+from ddpm_hf.likelihood import (
+    bound_terms,
+    estimated_bound,
+    fixed_variance_floor,
+    full_bound,
+    prior_term,
+    timestep_probabilities,
+)
+
+T = 1000
+NODES, WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(64))
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+
+
+def scheduler(variance_type, **settings):
+    return LinearNoiseScheduler(variance_type=variance_type, prediction_type="sample", clip_sample=False, **settings)
+
+
+def expected_bits(made, levels, denoise) -> float:
+    """L_T and all terms, of data that is each of `levels` as often, by quadrature over the noise."""
+    t, total = torch.arange(T), 0.0
+    for level in levels.tolist():
+        x0 = torch.full((T, len(NODES), 1, 1), level, dtype=torch.float64)
+        xt = made.add_noise(x0, NODES.reshape(1, -1, 1, 1).expand(T, -1, 1, 1), t)
+        columns = [x.flatten(0, 1)[:, None] for x in (x0, xt, denoise(xt))]
+        terms = bound_terms(made, columns[0], columns[1], t.repeat_interleave(len(NODES)), columns[2])
+        total += (terms.reshape(T, -1) @ (WEIGHTS / WEIGHTS.sum())).sum().item()
+        total += prior_term(made, x0[:1, :1]).item()
+    return total / len(levels)
+
+
+def best(made, levels):
+    """E[x_0 | x_t] of such data, for x_t (T, nodes, 1, 1)."""
+    signal, sigma = (row[:, None, None] for row in made._signal_and_noise.unbind(1))
+
+    def denoise(xt):
+        x = xt.reshape(T, -1, 1)
+        return (torch.softmax(-((x - signal * levels) ** 2) / (2 * sigma**2), dim=-1) @ levels).reshape(xt.shape)
+
+    return denoise
+
+
+@pytest.mark.parametrize(("variance_type", "bits"), [("fixed_small", 1.30537766), ("fixed_large", 1.79179689)])
+@pytest.mark.parametrize("level", [127, 128])
+def test_a_constant_pixel(variance_type, bits, level):
+    made, t = scheduler(variance_type), torch.arange(T)
+    x0 = torch.full((T, 1, 1, 1), level / 127.5 - 1, dtype=torch.float64)
+    xt = made.add_noise(x0, torch.randn(x0.shape, dtype=torch.float64), t)
+    assert bound_terms(made, x0, xt, t, x0).sum().item() == pytest.approx(bits, abs=1e-8)
+
+
+@pytest.mark.parametrize(("variance_type", "bits"), [("fixed_small", 1.51666593), ("fixed_large", 1.99700795)])
+def test_a_fair_coin(variance_type, bits):
+    made, ends = scheduler(variance_type), torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    assert expected_bits(made, ends[1:], best(made, ends)) == pytest.approx(bits, abs=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variance_type", "bits"), [("fixed_small", 8.75705638), ("fixed_large", 8.12300673)])
+def test_a_pixel_of_any_level(variance_type, bits):
+    made = scheduler(variance_type)
+    # Those above the middle mirror those below.
+    assert expected_bits(made, LEVELS[:128], best(made, LEVELS)) == pytest.approx(bits, abs=1e-8)
+
+
+def test_the_prior():
+    made = scheduler("fixed_small")
+    assert prior_term(made, torch.ones(1, 1, 1, 1, dtype=torch.float64)).item() == pytest.approx(
+        2.9112945420e-5, abs=1e-14
+    )
+
+
+def test_a_learned_variance_has_the_fixed_ones_for_its_ends():
+    learned, x0 = scheduler("learned_range"), torch.rand(T, 2, 3, 3, dtype=torch.float64) * 2 - 1
+    t = torch.arange(T)
+    xt, guess = learned.add_noise(x0, torch.randn_like(x0), t), torch.rand_like(x0)
+    for end, variance_type in ((-1.0, "fixed_small"), (1.0, "fixed_large")):
+        fixed = bound_terms(scheduler(variance_type), x0, xt, t, guess)
+        ours = bound_terms(learned, x0, xt, t, torch.cat([guess, torch.full_like(guess, end)], dim=1))
+        assert_close(ours[1:], fixed[1:], rtol=1e-12, atol=1e-12)  # at t = 0 both have the posterior's of t = 1
+        assert (ours[0] == fixed[0]) == (end == -1)
+    half = bound_terms(learned, x0, xt, t, torch.cat([guess, torch.zeros_like(guess)], dim=1))
+    assert not torch.isclose(half[1:10], ours[1:10]).any()  # where the ends are far from one another
+
+
+def test_probabilities_of_all_levels_sum_to_one():
+    from ddpm_hf.likelihood import _log_probability_of_bins
+
+    for mean, std in ((0.0, 0.5), (0.3, 0.007), (-5.0, 0.1), (1.0, 1e-3)):
+        log_p = _log_probability_of_bins(
+            LEVELS, torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64), 1 / 255
+        )
+        assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
+        assert log_p.isfinite().all() or std < 0.01
+    far = _log_probability_of_bins(
+        LEVELS[:1], torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64), 1 / 255
+    )
+    z = (-1 + 1 / 255 - 1) / 0.05
+    assert far.item() == pytest.approx(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)).item(), rel=1e-9)
+    assert math.isfinite(far.item())
+
+
+# ---------------------------------------------------------------- of images, by a network
+
+
+ENDS = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+
+
+def knows_a_coin(made):
+    """`predict` of the best network for pixels that are -1 or 1 as often."""
+
+    def predict(sample, timesteps, labels):
+        signal, sigma = made._signal_and_noise_at(timesteps, sample)
+        return torch.tanh(signal * sample / sigma**2)
+
+    return predict
+
+
+def coins(n, seed=0):
+    return 2.0 * torch.randint(2, (n, 1, 8, 8), generator=torch.Generator().manual_seed(seed)) - 1
+
+
+def bounds(made, images, numbers=None, batch_size=64, predict=None, levels=256):
+    numbers = range(len(images)) if numbers is None else numbers
+    prior, terms = full_bound(predict or knows_a_coin(made), made, images, None, numbers, 0, levels, batch_size)
+    return prior + terms.sum(1)
+
+
+def assert_mean(values, expected, errors=4):
+    error = values.std().item() / len(values) ** 0.5
+    assert abs(values.mean().item() - expected) < errors * error, (values.mean(), error, expected)
+    return error
+
+
+@pytest.mark.parametrize(("variance_type", "bits", "other"), [
+    ("fixed_small", 1.51666593, 1.99700795),
+    ("fixed_large", 1.99700795, 1.51666593),
+])  # fmt: skip
+def test_the_bound_of_images_is_that_of_the_closed_form(variance_type, bits, other):
+    made = scheduler(variance_type)
+    found = bounds(made, coins(24))
+    error = assert_mean(found, bits)
+    assert abs(found.mean().item() - other) > 20 * error  # the other variance is told from this one
+    estimate = estimated(made, coins(400), best_probabilities(made))
+    error = assert_mean(estimate, bits)
+    assert abs(estimate.mean().item() - other) > 20 * error
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance(prediction_type):
+    """Gray by the closed forms; black and white, whose bins are open, by the bound of a network that knows them."""
+    gray, black = (torch.full((2, 1, 4, 4), value, dtype=torch.float64) for value in (127 / 127.5 - 1, -1.0))
+    half = torch.cat([gray, -black], dim=3)
+    for variance_type, bits in (("fixed_small", 1.30537766), ("fixed_large", 1.79179689)):
+        made = LinearNoiseScheduler(variance_type=variance_type, prediction_type=prediction_type)
+        assert fixed_variance_floor(made, gray) == pytest.approx(bits, abs=1e-8)
+        found = {}
+        for x0 in (gray, black):
+
+            def knows(sample, timesteps, labels, x0=x0, made=made):
+                image = x0[:1].expand(sample.shape)
+                signal, sigma = made._signal_and_noise_at(timesteps, sample)
+                return made.target(image, (sample - signal * image) / sigma, timesteps)
+
+            found[x0] = bounds(made, x0, predict=knows)
+        assert found[gray].tolist() == pytest.approx([bits] * 2, abs=3e-8)  # and L_T, 1e-9
+        floor = fixed_variance_floor(made, black)
+        assert found[black].tolist() == pytest.approx([floor] * 2, abs=5e-5)  # and L_T, 2.9e-5
+        assert 0.5 < floor < bits - 0.5
+        assert fixed_variance_floor(made, half) == pytest.approx((floor + bits) / 2)
+    assert fixed_variance_floor(LinearNoiseScheduler(clip_sample=False), black) < 1e-9
+    assert fixed_variance_floor(LinearNoiseScheduler(), gray, levels=2) < 1e-12
+    assert fixed_variance_floor(LinearNoiseScheduler(variance_type="learned_range"), gray) is None
+
+
+def estimated(made, images, probabilities, draws=16, batch_size=64):
+    return estimated_bound(
+        knows_a_coin(made), made, images, None, range(len(images)), probabilities, draws, 0, 256, batch_size
+    )
+
+
+def best_probabilities(made):
+    return timestep_probabilities(knows_a_coin(made), made, coins(32, 1), None, 0, 256)
+
+
+def test_importance_sampling_is_right_for_any_probabilities_and_best_for_its_own():
+    made, images = scheduler("fixed_small"), coins(400)
+    even = torch.full((T,), 1 / (T - 1), dtype=torch.float64)
+    even[0] = 0
+    own = best_probabilities(made)
+    assert own.sum().item() == pytest.approx(1)
+    assert own[0] == 0
+    assert own[1:].min() >= 0.1 / (T - 1)
+    errors = [assert_mean(estimated(made, images, p), 1.51666593) for p in (even, own)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_an_image_has_its_own_noise_whatever_is_beside_it():
+    made, images = scheduler("fixed_small"), coins(5)
+    together, alone = bounds(made, images), bounds(made, images[[3]], [3], batch_size=7)
+    assert_close(together[[3]], alone, rtol=1e-12, atol=0)
+    assert bounds(made, images[[3]], [4]) != alone
+    p = best_probabilities(made)
+    one = estimated_bound(knows_a_coin(made), made, images[[3]], None, [3], p, 16, 0, 256, 5)
+    assert_close(estimated(made, images, p)[[3]], one, rtol=1e-12, atol=0)
+
+
+def test_labels_go_with_their_images():
+    made, images, labels = scheduler("fixed_small"), coins(4), torch.tensor([3, 1, 2, 0])
+    seen = []
+
+    def predict(sample, timesteps, labels):
+        seen.append((len(sample), labels.tolist()))
+        return knows_a_coin(made)(sample, timesteps, labels)
+
+    full_bound(predict, made, images[:2], labels[:2], [0, 1], 0, 256, batch_size=500)
+    assert {y for n, of in seen[: len(seen) // 2] for y in of} == {3}
+    assert {y for n, of in seen[len(seen) // 2 :] for y in of} == {1}
+    seen.clear()
+    estimated_bound(predict, made, images, labels, range(4), best_probabilities(made), 3, 0, 256, 8)
+    assert [of for n, of in seen] == [[3] * 4, [1] * 4, [2] * 4, [0] * 4]
+
+
+def test_the_estimate_of_one_timestep():
+    made = scheduler("fixed_small", num_train_timesteps=1)
+    p = timestep_probabilities(knows_a_coin(made), made, coins(2), None, 0, 256)
+    found = estimated_bound(knows_a_coin(made), made, coins(2), None, [0, 1], p, 16, 0, 256)
+    assert found.isfinite().all()
+
+
+def test_gradients_of_the_bound_are_finite_at_black_and_white():
+    made = LinearNoiseScheduler(variance_type="learned_range")
+    x0 = torch.tensor([-1.0, 0.2, 1.0]).expand(T, 1, 1, 3)
+    t = torch.arange(T)
+    output = torch.randn(T, 2, 1, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    bound_terms(made, x0, made.add_noise(x0, torch.randn(x0.shape), t), t, output, 17).sum().backward()
+    assert output.grad.isfinite().all()
+    assert (output.grad[:, 1] != 0).any(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize("t", [1, 10, 40])
+def test_the_variance_that_the_bound_asks_for(t):
+    """Of data N(0, s^2) and its best network: beta~ + (d mean / d x_0)^2 Var(x_0 | x_t), between beta~ and beta.
+
+    The same of all pixels, so the share is fitted to the mean of a few hundred thousand of them.
+    """
+    made = LinearNoiseScheduler(num_train_timesteps=50, beta_start=1e-3, beta_end=0.3, clip_sample=False,
+                                variance_type="learned_range", prediction_type="sample")  # fmt: skip
+    spread, n = 0.5, 400_000
+    x0, noise = torch.randn(2, 1, 1, 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = torch.tensor([t])
+    xt = made.add_noise(x0 * spread, noise, at)
+    abar = made._alphas_cumprod[t]
+    unsure = spread**2 * (1 - abar) / (abar * spread**2 + 1 - abar)
+    from_x0, _, smallest, largest = made._posterior[t].tolist()
+    best_share = (math.log(math.exp(smallest) + from_x0**2 * unsure) - smallest) / (largest - smallest)
+    assert 0 < best_share < 1
+    guess = abar.sqrt() * spread**2 / (abar * spread**2 + 1 - abar) * xt
+
+    def slope(share):
+        range_ = torch.full((1, 1, 1, 1), 2 * share - 1, dtype=torch.float64, requires_grad=True)
+        output = torch.cat([guess, range_.expand_as(guess)], dim=1)
+        bound_terms(made, x0 * spread, xt, at, output).sum().backward()
+        return range_.grad.item()
+
+    low, high = slope(0.0), slope(1.0)
+    assert low < 0 < high
+    assert abs(slope(best_share)) < 0.1 * min(-low, high)

@@ -1,0 +1,60 @@
+"""Does a model repeat its data: the test, on sets that do and that do not."""
+
+import pytest
+import torch
+from scipy.stats import mannwhitneyu
+
+from ddpm_hf.memorization import nearness, share_of_copies
+
+
+def distances(n, seed, scale=1.0):
+    return scale * torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("alike", [distances(300, 1), distances(300, 1).round(decimals=1)])
+def test_it_is_that_of_mann_and_whitney(alike):
+    a = distances(200, 0).round(decimals=1) if len(alike.unique()) < 20 else distances(200, 0)
+    expected = mannwhitneyu(a, alike, alternative="less", method="asymptotic", use_continuity=False)
+    found = nearness(a, alike)
+    assert found["p_value"] == pytest.approx(expected.pvalue, rel=1e-10)
+    assert abs(found["value"]) < 4
+
+
+def test_z_is_standard_normal_if_nothing_is_copied():
+    z = torch.tensor([nearness(distances(60, k), distances(40, 10**6 + k))["value"] for k in range(500)])
+    assert abs(z.mean()) < 4 / 500**0.5
+    assert z.std() == pytest.approx(1, abs=4 / 1000**0.5)
+
+
+def test_copies_are_caught_and_strangers_too():
+    held_out = distances(200, 0)
+    copies = nearness(distances(200, 1, scale=1e-3), held_out)
+    assert copies["value"] < -15
+    assert copies["p_value"] < 1e-50
+    assert copies["median_ratio"] < 0.01
+    some = torch.cat([torch.zeros(60), distances(140, 1)])  # three in ten are copies
+    assert nearness(some, held_out)["value"] < -4
+    assert nearness(3 + distances(200, 1), held_out)["value"] > 15
+
+
+def test_all_at_no_distance():
+    found = nearness(torch.zeros(5), torch.zeros(4))
+    assert found["value"] == 0
+    assert found["median_ratio"] is None
+    with pytest.raises(ValueError, match="1 samples and 4 held-out"):
+        nearness(torch.zeros(1), torch.zeros(4))
+
+
+def test_copies_are_told_from_images_that_are_nearer_to_all():
+    data = torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
+    unseen = torch.randn(200, 20, generator=torch.Generator().manual_seed(1))
+    pale = 0.7 * unseen
+    copies = torch.cat([unseen[:150], data[:50] + 0.01 * unseen[:50]])
+
+    def looked_at(images):
+        return torch.cdist(images, data).topk(2, largest=False).values
+
+    of_unseen, of_pale, of_copies = (looked_at(images) for images in (unseen, pale, copies))
+    assert nearness(of_pale[:, 0], of_unseen[:, 0])["value"] < -5
+    assert share_of_copies(of_pale) == share_of_copies(of_unseen) == 0
+    assert share_of_copies(of_copies) == 0.25

@@ -1,0 +1,234 @@
+"""What the page and the poster say, and that they say nothing that they should not."""
+
+import ast
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ddpm_hf.report
+from ddpm_hf.comparison import number
+from ddpm_hf.report import KNOWN, verdict, write_report
+
+
+def metric(value, stderr=None, n=2000, **more):
+    return {"name": "in words", "value": value, "stderr": stderr, "n": n, **more}
+
+
+def full(num_samples=2000):
+    """All that an evaluation can tell. No two values are the same."""
+    metrics = {
+        "bpd": metric(3.7512, 0.011, 500, total_nats=7987.3, total_nats_stderr=23.8, prior=2e-5, kl=1.968, decoder=1.7),
+        "bpd_floor": metric(1.4312, None, 500),
+        "bpd_fast": metric(3.7623, 0.023, 500),
+        "bpd_fast_train": metric(3.6101, 0.024, 500),
+        "inception_score": metric(7.913, 0.081),
+        "inception_score_matched": metric(7.713, 0.181, 500),
+        "inception_score_real": metric(9.871, 0.102, 500),
+        "memorization_pixels": metric(0.4123, p_value=0.66, median_ratio=1.0123, n_held_out=497, copies=0.0),
+        "memorization_features": metric(-5.3111, p_value=5.4e-8, median_ratio=0.6831, n_held_out=497),
+        "channel_mean_drift": metric(0.0123, 0.002, channels=[0.0123, -0.0041], samples=[-0.012, -0.051], train=[0, 1]),
+        "channel_std_drift": metric(0.0211, 0.001, channels=[-0.0211, 0.018], samples=[0.47, 0.48], train=[0.5, 0.51]),
+        "loss_held_out": metric(0.03123, 0.0004, 500),
+        "loss_train": metric(0.02987, 0.0005, 500),
+    }
+    for k, family in enumerate(("fid", "fd", "kid")):
+        for j, of in enumerate(("train", "held_out", "train_matched", "real")):
+            metrics[f"{family}_{of}"] = metric(8.37 + 1.11 * k + 0.13 * j, 0.05)
+    for k, name in enumerate(("precision", "recall", "density", "coverage")):
+        for j, of in enumerate(("train", "held_out")):
+            metrics[f"{name}_{of}"] = metric(0.6113 + 0.1 * k + 0.013 * j, 0.0102)
+    protocol = {
+        "model": {"name": "small", "sha256": "9f86d081" * 8, "parameters": 35746307},
+        "num_samples": num_samples,
+        "seed": 20240,
+        "guidance_scale": None,
+        "class_labels": list(range(1000)),
+        "reference": {"train": {"name": "digits", "n": 1297}},
+    }
+    return {"protocol": protocol, "metrics": metrics}
+
+
+def only(*names, **settings):
+    evaluation = full(**settings)
+    return evaluation | {"metrics": {name: evaluation["metrics"][name] for name in names}}
+
+
+def picture(mode="RGB"):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)).convert(mode)
+
+
+ROWS = [
+    {"timestep": t, "loss_held_out": 1 / (1 + t), "loss_train": 0.9 / (1 + t), "bits": bits}
+    | {"x0_rmse": t / 1000, "x0_slope": 1 - t / 1e4, "x0_bias": 0.0}
+    for t, bits in ((0, 1.8), (10, None), (500, 0.01), (999, 1e-4))
+]
+
+
+class Page(HTMLParser):
+    """The text that is seen, the tags, and every address."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text, self.addresses = [], "", []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "srcset", "href", "data", "action")]
+
+    def handle_data(self, data):
+        if self.tags[-1:] != ["style"]:
+            self.text += data
+
+
+def report(folder, evaluation, pictures=None, rows=()):
+    write_report(folder, evaluation, pictures or {}, list(rows))
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.png"]
+    with Image.open(folder / "report.png") as poster:
+        poster.load()
+        assert poster.width == 1600
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory):
+    pictures = {"samples": picture(), "real": picture("L"), "memorization": picture("RGBA")}
+    return report(tmp_path_factory.mktemp("full"), full(), pictures, ROWS)
+
+
+def test_every_metric_is_there_with_its_interval(full_page):
+    metrics = full()["metrics"]
+    assert metrics.keys() == KNOWN
+    for name, each in metrics.items():
+        if name.startswith("memorization"):
+            continue
+        assert number(each) in full_page.text, name
+    assert "z = 0.41, p = 0.66; the median distance to the nearest training image is 1.01 times" in full_page.text
+    assert "z = \u22125.31, p < 0.001" in full_page.text
+    assert "nearer to the training images than unseen images are: copies, or smoother or paler" in full_page.text
+    assert "samples are no nearer to the training images than unseen images are" in full_page.text
+    assert "In all 7,987 ± 47 nats" in full_page.text
+    assert "\u22120.0041" in full_page.text  # a channel's drift
+    assert full_page.text.index("Samples beside real images") < full_page.text.index("How far the samples are")
+
+
+def test_the_page_needs_nothing_else(full_page):
+    assert len(full_page.addresses) == 3 + 2 * 12  # pictures, and curves for a white page and for a black one
+    for address in full_page.addresses:
+        kind, data = re.fullmatch(r"data:image/(png|svg\+xml);base64,(\S+)", address).groups()
+        assert base64.b64decode(data).startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+        if kind != "png":  # what a picture in a page may refer to is only inside it
+            assert all(to.startswith(b"#") for to in re.findall(rb'href="([^"]*)"', base64.b64decode(data)))
+    assert not {"script", "link", "iframe", "object", "a"} & set(full_page.tags)
+
+
+def test_the_protocol_is_all_there(full_page):
+    for text in ("35,746,307", "20240", "0, 1, 2, 3, 4, 5, 6, 7 … (1,000)", "reference / train", "1,297"):
+        assert text in full_page.text
+    assert "9f86d0819f86…" in full_page.text
+    assert "9f86d081" * 8 not in full_page.text  # in a tooltip
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "sections"),
+    [
+        (only("bpd"), ["Bits per dimension"]),
+        (only("bpd_fast"), ["Bits per dimension"]),
+        (only("fd_train", num_samples=10_000), ["How far the samples are from real images"]),
+        (only("memorization_pixels"), ["Does it repeat its training images?"]),
+        (only("channel_std_drift"), ["Colours"]),
+        (only("loss_train"), ["By timestep"]),
+        (only(), []),
+        ({"protocol": {}, "metrics": {}}, []),
+    ],
+)
+def test_what_was_not_asked_for_is_left_out(tmp_path, evaluation, sections):
+    report(tmp_path, evaluation)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*)</h2>", html) == sections
+    assert ("How it was measured" in html) == bool(evaluation["protocol"])
+    for each in evaluation["metrics"].values():
+        assert number(each) in html or f"z = {each['value']:.2f}" in html
+
+
+@pytest.mark.parametrize("given", [["precision_train"], ["recall_held_out"], ["inception_score"]])
+def test_what_misleads_alone_is_not_shown_alone(tmp_path, given):
+    page = report(tmp_path, only("bpd", *given))
+    assert number(full()["metrics"][given[0]]) not in page.text
+    assert "it misleads alone: in words (without " in page.text
+
+
+def test_an_unknown_metric_and_one_without_a_value(tmp_path):
+    evaluation = {
+        "protocol": {},
+        "metrics": {"news": metric(0.12345), "fd_train": metric(None), "kid_train": metric(0.004, float("inf"))},
+    }
+    page = report(tmp_path, evaluation)
+    assert "More" in page.text
+    for text in ("0.1235", "no value", "0.004 ± unknown"):
+        assert text in page.text
+
+
+def test_few_samples_are_warned_of(tmp_path):
+    few = "do not hold that bias"
+    assert few in report(tmp_path / "a", only("fd_train", num_samples=9_999)).text
+    assert few not in report(tmp_path / "b", only("fd_train", num_samples=10_000)).text
+    assert few not in report(tmp_path / "c", only("bpd")).text  # draws no samples
+    evaluation = only("fid_train")
+    del evaluation["protocol"]["num_samples"]
+    assert few in report(tmp_path / "d", evaluation).text
+
+
+def test_names_are_only_names(tmp_path):
+    hostile = "<script>alert(1)</script>\"'> {{ 7 * 7 }} $\\frac{$"
+    evaluation = {
+        "protocol": {"model": {"name": hostile}, "solver": hostile, hostile: {hostile: [hostile]}, "sha": hostile},
+        "metrics": {"fd_train": metric(1.5, n=7) | {"name": hostile}, "news": metric(2.5) | {"name": hostile}},
+    }
+    page = report(tmp_path, evaluation)
+    assert "script" not in page.tags
+    assert page.text.count(hostile) >= 6
+    assert "\n49" not in page.text
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    picture().save(tmp_path / "whole.png")
+    cut = (tmp_path / "whole.png").read_bytes()[:-200]
+    (tmp_path / "whole.png").write_bytes(cut)
+    report(tmp_path / "report", only("bpd"))
+    before = {path: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    with pytest.raises(OSError, match="truncated"), Image.open(tmp_path / "whole.png") as broken:
+        write_report(tmp_path / "report", full(), {"samples": broken}, [])
+    assert {path: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+    def full_disk(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_report(tmp_path / "report", only("loss_train"), {}, [])
+    assert {path: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+
+
+def test_importing_it_imports_no_matplotlib():
+    module = ast.parse(Path(ddpm_hf.report.__file__).read_text(encoding="utf-8"))
+    imports = [ast.unparse(node) for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert len(imports) > 5
+    assert "matplotlib" not in " ".join(imports)
+
+
+def test_what_is_said_of_nearness():
+    assert verdict({"value": -0.4, "copies": 0.0, "copies_held_out": 0.0})[0] == "good"
+    tone, words = verdict({"value": -9.0, "copies": 0.0, "copies_held_out": 0.0})
+    assert (tone, "smoother or paler" in words) == ("so", True)
+    tone, words = verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.01})
+    assert (tone, "copies of training images in 25.0% of all cases" in words) == ("bad", True)
+    assert verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.2})[0] == "good"  # the data repeat themselves
