@@ -1,6 +1,6 @@
 """Do the distances order what is known to be in order? `python benchmarks/orderings.py MODEL EARLY FEATURES OUT`.
 
-MODEL is a finished run of the recipe `mnist` and EARLY one of its first updates (`--max_train_steps`); FEATURES the
+MODEL is a finished run of the recipe `mnist` and EARLY one of a part of its updates (`--max_train_steps`); FEATURES the
 spec of a feature network for MNIST. Of each of five sets 2,000 images are compared with the training images: held-out
 real images, samples of the averaged weights of MODEL and of EARLY (DDIM, 20 steps), the held-out images blurred, and
 noise. Prints a table with 95 % intervals, says whether those of neighbours are disjoint, and writes orderings.csv and
@@ -12,6 +12,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import conv2d, pad
 
@@ -28,12 +29,15 @@ from ddpm_hf.seeds import image_generators
 N, BATCH, SIGMA, SHOWN = 2000, 100, 1.5, 16
 
 
-def samples(model: str) -> torch.Tensor:
-    """(N, C, H, W) in [0, 1]"""
+def samples(model: str, kept: Path) -> torch.Tensor:
+    """(N, C, H, W) in [0, 1], from the file if there is one of an earlier run."""
+    if kept.exists():
+        return torch.from_numpy(np.load(kept))
     pipeline = load_pipeline(model, "model")
     pipeline.set_progress_bar_config(disable=True)
     parts = [range(k, k + BATCH) for k in range(0, N, BATCH)]
     of = [pipeline(BATCH, image_generators(0, part), 20, "pt", scheduler="ddim").images for part in parts]
+    np.save(kept, torch.cat(of).numpy())
     return torch.cat(of)
 
 
@@ -54,8 +58,8 @@ def main(model: str, early: str, features: str, out: Path) -> None:
     real = torch.cat(list(unit_batches(held_out)))
     sets = {
         "held-out real": real,
-        "samples": samples(model),
-        "early samples": samples(early),
+        "samples": samples(model, out / "samples.npy"),
+        "early samples": samples(early, out / "early.npy"),
         "blurred real": blurred(real).clamp(0, 1),
         "noise": torch.rand(real.shape, generator=torch.Generator().manual_seed(0)),
     }
