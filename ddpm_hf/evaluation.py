@@ -151,6 +151,7 @@ def evaluate(
         "weights": weights if weights == "raw" or _train_config(model) else "as saved",
         **run.protocol(config),
     }
+    protocol["reference"]["as_trained"] = dataset_name is None and train_data_dir is None
     evaluation = {"protocol": protocol, "metrics": found}
     if accelerator.is_main_process:
         _keep(output, evaluation, run)

@@ -81,6 +81,7 @@ def test_the_names_are_kept(evaluated):
     assert protocol["features"].keys() == {"name", "sha256", "resize", "pixels"}
     assert protocol["reference"]["train"].keys() == {"n", "sha256", "shape"}
     assert protocol["reference"]["held_out"]["n"] == 180
+    assert protocol["reference"]["as_trained"] is True
     assert protocol["versions"].keys() >= {"ddpm-hf", "torch", "diffusers", "scipy"}
     assert (protocol["weights"], protocol["num_samples"], protocol["num_inference_steps"]) == ("ema", 40, 2)
     assert protocol["bpd"]["levels"] == 17
