@@ -364,23 +364,26 @@ class _Evaluation:
         classes = {} if labels is None else {"class_labels": labels.to(unet.device)}
         return unet(sample.to(unet.device, unet.dtype), timesteps.to(unet.device), **classes).sample.double().cpu()
 
-    def _chosen(self, images: ImageData, most: int | None):
-        """Evenly spread images (N, C, H, W), their labels or None, and the numbers of those that are this process's."""
-        n = len(images) if most is None else min(most, len(images))
-        indices = torch.linspace(0, len(images) - 1, n).round().long()
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        numbers = list(range(rank, n, world))
-        mine, labels = indices[numbers], None
+    def _all(self, images: ImageData, most: int):
+        """Evenly spread images (N, C, H, W) and their labels or None."""
+        indices = torch.linspace(0, len(images) - 1, min(most, len(images))).round().long()
         classes = num_classes(self.pipeline.unet)
-        if classes is not None:
-            labels = torch.full((len(mine),), classes) if images.labels is None else images.labels[mine].clone()
-            labels[labels < 0] = classes
-        return images.batch(mine), labels, numbers
+        if classes is None:
+            return images.batch(indices), None
+        labels = torch.full((len(indices),), classes) if images.labels is None else images.labels[indices].clone()
+        labels[labels < 0] = classes
+        return images.batch(indices), labels
+
+    def _mine(self, images: ImageData, most: int):
+        """Those of `_all` that are this process's, and their numbers."""
+        images, labels = self._all(images, most)
+        numbers = list(range(self.accelerator.process_index, len(images), self.accelerator.num_processes))
+        return images[numbers], None if labels is None else labels[numbers], numbers
 
     def _bits(self) -> None:
         levels, ours = self.held_out.levels, self.ours
         settings = {"seed": self.seed, "levels": levels, "batch_size": self.batch_size}
-        images, labels, numbers = self._chosen(self.held_out, self.bpd_images)
+        images, labels, numbers = self._mine(self.held_out, self.bpd_images)
 
         def whole():
             shown = self._bar(numbers, "bits per dimension")
@@ -394,7 +397,7 @@ class _Evaluation:
         self._tell("bpd", "Bits per dimension (whole variational bound), held-out images", bound,
                    total_nats=bound.value * dimensions / BITS, total_nats_stderr=bound.stderr * dimensions / BITS,
                    prior=prior.mean().item(), kl=kl.mean().item(), decoder=decoder.mean().item())  # fmt: skip
-        floor = fixed_variance_floor(ours, self.held_out.batch(torch.arange(min(1024, len(self.held_out)))), levels)
+        floor = fixed_variance_floor(ours, self._all(self.held_out, self.bpd_images)[0], levels)
         if floor is not None:
             self._tell(
                 "bpd_floor",
@@ -404,7 +407,7 @@ class _Evaluation:
         pilot = self._all(self.held_out, 32)
         probabilities = timestep_probabilities(self._predict, ours, *pilot, **settings)
         for name, of, data in (("bpd_fast", "held-out", self.held_out), ("bpd_fast_train", "training", self.train)):
-            images, labels, numbers = self._chosen(data, MOST_ESTIMATED)
+            images, labels, numbers = self._mine(data, MOST_ESTIMATED)
 
             def estimated(images=images, labels=labels, numbers=numbers):
                 shown = self._bar(numbers, "bits per dimension, fast")
@@ -417,20 +420,10 @@ class _Evaluation:
     def _bar(self, numbers: list[int], what: str):
         return tqdm(numbers, what, leave=False, unit=" images", disable=self.accelerator.process_index != 0)
 
-    def _all(self, images: ImageData, most: int):
-        """As `_chosen`, all of them in every process."""
-        indices = torch.linspace(0, len(images) - 1, min(most, len(images))).round().long()
-        classes = num_classes(self.pipeline.unet)
-        if classes is None:
-            return images.batch(indices), None
-        labels = torch.full((len(indices),), classes) if images.labels is None else images.labels[indices].clone()
-        labels[labels < 0] = classes
-        return images.batch(indices), labels
-
     def _loss(self) -> None:
         timesteps, curves = chosen_timesteps(self.ours), {}
         for name, of, data in (("loss_held_out", "held-out", self.held_out), ("loss_train", "training", self.train)):
-            images, labels, numbers = self._chosen(data, MOST_BY_TIMESTEP)
+            images, labels, numbers = self._mine(data, MOST_BY_TIMESTEP)
 
             def looked(images=images, labels=labels, numbers=numbers, of=of, levels=data.levels):
                 seen = ByTimestep(timesteps)
