@@ -6,7 +6,7 @@ diffusers' train_unconditional.py trains it, with that script's defaults; for di
 our recipe, which tells network and loop from settings. All have the same images, seconds and, within 10 %, parameters.
 
 In favour of diffusers: its moving average is on; images are ready tensors in memory, without a loader; a layer a block,
-as ours has, not the script's two, since at equal parameters an update then takes a fifth to a third less time; and the
+as ours has, not the script's two, since at equal parameters an update then takes about a fifth less time; and the
 cosine of its learning rate ends with the budget, by the clock.
 
 Each contestant is a process of one thread, and those of a seed run at the same time, so that what else the machine does
