@@ -147,6 +147,7 @@ def _draw_drift(axes, metrics: dict) -> None:
     reach = 1.25 * max(2.5 / 255, *(abs(value) for values in drifts.values() for value in values))
     axes.set(xlim=(-reach, reach), ylim=(0.4 - number_of, 1.2), xlabel="pixel values in [\u22121, 1]")
     axes.grid(visible=False, axis="y")
+    axes.locator_params(axis="x", nbins=5)
     axes.legend(loc="upper left", ncols=3, fontsize=8, columnspacing=1, handlelength=1.2)
 
 

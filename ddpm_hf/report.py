@@ -148,7 +148,7 @@ def _cards(metrics: dict) -> list[dict]:
         both = " and ".join(number(metrics[f"{name}_train"]) for name in QUALITIES[:2])
         cards.append({"name": "Precision and recall", "number": both, "beside": "of training images"})
     for key in [key for key in BITS if has(metrics, key)][:1]:
-        beside = f"floor, of a perfect network: {number(metrics['bpd_floor'])}" if "bpd_floor" in metrics else ""
+        beside = f"of which the fixed variance costs {number(metrics['bpd_floor'])}" if "bpd_floor" in metrics else ""
         if key == "bpd_fast" and "bpd_fast_train" in metrics:
             beside = f"training images: {number(metrics['bpd_fast_train'])}"
         cards.append({"name": f"Bits per dimension: {BITS[key]}", "number": number(metrics[key]), "beside": beside})
