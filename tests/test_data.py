@@ -422,3 +422,13 @@ def test_generators_of_different_purposes_differ():
     ]
     assert len(set(seeds)) == len(seeds)
     assert seeded_generator(1, "noise", 2).initial_seed() == seeded_generator(1, "noise", 2).initial_seed()
+
+
+@pytest.mark.parametrize(("pixels", "value_range", "levels"), [
+    (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), (0.0, 255.0), 256),
+    (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), (0.0, 16.0), 17),
+    (torch.tensor([0.0, 65535.0]).reshape(2, 1, 1, 1), (0.0, 65535.0), 65536),
+    (torch.tensor([0.0, 0.25]).reshape(2, 1, 1, 1), (0.0, 1.0), 256),
+])  # fmt: skip
+def test_how_many_values_a_pixel_can_have(pixels, value_range, levels):
+    assert ImageData(pixels, value_range).levels == levels
