@@ -161,9 +161,9 @@ def test_an_image_without_a_class_is_learnt_without_one(tmp_path, monkeypatch):
     datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(tmp_path / "train.parquet")
     seen = []
 
-    def loss(network, scheduler, images, noise, timesteps, labels):
+    def loss(network, scheduler, images, noise, timesteps, labels, levels):
         seen.extend((value_of(image), label) for image, label in zip(images, labels.tolist(), strict=True))
-        return diffusion_loss(network, scheduler, images, noise, timesteps, labels)
+        return diffusion_loss(network, scheduler, images, noise, timesteps, labels, levels)
 
     monkeypatch.setattr(training, "diffusion_loss", loss)
     train(config(tmp_path, class_conditional=True, label_dropout=0, max_train_steps=3))

@@ -465,9 +465,9 @@ def test_a_run_of_classes_learns_them(tmp_path):
 def test_hidden_labels_become_the_null_label(tmp_path, monkeypatch):
     seen = []
 
-    def loss(network, scheduler, images, noise, timesteps, labels):
+    def loss(network, scheduler, images, noise, timesteps, labels, levels):
         seen.append(labels)
-        return diffusion_loss(network, scheduler, images, noise, timesteps, labels)
+        return diffusion_loss(network, scheduler, images, noise, timesteps, labels, levels)
 
     monkeypatch.setattr(training, "diffusion_loss", loss)
     monkeypatch.setattr(training, "held_out_loss", lambda run: None)
