@@ -161,7 +161,7 @@ def test_an_image_without_a_class_is_learnt_without_one(tmp_path, monkeypatch):
     datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(tmp_path / "train.parquet")
     seen = []
 
-    def loss(network, scheduler, images, noise, timesteps, labels, levels):
+    def loss(network, scheduler, images, noise, timesteps, labels, levels=256):
         seen.extend((value_of(image), label) for image, label in zip(images, labels.tolist(), strict=True))
         return diffusion_loss(network, scheduler, images, noise, timesteps, labels, levels)
 

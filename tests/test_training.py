@@ -465,7 +465,7 @@ def test_a_run_of_classes_learns_them(tmp_path):
 def test_hidden_labels_become_the_null_label(tmp_path, monkeypatch):
     seen = []
 
-    def loss(network, scheduler, images, noise, timesteps, labels, levels):
+    def loss(network, scheduler, images, noise, timesteps, labels, levels=256):
         seen.append(labels)
         return diffusion_loss(network, scheduler, images, noise, timesteps, labels, levels)
 
