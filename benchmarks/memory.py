@@ -1,0 +1,72 @@
+"""Memory of training, counted by `ddpm_hf.plan` and measured on the CPU: `python benchmarks/memory.py` -> memory.csv.
+
+Measured is the growth of the process's peak (VmHWM, Linux) from before there is a network to after three updates, in a
+fresh process each, with the loop's AdamW, clipping and average and its setting of the C library's allocator.
+"""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ddpm_hf.config import resolve
+from ddpm_hf.ema import EMA
+from ddpm_hf.plan import at_rest, count_memory, image_shape, network
+from ddpm_hf.training import _keep_freed_memory
+from ddpm_hf.unet import DDPMUNet
+
+CASES = [("digits", "no", 32), ("digits", "no", 128), ("explainingai-mnist", "no", 16), ("explainingai-mnist", "no", 64),
+         ("explainingai-mnist", "bf16", 64), ("ddpm-cifar10", "no", 4), ("ddpm-cifar10", "no", 16),
+         ("benchmarks/imagenet-64.yaml", "no", 1), ("benchmarks/imagenet-64.yaml", "no", 4)]  # fmt: skip
+UPDATES = 3
+
+
+def main() -> None:
+    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["config", "mixed_precision", "batch", "at_rest_mib", "counted_mib", "measured_mib"])
+        for config, precision, batch in CASES:
+            unet, shape = _network(config)
+            counted = count_memory(unet, shape, batch, precision).peak
+            command = [sys.executable, __file__, json.dumps([config, precision, batch])]
+            measured = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row = [config, precision, batch, *(round(n / 2**20) for n in (at_rest(unet), counted, measured))]
+            rows.writerow(row)
+            print(*row, f"{measured / counted - 1:+.1%}", flush=True)
+
+
+def measure(config: str, precision: str, batch: int) -> int:
+    _keep_freed_memory()
+    fake, shape = _network(config)
+    settings = {name: value for name, value in fake.config.items() if not name.startswith("_")}
+    before = _status("VmRSS")
+    unet = DDPMUNet(**settings).train()
+    ema = EMA(unet, 0.999)
+    optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
+    for step in range(UPDATES):
+        x, noise, timesteps = torch.randn(batch, *shape), torch.randn(batch, *shape), torch.randint(1000, (batch,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = unet(x, timesteps).sample
+        (output.float() - noise).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(unet, step + 1)
+    return _status("VmHWM") - before
+
+
+def _network(config: str):
+    config = resolve({"config": config})
+    return network(config, image_shape(config)), image_shape(config)
+
+
+def _status(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+if __name__ == "__main__":
+    print(measure(*json.loads(sys.argv[1]))) if len(sys.argv) > 1 else main()
