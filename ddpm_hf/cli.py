@@ -23,10 +23,11 @@ def main(argv: list[str] | None = None) -> int:
         "convert", help="a tutorial's or diffusers' checkpoint as a pipeline of ours, or back", add_help=False
     )
     commands.add_parser("demo", help="a page to try a model in the browser", add_help=False)
+    commands.add_parser("plan", help="what a training run will cost, before it is begun", add_help=False)
     try:
         command = parser.parse_args(argv[:1]).command
-        run = {"train": train, "sample": sample, "evaluate": evaluate, "push": push, "convert": convert, "demo": demo}
-        return run[command](argv[1:])
+        run = {"train": train, "sample": sample, "evaluate": evaluate, "push": push, "convert": convert}
+        return (run | {"demo": demo, "plan": plan})[command](argv[1:])
     except (ValueError, FloatingPointError, PermissionError) as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -229,6 +230,27 @@ def demo(args: list[str]) -> int:
     page = build_demo(pipeline)
     print(f"{given.model} -> {serve(page, given.host, given.port)} (Ctrl-C ends it)", flush=True)
     page.block_thread()
+    return 0
+
+
+def plan(args: list[str]) -> int:
+    try:
+        from ddpm_hf import plan as planning
+        from ddpm_hf.config import parse_train_config
+    except ImportError as error:
+        raise ValueError(f"{error}: planning needs more packages, `pip install ddpm-hf[train]`") from error
+
+    parser = _Parser(
+        prog="ddpm-hf plan",
+        description=planning.__doc__,
+        epilog="All settings of `ddpm-hf train` are understood too: --config, --train_batch_size, --resolution ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="devices that train together; default: %(default)s")
+    parser.add_argument("--device", default="h100", help=f"one of {', '.join(planning.DEVICES)}; default: %(default)s")
+    parser.add_argument("--num_images", type=int, help="to train on; default: of the data sets of the recipes")
+    given, settings = parser.parse_known_args(args)
+    print("\n".join(planning.plan(parse_train_config(settings), **vars(given))))
     return 0
 
 

@@ -24,135 +24,91 @@ KNOWN = {  # data set: shape of an image, images to train on, classes
     "ylecun/mnist": ((1, 28, 28), 60_000, 10),
     "uoft-cs/cifar10": ((3, 32, 32), 50_000, 10),
 }
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUND_NUMBER = 1_000_000  # of images, where nobody knows how many there are
-GIB = 2**30
+MANY = 1_000_000  # images, to tell the time of where nobody knows how many there are
+MACHINE = 8  # GPUs that have a fast link to each other
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Constant(NamedTuple):
-    """A number of the cost model, in SI units, and where it is from."""
+    """A number of the cost model in FLOP/s, bytes, seconds or bytes a second, and where it is from."""
 
     value: float
     source: str
 
 
-class Device(NamedTuple):
-    """A kind of device.
-
-    Args:
-        convolutions, products: FLOP/s of convolutions and of other matrix products, by `mixed_precision`.
-        efficiency: the part of them that training reaches.
-        operation: seconds that an operation of PyTorch takes at least.
-        link: bytes a second and direction between devices of a machine; of the cpu, between machines.
-        network: the same between machines, a device.
-        devices: in a machine.
-        memory: bytes, or None: as the machine has.
-    """
-
-    convolutions: dict[str, Constant]
-    products: dict[str, Constant]
-    efficiency: Constant
-    operation: Constant
-    link: Constant
-    network: Constant
-    devices: int
-    memory: float | None
+def _gpu(sheet, half, tf32, single, link, network, memory) -> dict[str, Constant]:
+    return {
+        "convolutions": Constant(tf32, f"FLOP/s, {sheet}: TF32 without sparsity, PyTorch's default of convolutions"),
+        "products": Constant(single, f"FLOP/s, {sheet}: float32, PyTorch's default of matrix products"),
+        "half": Constant(half, f"FLOP/s of both in bf16 or fp16, {sheet}: without sparsity"),
+        "efficiency": Constant(
+            0.13,
+            "of these; not measured here: what the README of NVlabs/edm says (32 A100, 13 days, 2,500 M images of "
+            "64x64, fp16), at 593 GFLOP an image, counted on a network much like its own; assumed of all GPUs",
+        ),
+        "operation": Constant(1e-5, "s at least; not measured, assumption: PyTorch without graphs"),
+        "link": Constant(link, f"B/s, {sheet}: NVLink, of which half is one direction"),
+        "network": Constant(network, f"B/s a GPU, data sheet of the DGX with it: InfiniBand; beyond {MACHINE} GPUs"),
+        "memory": Constant(memory, f"B, {sheet}"),
+    }
 
 
-def _gpu(sheet, half, tf32, single, link, network, network_source, memory) -> Device:
-    half = Constant(half, f"{sheet}: dense bf16 and fp16")
-    tf32 = Constant(tf32, f"{sheet}: dense TF32, cuDNN's default in PyTorch")
-    single = Constant(single, f"{sheet}: fp32, PyTorch's default for matrix products")
-    return Device(
-        {"no": tf32, "bf16": half, "fp16": half},
-        {"no": single, "bf16": half, "fp16": half},
-        Constant(0.3, "assumption, not measured"),
-        Constant(10e-6, "assumption, not measured: PyTorch without graphs"),
-        Constant(link, f"{sheet}: NVLink, half of what it gives for both directions"),
-        Constant(network, network_source),
-        8,
-        memory,
-    )
-
-
-_HOPPER = (989e12, 495e12, 67e12, 450e9, 50e9, "NVIDIA DGX H100 and H200 data sheets: a 400 Gb/s InfiniBand port a GPU")
-_MEASURED = "measured on 2 cores (AVX512-BF16), PyTorch 2.13"
+_CPU = "measured on 2 cores (AVX512-BF16, PyTorch 2.13)"
 DEVICES = {
-    "cpu": Device(
-        dict.fromkeys(DTYPES, Constant(260e9, f"{_MEASURED}: the peak of its convolutions"))
-        | {"bf16": Constant(515e9, f"{_MEASURED}: the peak of its convolutions")},
-        dict.fromkeys(DTYPES, Constant(190e9, f"{_MEASURED}: the peak of its matrix products"))
-        | {"bf16": Constant(515e9, "assumption, not measured: as convolutions")},
-        Constant(0.5, f"{_MEASURED}: networks of this kind reached 0.4 to 0.7 in training"),
-        Constant(0.0, "not in the model of the cpu"),
-        Constant(1.25e9, "assumption, not measured: 10 Gb/s Ethernet"),
-        Constant(1.25e9, "assumption, not measured: 10 Gb/s Ethernet"),
-        1,
-        None,
-    ),
-    "a100": _gpu("NVIDIA A100 80GB SXM data sheet", 312e12, 156e12, 19.5e12, 300e9, 25e9,
-                 "NVIDIA DGX A100 data sheet: a 200 Gb/s InfiniBand port a GPU", 80e9),
-    "h100": _gpu("NVIDIA H100 SXM data sheet", *_HOPPER, 80e9),
-    "h200": _gpu("NVIDIA H200 SXM data sheet", *_HOPPER, 141e9),
-}  # fmt: skip
-# Of a process, whatever the device:
-DRAW = Constant(5.0e-9, "measured on 1 core: training.draw, noise of the whole global batch in every process")
-BATCH = Constant(2.8e-9, "measured on 1 core: 64 images of uint8 picked, normalised and flipped")
-DECODE = Constant(350e-6, "measured on 1 core: PNG of 64x64; a JPEG of 500x375 took 4.2 ms")
+    "cpu": {
+        "convolutions": Constant(260e9, f"FLOP/s, {_CPU}: the most that convolutions reach"),
+        "products": Constant(190e9, f"FLOP/s, {_CPU}: the most that matrix products reach"),
+        "half": Constant(515e9, f"FLOP/s of both in bf16, {_CPU}: the most that convolutions reach"),
+        "efficiency": Constant(0.5, f"of these, {_CPU}: four networks of this kind reached 0.4 to 0.7 in training"),
+        "operation": Constant(0.0, "s at least: not in the model of the cpu"),
+        "link": Constant(1.25e9, "B/s; not measured, assumption: Ethernet of 10 Gb/s between processes"),
+        "network": Constant(1.25e9, "B/s; not measured, assumption: Ethernet of 10 Gb/s between processes"),
+    },
+    "a100": _gpu("NVIDIA A100 80GB SXM data sheet", 312e12, 156e12, 19.5e12, 300e9, 25e9, 80e9),
+    "h100": _gpu("NVIDIA H100 SXM data sheet", 989e12, 495e12, 67e12, 450e9, 50e9, 80e9),
+    "h200": _gpu("NVIDIA H200 SXM data sheet", 989e12, 495e12, 67e12, 450e9, 50e9, 141e9),
+}
+PROCESS = {  # whatever the device
+    "drawing": Constant(5.0e-9, "s a value, measured on 1 core: the noise of the global batch, in every process"),
+    "picking": Constant(2.8e-9, "s a value, measured on 1 core: a process's own images, from uint8, flipped"),
+    "decoding": Constant(350e-6, "s an image, measured on 1 core: PNG of 64x64 (a JPEG of 500x375 took 4.2 ms)"),
+}
+CHECKED = "TODO"
 
 
-class Flops(NamedTuple):
-    """FLOPs, 2 a multiply-add, of convolutions and of other matrix products."""
-
-    convolutions: float
-    products: float
-
-    @property
-    def total(self) -> float:
-        return self.convolutions + self.products
-
-
-class Update(NamedTuple):
-    """Seconds of an update: arithmetic, what of the all-reduce the backward does not hide, what the CPU prepares."""
-
-    compute: float
-    all_reduce: float
-    data: float
+# ---------------------------------------------------------------- what is planned
 
 
 def image_shape(config: TrainConfig) -> tuple[int, int, int]:
     """(C, H, W) of the images, without looking at them."""
-    (channels, *size), _, _ = _known(config) or ((None, None, None), None, None)
-    made_for = _unet_settings(config)
-    channels = config.channels or channels or made_for.get("in_channels")
-    sides = config.resolution or (size[0] and size) or made_for.get("sample_size")
+    known, unet = _known(config), _unet_settings(config)
+    channels = config.channels or (known and known[0][0]) or unet.get("in_channels")
+    sides = config.resolution or (known and known[0][1:]) or unet.get("sample_size")
     for name, value in (("resolution", sides), ("channels", channels)):
         if value is None:
-            raise ValueError(f"{name}=None: config={config.config!r} leaves it to the images: give --{name}")
-    height, width = (sides, sides) if isinstance(sides, int) else (sides[0], sides[-1])
-    return channels, height, width
+            raise ValueError(f"{name}=None: config={config.config!r} leaves it to the images; give --{name}")
+    return (channels, sides, sides) if isinstance(sides, int) else (channels, sides[0], sides[-1])
 
 
 def network(config: TrainConfig, shape: tuple[int, int, int]) -> DDPMUNet:
     """The network that `config` trains, of fake tensors."""
     channels, height, width = shape
-    settings = _unet_settings(config)
-    variance = {"out_channels": 2 * channels} if config.learned_variance else {}
-    classes = {}
+    settings = {"sample_size": (height, width), "in_channels": channels, **_unet_settings(config)}
+    if config.learned_variance:
+        settings.setdefault("out_channels", 2 * channels)
     if config.class_conditional and settings.get("num_classes") is None:
         if not _known(config):
             raise ValueError("class_conditional=True: give the number of classes, as --unet '{\"num_classes\": 10}'")
-        classes["num_classes"] = _known(config)[2]
-    size = height if height == width else (height, width)
+        settings["num_classes"] = _known(config)[2]
     try:
         with FakeTensorMode():
-            unet = DDPMUNet(**{"sample_size": size, "in_channels": channels, **variance, **classes, **settings})
+            unet = DDPMUNet(**settings).train()
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
         raise ValueError(f"unet={config.unet!r}: {error}") from error
     if unet.config.in_channels != channels:
         made_for = unet.config.in_channels
         raise ValueError(f"unet is made for {made_for} channels and the images have {channels}: set channels")
-    return unet.train()
+    return unet
 
 
 def _known(config: TrainConfig):
@@ -169,6 +125,21 @@ def _unet_settings(config: TrainConfig) -> dict:
 # ---------------------------------------------------------------- counted
 
 
+class Flops(NamedTuple):
+    """FLOPs, 2 a multiply-add, of convolutions and of other matrix products."""
+
+    convolutions: int
+    products: int
+
+
+class Memory(NamedTuple):
+    """Bytes of `activations` that wait for the backward, and of all at the `peak` of an update; its `operations`."""
+
+    activations: int
+    peak: int
+    operations: int
+
+
 def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> tuple[Flops, Flops]:
     """Forward and backward, of one image. Attention is counted as the products that it is, fused or not."""
     parts = FlopCounterMode(display=False), FlopCounterMode(display=False)
@@ -178,20 +149,9 @@ def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> tuple[Flops, Flo
         with parts[1]:
             loss.backward()
     unet.zero_grad()
-    return tuple(_by_kind(part.get_flop_counts().get("Global", {})) for part in parts)
-
-
-def _by_kind(counts: dict) -> Flops:
-    convolutions = sum(n for operation, n in counts.items() if "convolution" in str(operation))
-    return Flops(convolutions, sum(counts.values()) - convolutions)
-
-
-class Memory(NamedTuple):
-    """Bytes of `activations` that the backward of a batch waits for, and of all at the `peak` of an update."""
-
-    activations: int
-    peak: int
-    operations: int
+    counts = [part.get_flop_counts().get("Global", {}) for part in parts]
+    convolutions = [sum(n for name, n in count.items() if "convolution" in str(name)) for count in counts]
+    return tuple(Flops(n, sum(count.values()) - n) for n, count in zip(convolutions, counts))
 
 
 def at_rest(unet: DDPMUNet) -> int:
@@ -221,13 +181,13 @@ def _loss(unet, shape, batch, precision="no"):
     x, timesteps = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.int64)
     # the network looks at the values of labels on the CPU, and these have none
     labels = None if unet.config.num_classes is None else torch.zeros(batch, dtype=torch.int64, device="meta")
-    with torch.autocast("cpu", DTYPES[precision], enabled=precision != "no"):
+    with torch.autocast("cpu", DTYPES.get(precision), enabled=precision in DTYPES):
         output = unet(x, timesteps, labels).sample
     return output.float().square().mean()
 
 
 class _Live(TorchDispatchMode):
-    """Counts operations, and the bytes that they have made and that somebody still holds."""
+    """Counts the operations that make something, and the bytes of it that somebody still holds."""
 
     def __init__(self, unet):
         super().__init__()
@@ -236,16 +196,15 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.operations += 1
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+        made = [self._add(t.untyped_storage()) for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.operations += any(made)
         return result
 
-    def _add(self, storage):
+    def _add(self, storage) -> bool:
+        """Whether it is new, and not one that there is a view of."""
         key, size = storage._cdata, storage.nbytes()
-        if key in self.storages:  # a view of it
-            return
+        if key in self.storages:
+            return False
 
         def let_go(_):
             self.bytes -= size
@@ -254,3 +213,135 @@ class _Live(TorchDispatchMode):
         self.storages[key] = weakref.ref(storage, let_go)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
+        return True
+
+
+# ---------------------------------------------------------------- estimated
+
+
+class Update(NamedTuple):
+    """Seconds: arithmetic; the all-reduce, and what of it is waited for; the making of the batch."""
+
+    compute: float
+    all_reduce: float
+    waited_for: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.waited_for + self.data
+
+
+def ring(size: float, devices: int, bandwidth: float) -> float:
+    """Seconds of a ring all-reduce: each link carries 2 (N - 1) / N of the bytes (Patarasuk & Yuan 2009)."""
+    return 2 * (devices - 1) / devices * size / bandwidth
+
+
+def _wire(gpus: int) -> str:
+    return "link" if gpus <= MACHINE else "network"
+
+
+def time_of_update(config: TrainConfig, shape, flops, operations: int, parameters: int, device: str, gpus: int):
+    """The `Update` of `gpus` devices, each with its `train_batch_size x gradient_accumulation_steps` images.
+
+    The all-reduce (4 bytes a parameter) runs beside the backward of the last micro-batch, and what is longer is waited
+    for. The batch is made on the CPU before the device begins, as the loop does it.
+    """
+    of = {name: constant.value for name, constant in (DEVICES[device] | PROCESS).items()}
+    rates = [of["half"]] * 2 if config.mixed_precision in DTYPES else [of["convolutions"], of["products"]]
+    forward, backward = (
+        sum(n / rate for n, rate in zip(part, rates)) * config.train_batch_size / of["efficiency"] for part in flops
+    )
+    micro_batch = max(forward + backward, operations * of["operation"])
+    all_reduce = ring(4 * parameters, gpus, of[_wire(gpus)])
+    waited_for = max(0.0, all_reduce - micro_batch * backward / (forward + backward))
+    images = config.train_batch_size * config.gradient_accumulation_steps
+    data = images * math.prod(shape) * (gpus * of["drawing"] + of["picking"])
+    if config.streaming:
+        data += images * of["decoding"] / max(1, config.dataloader_num_workers)
+    return Update(config.gradient_accumulation_steps * micro_batch, all_reduce, waited_for, data)
+
+
+# ---------------------------------------------------------------- told
+
+
+def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: int | None = None) -> list[str]:
+    """What a run of `config` on so many devices costs, in lines; what is not counted is marked "estimate"."""
+    if device not in DEVICES:
+        raise ValueError(f"device={device!r} must be one of {', '.join(DEVICES)}")
+    for name, value in (("gpus", gpus), ("num_images", num_images)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if device == "cpu" and config.mixed_precision == "fp16":
+        raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no")
+    batch, micros, precision = (
+        config.train_batch_size,
+        config.gradient_accumulation_steps,
+        config.mixed_precision or "no",
+    )
+    shape = image_shape(config)
+    unet = network(config, shape)
+    parameters, flops = sum(p.numel() for p in unet.parameters()), count_flops(unet, shape)
+    counted = {n: count_memory(unet, shape, n, precision) for n in sorted({max(1, batch // 2), batch, 2 * batch})}
+    of = {"shape": shape, "flops": flops, "operations": counted[batch].operations, "parameters": parameters}
+    update, alone = (time_of_update(config, **of, device=device, gpus=n) for n in (gpus, 1))
+    images_an_update = batch * micros * gpus
+    buckets = 4 * parameters if gpus > 1 else 0
+    lines = [
+        f"{config.config}: {gpus} x {device}, images of {'x'.join(map(str, shape))}, mixed_precision {precision}",
+        f"parameters         {parameters / 1e6:.2f} M",
+        f"FLOPs an image     forward {sum(flops[0]) / 1e9:.4g} G, with backward {sum(map(sum, flops)) / 1e9:.4g} G",
+        f"images an update   {images_an_update:,}: train_batch_size {batch} x gradient_accumulation_steps {micros} x {gpus}",
+        f"memory at rest     {_size(at_rest(unet) + buckets)} a device: weights, AdamW's two moments, their average"
+        + (", buckets of the all-reduce" if buckets else ""),
+        *(
+            f"memory at batch    {n}: {_size(memory.peak + buckets)}, of which activations {_size(memory.activations)}"
+            for n, memory in counted.items()
+        ),
+        f"                   {CHECKED}",
+    ]
+    if "memory" in DEVICES[device]:
+        few, many, room = min(counted), max(counted), DEVICES[device]["memory"].value - buckets
+        an_image = (counted[many].peak - counted[few].peak) / (many - few)
+        largest = max(0, math.floor(many + (room - counted[many].peak) / an_image))
+        lines.append(f"largest batch      estimate: {largest:,} a device")
+    unused = {"convolutions", "products"} if precision in DTYPES else {"half"}
+    unused |= {"link", "network"} - ({_wire(gpus)} if gpus > 1 else set())
+    constants = [(name, *c) for name, c in (DEVICES[device] | PROCESS).items() if name not in unused]
+    speed, speedup = images_an_update / update.total, gpus * alone.total / update.total
+    lines += [
+        f"an update          estimate: {_time(update.total)}, {speed:,.0f} images/s, {speedup:.3g} times one device's",
+        f"  compute          estimate: {_time(update.compute)}",
+        f"  all-reduce       estimate: {_time(update.all_reduce)}, of which {_time(update.waited_for)} are waited for",
+        f"  data             estimate: {_time(update.data)}",
+        *_run(config, update.total, images_an_update, num_images),
+        "not in it          checkpoints, previews, the held-out loss, AdamW and the average, processes that wait",
+        *(f"  {name:<16} {value:.4g} {source}" for name, value, source in constants),
+    ]
+    return lines
+
+
+def _run(config: TrainConfig, seconds: float, images_an_update: int, num_images: int | None) -> list[str]:
+    known = _known(config)
+    images = num_images or (known and known[1])
+    lines = []
+    if images and not config.streaming and known is not KNOWN[EMBEDDED_DIGITS]:
+        decoding = images * PROCESS["decoding"].value / max(1, config.dataloader_num_workers)
+        lines.append(f"decoding, before   estimate: {_time(decoding)}, in every process")
+    if config.max_train_steps:
+        updates, what = config.max_train_steps, "max_train_steps"
+    elif images:
+        updates = math.ceil(config.num_epochs * images / images_an_update)
+        what = f"num_epochs {config.num_epochs} of {images:,} images"
+    else:
+        updates, what = math.ceil(MANY / images_an_update), f"{MANY:,} images; --num_images tells the whole run"
+    return [*lines, f"the run            estimate: {_time(updates * seconds)}, {updates:,} updates: {what}"]
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    return next((f"{seconds / unit:.3g} {name}" for name, unit in units if seconds >= unit), f"{1000 * seconds:.3g} ms")
