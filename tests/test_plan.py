@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import TINY_UNET, tiny_config
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet
 from ddpm_hf.cli import main
@@ -166,7 +166,7 @@ def test_time_of_an_update():
     ],
 )  # fmt: skip
 def test_updates_are_counted_as_in_training(settings, gpus, num_images, run):
-    lines = plan(resolve(settings), gpus, "cpu", num_images)
+    lines = plan(resolve({"unet": TINY_UNET, **settings}), gpus, "cpu", num_images)
     assert run in next(line for line in lines if line.startswith("the run"))
 
 
@@ -175,7 +175,7 @@ def test_the_command(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "digits: 16 x h100, images of 1x8x8, mixed_precision no"
     assert lines[1].split() == ["parameters", "0.43", "M"]
-    assert "128: train_batch_size 8 x gradient_accumulation_steps 1 x 16" in lines[3]
+    assert "128 = batch 8 x 1 micro-batches x 16 devices" in lines[3]
     first, last = (next(k for k, line in enumerate(lines) if line.startswith(w)) for w in ("largest", "the run"))
     assert all("estimate: " in line for line in lines[first : last + 1])
     constants = [line.split() for line in lines[last + 2 :]]
@@ -187,8 +187,8 @@ def test_the_command(capsys):
 
 def test_more_images_need_more_memory_than_there_is(capsys):
     """The largest batch is the one whose peak fills the device."""
-    unet, shape = made(config="ddpm-cifar10")
-    lines = plan(resolve({"config": "ddpm-cifar10"}), 1, "a100")
+    unet, shape = made(config="mnist")
+    lines = plan(resolve({"config": "mnist"}), 1, "a100")
     largest = next(line for line in lines if line.startswith("largest"))
     largest = int(re.search(r"([\d,]+) a device", largest)[1].replace(",", ""))
     assert count_memory(unet, shape, largest).peak == pytest.approx(80e9, rel=0.01)
