@@ -290,7 +290,7 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
     lines = [
         f"{config.config}: {gpus} x {device}, images of {'x'.join(map(str, shape))}, mixed_precision {precision}",
         f"parameters         {parameters / 1e6:.2f} M",
-        f"FLOPs an image     forward {sum(flops[0]) / 1e9:.4g} G, with backward {sum(map(sum, flops)) / 1e9:.4g} G",
+        f"FLOPs an image     forward {sum(flops[0]) / 1e9:.4g} G, with backward {sum(map(sum, flops)) / 1e9:.4g} G; 2 a multiply-add",
         f"images an update   {images_an_update:,} = batch {batch} x {micros} micro-batches x {gpus} devices",
         f"memory at rest     {_size(at_rest(unet) + buckets)} a device: weights, AdamW's two moments, their average"
         + (", buckets of the all-reduce" if buckets else ""),
