@@ -285,12 +285,13 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
     counted = {n: count_memory(unet, shape, n, precision) for n in sorted({max(1, batch // 2), batch, 2 * batch})}
     of = {"shape": shape, "flops": flops, "operations": counted[batch].operations, "parameters": parameters}
     update, alone = (time_of_update(config, **of, device=device, gpus=n) for n in (gpus, 1))
+    forward, with_backward = sum(flops[0]) / 1e9, sum(map(sum, flops)) / 1e9
     images_an_update = batch * micros * gpus
     buckets = 4 * parameters if gpus > 1 else 0
     lines = [
         f"{config.config}: {gpus} x {device}, images of {'x'.join(map(str, shape))}, mixed_precision {precision}",
         f"parameters         {parameters / 1e6:.2f} M",
-        f"FLOPs an image     forward {sum(flops[0]) / 1e9:.4g} G, with backward {sum(map(sum, flops)) / 1e9:.4g} G; 2 a multiply-add",
+        f"FLOPs an image     forward {forward:.4g} G, with backward {with_backward:.4g} G; 2 a multiply-add",
         f"images an update   {images_an_update:,} = batch {batch} x {micros} micro-batches x {gpus} devices",
         f"memory at rest     {_size(at_rest(unet) + buckets)} a device: weights, AdamW's two moments, their average"
         + (", buckets of the all-reduce" if buckets else ""),
