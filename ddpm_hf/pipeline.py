@@ -413,12 +413,20 @@ class DDPMCustomPipeline(DiffusionPipeline):
         if callback is not None:
             with contextlib.suppress(ValueError):  # betas that ours can't have: then nobody knows the x_0
                 ours = make_solver("ddpm", solver)
-        for i, timestep in enumerate(self.progress_bar(timesteps)):
-            if self.interrupt:
-                break
-            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, ours)
-            sample = self._after_step(callback, i, timestep, tensors)
+        with self._ready_network():
+            for i, timestep in enumerate(self.progress_bar(timesteps)):
+                if self.interrupt:
+                    break
+                tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, ours)
+                sample = self._after_step(callback, i, timestep, tensors)
         return sample
+
+    def _ready_network(self):
+        """Around a walk."""
+        unet, on_cpu = self.unet, self._execution_device.type == "cpu"
+        hooked = hasattr(unet, "_hf_hook") or getattr(unet, "_compiled_call_impl", None)
+        plain = on_cpu and isinstance(unet, DDPMUNet) and not hooked
+        return unet.ready_kernels() if plain else contextlib.nullcontext()
 
     def _step(self, solver, timestep, sample, generator, labels, guidance_scale, ours=None) -> dict:
         """x after one step and the x_0 that it assumed; of solvers that keep that to themselves `ours` knows it."""

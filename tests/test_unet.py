@@ -1,17 +1,19 @@
+import contextlib
 from itertools import combinations
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ddpm_hf import DDPMUNet
+from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.config import resolve
 from ddpm_hf.conversion import SOURCES, to_diffusers
-from ddpm_hf.unet import sinusoids
+from ddpm_hf.unet import NearestUpsample, sinusoids
 
 
 def test_the_default_is_the_tutorials_network():
@@ -319,3 +321,48 @@ def test_labels_that_cannot_be(classes, labels, message):
 def test_classes_that_cannot_be(settings):
     with pytest.raises(ValueError, match=r"(num_classes|class_names)=.* must be"):
         tiny_unet(**settings)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5)])
+def test_the_nearest_upsampling_is_pixels_doubled_and_a_convolution(size):
+    torch.manual_seed(0)
+    upsample, x = NearestUpsample(6).double(), torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    expected = F.conv2d(doubled, upsample.weight, upsample.bias, padding=1)
+    assert_close(upsample(x), expected, rtol=0, atol=1e-13)
+    weights = torch.randn_like(expected)
+    parts = (x, upsample.weight, upsample.bias)
+    gradients = torch.autograd.grad((upsample(x) * weights).sum(), parts)
+    for ours, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), parts), strict=True):
+        assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert set(upsample.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("upsample_type", ["nearest", "transposed"])
+def test_ready_kernels_predict_the_same_and_go_with_the_walk(upsample_type):
+    unet, x = tiny_unet(upsample_type=upsample_type), noisy(2, 1, 8, 8)
+    strides = {name: value.stride() for name, value in unet.state_dict().items()}
+    with torch.no_grad():
+        expected = unet(x, 7).sample
+        with contextlib.suppress(KeyboardInterrupt), unet.ready_kernels():
+            assert_close(unet(x, 7).sample, expected, rtol=0, atol=1e-5)
+            for weight in unet.parameters():
+                weight.zero_()
+            assert unet.conv_out.kernel().any()  # it does lie ready
+            raise KeyboardInterrupt
+        assert not unet(x, 7).sample.any()  # the weights of now
+    assert {name: value.stride() for name, value in unet.state_dict().items()} == strides
+
+
+def test_the_pipeline_has_ready_kernels_during_a_walk_and_only_then(monkeypatch):
+    pipe, seen = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler()), []
+
+    def look(pipe, i, timestep, tensors):
+        seen.append(pipe.unet.stem.ready is not None)
+
+    samples = pipe(1, torch.Generator().manual_seed(0), 3, "pt", callback_on_step_end=look).images
+    assert seen == [True] * 3
+    assert pipe.unet.stem.ready is None
+    monkeypatch.setattr(DDPMUNet, "ready_kernels", lambda self: contextlib.nullcontext())
+    plain = pipe(1, torch.Generator().manual_seed(0), 3, "pt").images
+    assert_close(samples, plain, rtol=0, atol=1e-5)
