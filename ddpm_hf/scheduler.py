@@ -27,8 +27,8 @@ INTERCHANGE_ONLY = {
 }
 
 
-def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torch.Tensor:
-    """Standard normal noise of `shape` (B, ...).
+def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: float = 1.0) -> torch.Tensor:
+    """Normal noise of mean 0 and `shape` (B, ...).
 
     Args:
         generator: `None` (torch's global one), one generator for the whole batch, or a list with one an image: an
@@ -36,14 +36,17 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32) -> torc
         dtype: what to return. Half precisions are drawn in float32, so that every dtype sees the same noise.
     """
     drawn_as = torch.promote_types(dtype, torch.float32)
+
+    def draw(shape, generator, drawn_on):
+        return torch.empty(shape, device=drawn_on, dtype=drawn_as).normal_(0.0, std, generator=generator)
+
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"generator: a list of {len(generator)} for a batch of {shape[0]}; give one an image")
-        noise = torch.cat([torch.randn(1, *shape[1:], generator=g, device=g.device, dtype=drawn_as) for g in generator])
+        noise = torch.cat([draw((1, *shape[1:]), g, g.device) for g in generator])
     else:
-        drawn_on = device if generator is None else generator.device
-        noise = torch.randn(shape, generator=generator, device=drawn_on, dtype=drawn_as)
-    return noise.to(device=device, dtype=dtype)
+        noise = draw(shape, generator, device if generator is None else generator.device)
+    return noise if noise.dtype == dtype and noise.device == torch.device(device) else noise.to(device, dtype)
 
 
 class NoiseScheduler(SchedulerMixin, ConfigMixin):
@@ -105,6 +108,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
              posterior_variance.log(), betas.log()], dim=1
         )  # fmt: skip
 
+        self._clip = config.clip_sample_range if config.clip_sample else None
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
@@ -328,18 +332,20 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         from_sample, from_output, mean_from_x0, mean_from_sample, std, smallest, largest = coefficients
 
         # 1. x_0 as the network sees it
-        pred_original_sample = from_sample * sample + from_output * model_output
-        if self.config.clip_sample:
-            limit = self.config.clip_sample_range
-            pred_original_sample = pred_original_sample.clamp(-limit, limit)
-        # 2. mean of q(x_{t-1} | x_t, x_0), equation 7
-        prev_sample = mean_from_x0 * pred_original_sample + mean_from_sample * sample
-        # 3. noise; `std` is 0 at the last step, and there alone
-        if isinstance(std, torch.Tensor) or std > 0:
-            if share is not None:
-                learned = (0.5 * (share * largest + (1 - share) * smallest)).exp()
-                std = torch.where(std > 0, learned, 0.0) if isinstance(std, torch.Tensor) else learned
-            prev_sample = prev_sample + std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
+        pred_original_sample = _plus(sample * from_sample, from_output, model_output)
+        if self._clip is not None:
+            pred_original_sample = pred_original_sample.clamp_(-self._clip, self._clip)
+        # 2. noise; `std` is 0 at the last step, and there alone
+        if share is not None and (isinstance(std, torch.Tensor) or std > 0):
+            learned = (0.5 * (share * largest + (1 - share) * smallest)).exp()
+            std = torch.where(std > 0, learned, 0.0) if isinstance(std, torch.Tensor) else learned
+        like_sample = sample.shape, generator, sample.device, sample.dtype
+        if isinstance(std, torch.Tensor):
+            noise = std * draw_noise(*like_sample)
+        else:
+            noise = draw_noise(*like_sample, std) if std > 0 else torch.zeros_like(sample)
+        # 3. mean of q(x_{t-1} | x_t, x_0), equation 7
+        prev_sample = _plus(_plus(noise, mean_from_sample, sample), mean_from_x0, pred_original_sample)
 
         if not return_dict:
             return prev_sample, pred_original_sample
@@ -354,7 +360,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             # 0-d tensors scale the sample without changing its dtype
             return table.index_select(0, timestep.reshape(1)).reshape(7).unbind()
         if isinstance(timestep, torch.Tensor):
-            timestep = timestep.reshape(()).tolist()
+            timestep = (timestep.reshape(()) if timestep.ndim else timestep).tolist()
         if timestep not in self._walk:
             raise ValueError(f"timestep={timestep!r} is not in the walk that set_timesteps chose: {self.timesteps}")
         return self._walk[timestep]
@@ -496,6 +502,13 @@ class _ConfigForOursAlone(FrozenDict):
                 "{**scheduler.config, 'timestep_spacing': 'leading'}"
             )
         return super().get(key, default)
+
+
+def _plus(total: torch.Tensor, a, x: torch.Tensor) -> torch.Tensor:
+    """total + a x, in the memory of `total`, which nobody else may have, where a is a number."""
+    if isinstance(a, float) and total.dtype == x.dtype:
+        return total.add_(x, alpha=a)
+    return total + a * x
 
 
 def _check_choice(name: str, value, choices, hint: str = "") -> None:

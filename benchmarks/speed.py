@@ -1,0 +1,330 @@
+"""Ours against what people use now, in speed: `python benchmarks/speed.py OUT`, 15 minutes on two cores.
+
+Each contestant is a process (`speed_worker.py`, which says what they are) that waits while another one works. They take
+turns, A B B A A B ..., and each round gives a ratio; told are the medians, of seconds and of ratios. Before that,
+networks of the same weights must predict the same. A training step is forward, backward, clipping, optimiser and moving
+average, of images that lie ready; a sampling step is the network and the scheduler's step. Writes speed.csv and speed.png
+into OUT and prints a table; a number above 1 says that ours is faster (or smaller).
+
+`--part gains` takes each thing that makes ours fast away again, and tries what was left out; `--lucidrains PYTHON` is
+the interpreter of an environment with denoising-diffusion-pytorch (`pip install --no-deps`, with torch, einops,
+ema-pytorch, accelerate, scipy, tqdm and pillow); without it that row is "not run".
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+
+WORKER = Path(__file__).with_name("speed_worker.py")
+COLUMNS = ("network", "work", "batch", "against", "our_ms", "their_ms", "ratio", "lowest", "highest", "rounds", "floor")
+TOLERANCE = 1e-5
+ROUNDS = 3, 25
+
+
+class Contestant(NamedTuple):
+    """`malloc`: with the allocator's thresholds that our training sets; `label` in the table."""
+
+    name: str
+    dtype: str = "fp32"
+    malloc: bool = False
+    variant: str | None = None
+    label: str | None = None
+
+    def __str__(self):
+        more = [self.dtype] * (self.dtype != "fp32") + ["same malloc"] * (self.malloc and self.name != "ours")
+        return self.label or ", ".join([self.name, *more])
+
+
+class Task(NamedTuple):
+    """What is timed; `against`: those that `ours` is compared with; `floors`: of the ratio, in the order of them."""
+
+    network: str
+    work: str
+    batch: int
+    ours: Contestant
+    against: tuple[Contestant, ...]
+    floors: tuple[float | None, ...] = ()
+    seconds: float = 20
+
+
+TRAINS, SAMPLES = Contestant("ours", malloc=True), Contestant("ours")
+TUTORIAL, DIFFUSERS, LUCIDRAINS = Contestant("tutorial"), Contestant("diffusers"), Contestant("lucidrains")
+ALIKE = Contestant("diffusers", malloc=True), Contestant("tutorial", malloc=True)
+OURS_16, THEIRS_16 = Contestant("ours", "bf16", True, label="ours, bf16"), Contestant("diffusers", "bf16")
+TABLE = [
+    Task("explainingai", "train", 64, TRAINS, (TUTORIAL, ALIKE[1]), (1.6,), 50),
+    Task("explainingai", "train", 16, TRAINS, (TUTORIAL,)),
+    Task("explainingai", "train", 1, TRAINS, (TUTORIAL,), seconds=8),
+    Task("explainingai", "step", 64, SAMPLES, (TUTORIAL, Contestant("tutorial", malloc=True)), (1.35,), 30),
+    Task("explainingai", "step", 16, SAMPLES, (TUTORIAL,), (1.35,)),
+    Task("explainingai", "step", 1, SAMPLES, (TUTORIAL,), seconds=8),
+    Task("explainingai", "sample", 1, SAMPLES, (TUTORIAL,)),
+    Task("small", "train", 64, TRAINS, (DIFFUSERS,)),
+    Task("small", "train", 16, TRAINS, (DIFFUSERS,), seconds=8),
+    Task("small", "train", 1, TRAINS, (DIFFUSERS,), seconds=8),
+    Task("small", "step", 64, SAMPLES, (DIFFUSERS,), seconds=8),
+    Task("small", "step", 16, SAMPLES, (DIFFUSERS,), seconds=8),
+    Task("small", "step", 1, SAMPLES, (DIFFUSERS,), seconds=8),
+    Task("small", "sample", 1, SAMPLES, (DIFFUSERS,), seconds=8),
+    Task("small", "sample", 16, SAMPLES, (DIFFUSERS,)),
+    Task("labml", "train", 16, TRAINS, (TUTORIAL,), (1.3,), 60),
+    Task("labml", "step", 16, SAMPLES, (TUTORIAL,)),
+    Task("ddpm-cifar10", "train", 16, TRAINS, (DIFFUSERS, ALIKE[0]), (1.07,), 75),
+    Task("ddpm-cifar10", "train", 16, OURS_16, (DIFFUSERS, THEIRS_16), (1.8, 1.07), 60),
+    Task("ddpm-cifar10", "train", 64, TRAINS, (DIFFUSERS,), (1.07,)),
+    Task("ddpm-cifar10", "train", 1, TRAINS, (DIFFUSERS,), seconds=15),
+    Task("ddpm-cifar10", "step", 16, SAMPLES, (DIFFUSERS, ALIKE[0]), (1.10,), 60),
+    Task("ddpm-cifar10", "step", 64, SAMPLES, (DIFFUSERS,), (1.10,), 40),
+    Task("ddpm-cifar10", "step", 1, SAMPLES, (DIFFUSERS,), (1.10,)),
+    Task("ddpm-cifar10", "step", 16, Contestant("ours", "bf16", label="ours, bf16"), (THEIRS_16,), (1.10,), 30),
+    Task("ddpm-cifar10", "sample", 1, SAMPLES, (DIFFUSERS,), seconds=30),
+    Task("script", "train", 16, TRAINS, (DIFFUSERS,)),
+    Task("script", "train", 1, TRAINS, (DIFFUSERS,)),
+    Task("script", "step", 16, SAMPLES, (DIFFUSERS,), seconds=40),
+    Task("script", "step", 1, SAMPLES, (DIFFUSERS,), seconds=15),
+    Task("script", "sample", 1, SAMPLES, (DIFFUSERS,), seconds=30),
+    Task("ddpm-cifar10", "train", 16, TRAINS, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
+    Task("ddpm-cifar10", "step", 16, SAMPLES, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
+    Task("", "scheduler step", 1, SAMPLES, (DIFFUSERS,), (4,), 5),
+    Task("", "scheduler step", 64, SAMPLES, (DIFFUSERS,), (1.6,), 5),
+    Task("", "add_noise", 1, SAMPLES, (DIFFUSERS,), seconds=5),
+    Task("", "add_noise", 64, SAMPLES, (DIFFUSERS,), seconds=5),
+    Task("ddpm-cifar10", "EMA", 1, SAMPLES, (DIFFUSERS, Contestant("diffusers, foreach")), (2.3,), 8),
+    Task("", "data", 64, SAMPLES, (DIFFUSERS,), (20,), 8),
+]  # fmt: skip
+AWAY = {
+    "train": ("attention of the tutorials", "pixels doubled, then convolved", "AdamW as torch has it by default",
+              "diffusers' moving average"),
+    "step": ("attention of the tutorials", "pixels doubled, then convolved", "kernels made in each step"),
+}  # fmt: skip
+LEFT_OUT = {
+    "train": ("channels innermost", "channels innermost, of weights too", "one product for all time projections"),
+    "step": ("one product for all time projections",),
+}
+MEMORY_FLOOR = 0.4  # of the tutorial's, explainingai at 64
+
+
+def gains(compiled: bool) -> list[Task]:
+    tasks = []
+    for network, batches in (("explainingai", (16,)), ("ddpm-cifar10", (1, 16)), ("small", (16,))):
+        for what in ("train", "step"):
+            for batch in batches if what == "step" else (16,):
+                ours = Contestant("ours", malloc=True)
+                variants = [*AWAY[what], *LEFT_OUT[what], *["torch.compile"] * compiled]
+                if network != "ddpm-cifar10":
+                    variants.remove("attention of the tutorials") if network == "small" else None
+                    variants = [v for v in variants if v != "pixels doubled, then convolved" or network == "small"]
+                others = [Contestant("ours", malloc=True, variant=v, label=v) for v in variants]
+                others.append(Contestant("ours", label="malloc as it is"))
+                tasks.append(Task(network, what, batch, ours, tuple(others), seconds=40 if network == "small" else 100))
+    return tasks
+
+
+# ---------------------------------------------------------------- the workers
+
+
+class Worker:
+    """The process of a contestant with one network."""
+
+    def __init__(self, contestant: Contestant, python: str):
+        self.contestant = contestant
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # who waits does not take the cores
+        self.process = subprocess.Popen(
+            [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment,
+        )  # fmt: skip
+
+    def ask(self, **message) -> dict:
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        reply = json.loads(line) if line else {"error": f"ended with {self.process.wait()}"}
+        if "error" in reply:
+            raise RuntimeError(f"{self.contestant}, {message}: {reply['error']}")
+        return reply
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(task: Task, python_of: dict[str, str], quick: bool) -> list[dict]:
+    """A row for each that ours is compared with."""
+    contestants = [task.ours, *task.against]
+    workers = [Worker(c, python_of[c.name.split(",")[0]]) for c in contestants]
+    try:
+        firsts = []
+        for worker in workers:
+            of, network = worker.contestant, "lucidrains" if worker.contestant.name == "lucidrains" else task.network
+            firsts.append(worker.ask(do="make", contestant=of.name, name=network, what=task.work, batch=task.batch,
+                                     dtype=of.dtype, variant=of.variant, malloc=of.malloc))  # fmt: skip
+        times = [max(1, round(0.1 / first["seconds"])) for first in firsts]
+        seconds, began = [], time.monotonic()
+        while len(seconds) < ROUNDS[1] and (len(seconds) < ROUNDS[0] or time.monotonic() - began < task.seconds):
+            turn = list(enumerate(workers))
+            taken = {k: w.ask(do="run", times=times[k])["seconds"] for k, w in turn[:: -1 if len(seconds) % 2 else 1]}
+            seconds.append([taken[k] for k in range(len(workers))])
+            if quick:
+                break
+    finally:
+        for worker in workers:
+            worker.__exit__()
+    rows = []
+    for k, against in enumerate(task.against, 1):
+        ratios = [s[k] / s[0] for s in seconds]
+        floor = task.floors[k - 1] if k <= len(task.floors) else None
+        rows.append({
+            "network": task.network, "work": task.work, "batch": task.batch,
+            "against": f"{task.ours.label or 'ours'} : {against}" if task.ours.label else str(against),
+            "our_ms": 1000 * statistics.median(s[0] for s in seconds),
+            "their_ms": 1000 * statistics.median(s[k] for s in seconds),
+            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "rounds": len(seconds),
+            "floor": floor, "our_mib": firsts[0]["peak"], "their_mib": firsts[k]["peak"],
+        })  # fmt: skip
+    return rows
+
+
+def memory_row(row: dict) -> dict:
+    floor = (
+        1 / MEMORY_FLOOR if (row["network"], row["batch"], row["against"]) == ("explainingai", 64, "tutorial") else None
+    )
+    ratio = row["their_mib"] / row["our_mib"]
+    return {**row, "work": "MiB of training", "our_ms": row["our_mib"], "their_ms": row["their_mib"], "ratio": ratio,
+            "lowest": ratio, "highest": ratio, "rounds": 1, "floor": floor}  # fmt: skip
+
+
+def imports(quick: bool) -> list[dict]:
+    """Seconds of Python with an import alone, in turns."""
+    what = {"ours": "import ddpm_hf", "diffusers": "from diffusers import UNet2DModel, DDPMScheduler, DDPMPipeline"}
+    seconds = defaultdict(list)
+    for _ in range(1 if quick else 7):
+        for name, statement in what.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", statement], check=True, stderr=subprocess.DEVNULL)
+            seconds[name].append(time.perf_counter() - began)
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    ours, theirs = (1000 * statistics.median(s) for s in seconds.values())
+    return [{"network": "", "work": "import", "batch": 1, "against": "diffusers", "our_ms": ours, "their_ms": theirs,
+             "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "rounds": len(ratios),
+             "floor": None}]  # fmt: skip
+
+
+def check_outputs(python: str) -> list[str]:
+    """Networks of the same weights predict the same."""
+    lines, pairs = [], [("explainingai", TUTORIAL), ("labml", TUTORIAL), ("small", DIFFUSERS),
+                        ("ddpm-cifar10", DIFFUSERS), ("script", DIFFUSERS)]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for network, other in pairs:
+            outputs = []
+            for contestant in (SAMPLES, other):
+                path = f"{folder}/{network}-{contestant.name}.pt"
+                with Worker(contestant, python) as worker:
+                    worker.ask(do="output", contestant=contestant.name, name=network, path=path)
+                outputs.append(torch.load(path))
+            apart = (outputs[0] - outputs[1]).abs().max().item()
+            lines.append(f"{network}: predictions of ours and {other} are at most {apart:.1e} apart")
+            if not apart < TOLERANCE:
+                raise SystemExit(f"{lines[-1]}; it must be less than {TOLERANCE:g}")
+    return lines
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def machine() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU (CUDA: not measured)"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads{gpu}, {versions}"
+
+
+def told(row: dict) -> str:
+    floor = "" if not row["floor"] else f"{row['floor']:.3g} {'held' if row['ratio'] >= row['floor'] else 'MISSED'}"
+    figures = f"{row['our_ms']:.4g} | {row['their_ms']:.4g} | {row['ratio']:.3g} ({row['lowest']:.3g} ... {row['highest']:.3g})"
+    return f"| {row['network']} | {row['work']} | {row['batch']} | {row['against']} | {figures} | {row['rounds']} | {floor} |"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    rows = [row for row in rows if row["ratio"]]
+    figure = Figure(figsize=(9, 0.24 * len(rows) + 1.2), layout="constrained")
+    axes, places = figure.add_subplot(), range(len(rows), 0, -1)
+    axes.barh(places, [row["ratio"] for row in rows], color="tab:blue", height=0.7)
+    for place, row in zip(places, rows, strict=True):
+        axes.plot([row["lowest"], row["highest"]], [place] * 2, color="black", linewidth=0.8)
+        if row["floor"]:
+            axes.plot([row["floor"]] * 2, [place - 0.42, place + 0.42], color="tab:red", linewidth=2)
+    labels = [f"{row['network']} {row['work']} {row['batch']} : {row['against']}".strip() for row in rows]
+    axes.set_yticks(list(places), labels, fontsize=7)
+    axes.set_ylim(0.3, len(rows) + 0.7)
+    axes.set_xscale("log")
+    ticks = [0.5, 1, 1.5, 2, 3, 5, 10, 20, 50]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("times as fast (or small) as the other; line: all rounds; red: the floor")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--part", choices=("table", "gains"), default="table")
+    parser.add_argument("--lucidrains", metavar="PYTHON")
+    parser.add_argument("--compiled", action="store_true", help="of the gains: torch.compile too, which takes minutes")
+    parser.add_argument("--only", help="tasks whose line holds this")
+    parser.add_argument("--quick", action="store_true", help="one round of each, to see that all work")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    began, this = time.monotonic(), sys.executable
+    python_of = {"ours": this, "diffusers": this, "tutorial": this, "lucidrains": args.lucidrains}
+    print(machine(), flush=True)
+    if args.part == "table" and not args.only:
+        print("\n".join(check_outputs(this)), flush=True)
+    print("\n| network | work | batch | against | our ms | their ms | ratio (all rounds) | rounds | floor |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    rows = []
+    for task in TABLE if args.part == "table" else gains(args.compiled):
+        if args.only and args.only not in f"{task.network} {task.work} {task.batch}":
+            continue
+        missing = [c for c in task.against if python_of.get(c.name.split(",")[0]) is None]
+        if missing:
+            print(f"| {task.network} | {task.work} | {task.batch} | {missing[0]} | not run | | | | |", flush=True)
+            continue
+        found = measure(task, python_of, args.quick)
+        found += [memory_row(row) for row in found if task.work == "train" and args.part == "table"]
+        rows += found
+        print("\n".join(map(told, found)), flush=True)
+    if args.part == "table" and not args.only:
+        rows += imports(args.quick)
+        print(told(rows[-1]))
+    name = "speed" if args.part == "table" else "gains"
+    with open(args.out / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    draw(rows, args.out / f"{name}.png")
+    missed = [row for row in rows if row["floor"] and row["ratio"] < row["floor"]]
+    print(f"\n{time.monotonic() - began:.0f} s; floors missed: {len(missed)} of {sum(bool(r['floor']) for r in rows)}")
+
+
+if __name__ == "__main__":
+    main()
