@@ -57,7 +57,7 @@ def our_network(name: str):
     from ddpm_hf.config import load_recipe
 
     settings, (channels, height, _) = NETWORKS[name]
-    settings = settings if isinstance(settings, dict) else load_recipe(settings)["unet"]
+    settings = settings if isinstance(settings, dict) else load_recipe(settings).get("unet", {})
     torch.manual_seed(0)
     return DDPMUNet(**{"sample_size": height, "in_channels": channels, **settings}).to(DEVICE)
 
@@ -294,7 +294,7 @@ def png_files(n: int = 2048) -> list[bytes]:
 
 def our_data(batch: int) -> Callable[[], None]:
     """Decoded once, before; then what the training loop does for an update."""
-    from ddpm_hf.data import collect
+    from ddpm_hf.data import collect, mirrored
     from ddpm_hf.decoding import Decoder
     from ddpm_hf.sources import Item
 
@@ -305,7 +305,7 @@ def our_data(batch: int) -> Callable[[], None]:
     def run():
         nonlocal step
         pixels, _ = images.of_update(0, step, batch, rows)
-        torch.where(torch.rand(batch, 1, 1, 1) < 0.5, pixels.flip(3), pixels).to(DEVICE)
+        mirrored(pixels, torch.rand(batch) < 0.5).to(DEVICE)
         step += 1
 
     return run

@@ -112,7 +112,13 @@ class ImageData:
 def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
     """float32, `value_range` brought to [-1, 1]."""
     low, high = value_range
-    return (pixels.float() - low) * (2 / (high - low)) - 1
+    return pixels.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1)  # one copy and no more
+
+
+def mirrored(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), in their own memory, with those of `which`, bool (B,), left to right."""
+    images[which] = images[which].flip(3)
+    return images
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> torch.Tensor:
