@@ -108,6 +108,8 @@ def network(config: TrainConfig, shape: tuple[int, int, int]) -> DDPMUNet:
     if unet.config.in_channels != channels:
         made_for = unet.config.in_channels
         raise ValueError(f"unet is made for {made_for} channels and the images have {channels}: set channels")
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return unet
 
 
