@@ -99,9 +99,7 @@ class Progress:
         self.counted = torch.zeros(2, device=device)
         self.by_timestep = torch.zeros(2, PARTS, device=device)
 
-    def update(
-        self, loss: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], finite: torch.Tensor
-    ) -> None:
+    def update(self, loss: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], finite: torch.Tensor) -> None:
         """An update has been done with this loss, or skipped.
 
         Args:
@@ -110,8 +108,7 @@ class Progress:
         """
         self.bar.update()
         skipped = ~finite
-        # masked_fill because NaN * 0 is NaN, and torch.where would bring its 0 to the device while the host waits
-        self.counted += torch.stack([loss, torch.ones_like(loss)]).masked_fill(skipped, 0.0)
+        self.counted += torch.stack([loss, torch.ones_like(loss)]).masked_fill(skipped, 0.0)  # NaN * 0 is NaN
         for timesteps, errors in seen:
             parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
             counted = torch.stack([errors, torch.ones_like(errors)]).masked_fill(skipped, 0.0)
