@@ -19,7 +19,7 @@ class Progress:
 
     The columns of log.csv: `loss` is the mean since the row before, over the updates that were not skipped;
     `loss_t30` the same of timesteps in 0.3 T ... 0.4 T alone, not weighted; `loader_share` the part of the time that
-    went into getting images and drawing what is done to them.
+    went into getting images and drawing what is done to them (on CUDA the device computes meanwhile).
 
     Args:
         run: a `Run`.
