@@ -922,7 +922,8 @@ SMALLEST_UNET = {**TINY_UNET, "block_out_channels": [8], "attention": [True], "m
 
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same_and_goes_on_as_a_plain_one(tmp_path, caplog):
-    settings = {"unet": SMALLEST_UNET, "max_train_steps": 25, "checkpointing_steps": 10}
+    # AdamW would divide gradients that are next to nothing by as little, and make of their rounding a step
+    settings = {"unet": SMALLEST_UNET, "max_train_steps": 25, "checkpointing_steps": 10, "adam_epsilon": 1e-3}
     for name, compiled in (("plain", False), ("compiled", True)):
         run = train(tiny_config(tmp_path / name, compile=compiled, **settings))
         assert (run.unet._compiled_call_impl is not None) == compiled
