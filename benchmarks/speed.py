@@ -14,7 +14,6 @@ ema-pytorch, accelerate, scipy, tqdm and pillow); without it that row is "not ru
 import argparse
 import csv
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -141,10 +140,8 @@ class Worker:
 
     def __init__(self, contestant: Contestant, python: str):
         self.contestant = contestant
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # who waits does not take the cores
         self.process = subprocess.Popen(
             [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=environment,
         )  # fmt: skip
 
     def ask(self, **message) -> dict:
@@ -257,9 +254,13 @@ def machine() -> str:
 
 
 def told(row: dict) -> str:
-    floor = "" if not row["floor"] else f"{row['floor']:.3g} {'held' if row['ratio'] >= row['floor'] else 'MISSED'}"
-    figures = f"{row['our_ms']:.4g} | {row['their_ms']:.4g} | {row['ratio']:.3g} ({row['lowest']:.3g} ... {row['highest']:.3g})"
-    return f"| {row['network']} | {row['work']} | {row['batch']} | {row['against']} | {figures} | {row['rounds']} | {floor} |"
+    """As a row of Markdown."""
+    ratio = f"{row['ratio']:.3g} ({row['lowest']:.3g} ... {row['highest']:.3g})"
+    held = "held" if row["ratio"] >= (row["floor"] or 0) else "MISSED"
+    floor = f"{row['floor']:.3g} {held}" if row["floor"] else ""
+    cells = [row[c] for c in ("network", "work", "batch", "against")]
+    cells += [f"{row['our_ms']:.4g}", f"{row['their_ms']:.4g}", ratio, row["rounds"], floor]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -6,8 +6,9 @@ how many seconds that took; `{"do": "output", "path": ...}` keeps what the netwo
 Contestants: `ours`; `diffusers` (`UNet2DModel` with the same weights, `DDPMScheduler`, `DDPMPipeline`, `EMAModel`, used
 as its train_unconditional.py uses them, with the moving average on); `tutorial` (our own network computed as the
 tutorials do: attention by `nn.MultiheadAttention`, which returns its weights, a scheduler that converts its tables in
-the loop, Adam, no clipping, no average, the loss looked at after each update); `lucidrains` (denoising-diffusion-pytorch
-with a network of its own; if there is no torchvision, an empty stand-in for the transforms that it imports).
+the loop, Adam, no clipping, no average, the loss looked at after each update); `lucidrains`
+(denoising-diffusion-pytorch with a network of its own; if there is no torchvision, with an empty stand-in for the
+transforms that it imports).
 """
 
 import contextlib

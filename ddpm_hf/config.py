@@ -97,6 +97,10 @@ class TrainConfig:
     antithetic_timesteps: bool = _setting(
         "spread the timesteps of an update evenly, from one random offset, in place of drawing each", False
     )
+    gradient_checkpointing: bool = _setting(
+        "keep few activations and compute them anew in the backward: less memory, more time, the same gradients", False
+    )
+    compile: bool = _setting("torch.compile the network: faster on CUDA; the first update takes minutes", False)
     mixed_precision: str | None = _setting("no, bf16, or fp16 (CUDA only); default: as `accelerate launch` says, or no")
     seed: int = _setting("of weights, order of the data, noise, timesteps and samples", 0)
     # saving and looking

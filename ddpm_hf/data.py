@@ -77,7 +77,7 @@ class ImageData:
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]."""
-        return normalized(self.pixels[indices], self.value_range)
+        return normalized(self.pixels.index_select(0, indices), self.value_range)
 
     @cached_property
     def levels(self) -> int:

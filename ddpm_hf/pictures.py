@@ -1,5 +1,6 @@
 """What a run leaves to look at: grids of images, films, the loss curve."""
 
+import contextlib
 import math
 from collections.abc import Iterable
 
@@ -146,8 +147,11 @@ def draw_pictures(run: Run) -> None:
     if draws_raw:
         pipeline = DDPMCustomPipeline(run.unet.eval(), run.pipeline.scheduler)
         pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
+        # Once, and of another shape than what it is trained on: compiling it for that would take longer
+        eagerly = torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
         try:
-            (raw,) = sample_together(accelerator, pipeline, number, steps, config.seed, **classes)
+            with eagerly:
+                (raw,) = sample_together(accelerator, pipeline, number, steps, config.seed, **classes)
         finally:
             run.unet.train()
     if not accelerator.is_main_process:

@@ -108,6 +108,8 @@ def network(config: TrainConfig, shape: tuple[int, int, int]) -> DDPMUNet:
     if unet.config.in_channels != channels:
         made_for = unet.config.in_channels
         raise ValueError(f"unet is made for {made_for} channels and the images have {channels}: set channels")
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return unet
 
 
@@ -245,7 +247,7 @@ def time_of_update(config: TrainConfig, shape, flops, operations: int, parameter
     """The `Update` of `gpus` devices, each with its `train_batch_size x gradient_accumulation_steps` images.
 
     The all-reduce (4 bytes a parameter) runs beside the backward of the last micro-batch, and what is longer is waited
-    for. The batch is made on the CPU before the device begins, as the loop does it.
+    for. The batch is counted as made before the device begins; on CUDA the loop makes it while the device computes.
     """
     of = {name: constant.value for name, constant in (DEVICES[device] | PROCESS).items()}
     rates = [of["half"]] * 2 if config.mixed_precision in DTYPES else [of["convolutions"], of["products"]]

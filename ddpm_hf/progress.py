@@ -19,7 +19,7 @@ class Progress:
 
     The columns of log.csv: `loss` is the mean since the row before, over the updates that were not skipped;
     `loss_t30` the same of timesteps in 0.3 T ... 0.4 T alone, not weighted; `loader_share` the part of the time that
-    went into getting images and drawing what is done to them.
+    went into getting images and drawing what is done to them (on CUDA the device computes meanwhile).
 
     Args:
         run: a `Run`.
@@ -79,6 +79,7 @@ class Progress:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Around what is no part of the speed of the training."""
+        self.counted.cpu()  # until the device has done what it was asked before
         began = time.monotonic()
         yield
         self.logged_at += time.monotonic() - began
@@ -93,36 +94,36 @@ class Progress:
         return self.before + time.monotonic() - self.started
 
     def _begin_row(self) -> None:
-        self.losses, self.skipped, self.logged_step = [], 0, self.run.step
-        self.by_timestep = torch.zeros(2, PARTS)  # sum and number
+        self.logged_step, device = self.run.step, self.accelerator.device
+        # Sums and numbers, on the device and read for a row of log.csv alone: reading waits for the device
+        self.counted = torch.zeros(2, device=device)
+        self.by_timestep = torch.zeros(2, PARTS, device=device)
 
-    def update(self, loss: torch.Tensor | None, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """An update has been done with this loss, or skipped (None).
+    def update(self, loss: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], finite: torch.Tensor) -> None:
+        """An update has been done with this loss, or skipped.
 
         Args:
             seen: of each micro-batch the timesteps (B,) and the mean squared errors of the prediction (B,).
+            finite: whether it was not skipped, ().
         """
         self.bar.update()
-        if loss is None:
-            self.skipped += 1
-            return
-        self.losses.append(loss)
+        skipped = ~finite
+        self.counted += torch.stack([loss, torch.ones_like(loss)]).masked_fill(skipped, 0.0)  # NaN * 0 is NaN
         for timesteps, errors in seen:
             parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
-            counted = torch.stack([errors, torch.ones_like(errors)])
-            self.by_timestep = self.by_timestep.to(errors.device).index_add(1, parts, counted)
+            counted = torch.stack([errors, torch.ones_like(errors)]).masked_fill(skipped, 0.0)
+            self.by_timestep.index_add_(1, parts, counted)
 
     def write_row(self, learning_rate: float, held_out: float | None = None) -> None:
         """A row of log.csv, if there was an update since the last one."""
-        run, now = self.run, time.monotonic()
+        run = self.run
         if run.step == self.logged_step:  # stopped just now, or resumed behind the end
             return
-        loss = None
-        if self.losses:  # in all processes or in none
-            loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        total, done = self.accelerator.reduce(self.counted, "mean").tolist()
+        loss = total / done if done else None
         sums, counts = self.accelerator.reduce(self.by_timestep, "sum").cpu()
         by_timestep = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist(), strict=True)]
-        taken = now - self.logged_at
+        taken = time.monotonic() - self.logged_at  # now that the device has done it
         self.images_per_second = (run.step - self.logged_step) * self.global_batch / taken
         row = {
             "step": run.step,
@@ -130,7 +131,7 @@ class Progress:
             "loss": loss,
             "held_out_loss": held_out,
             "learning_rate": learning_rate,
-            "skipped_updates": self.skipped,
+            "skipped_updates": run.step - self.logged_step - round(done),
             **dict(zip(self.BY_TIMESTEP, by_timestep, strict=True)),
             "images_per_second": round(self.images_per_second, 1),
             "loader_share": round(self.loaded / taken, 4),

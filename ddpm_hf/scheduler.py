@@ -46,7 +46,19 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: fl
         noise = torch.cat([draw((1, *shape[1:]), g, g.device) for g in generator])
     else:
         noise = draw(shape, generator, device if generator is None else generator.device)
-    return noise if noise.dtype == dtype and noise.device == torch.device(device) else noise.to(device, dtype)
+    if noise.dtype == dtype and noise.device == torch.device(device):
+        return noise
+    return to_device(noise, device).to(dtype)
+
+
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
+    """`tensor` on `device`. To CUDA it goes from pinned memory, and the host goes on before it is there.
+
+    Kernels wait for it by themselves, and PyTorch keeps the pinned memory until it is copied.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class NoiseScheduler(SchedulerMixin, ConfigMixin):
@@ -151,7 +163,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """
         snr = self._alphas_cumprod / (1 - self._alphas_cumprod)
         per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
-        return (snr.clamp(max=gamma) / per).float().to(timesteps.device)[timesteps]
+        return to_device((snr.clamp(max=gamma) / per).float(), timesteps.device)[timesteps]
 
     def posterior(self, original_samples, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (B, ...) and log variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (equation 7).
@@ -218,7 +230,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timesteps={timesteps.tolist()} must be integers in 0 ... {len(self) - 1}")
         # Half precisions are computed in float32: in bf16, sqrt(1 - abar_t) and the sum would lose the noise.
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        rows = table.to(dtype).to(sample.device)[timesteps.reshape(-1).to(sample.device)]
+        rows = to_device(table.to(dtype), sample.device)[to_device(timesteps.reshape(-1), sample.device)]
         return rows.reshape(-1, table.shape[1], *(1,) * (sample.ndim - 1)).unbind(1)
 
     # ------------------------------------------------------------------ between timesteps

@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 
 from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import BadImages, ImageData
+from ddpm_hf.data import BadImages, ImageData, mirrored
 from ddpm_hf.ema import EMA
 from ddpm_hf.likelihood import bound_terms
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
-from ddpm_hf.scheduler import NoiseScheduler
+from ddpm_hf.scheduler import NoiseScheduler, to_device
 from ddpm_hf.seeds import seeded_generator, stream_seed
 from ddpm_hf.solvers import scheduler_class
 from ddpm_hf.streaming import ImageStream, open_images
@@ -160,7 +161,9 @@ def train(
         config.save(run.output_dir / "train_config.json")
         _write_quarantine(run.output_dir, images.bad)
     network, optimizer = accelerator.prepare(unet.train(), optimizer)
-    ema.model.to(accelerator.device)
+    device, may_look = accelerator.device, _may_look(accelerator.device)
+    ema.model.to(device)
+    compiling = Compiling(run)
     _start_trackers(run)
     progress, previews = Progress(run, global_batch, state["kept"]), Previews(preview, config.preview_time_share)
     # Of the global batch, micro-batch by micro-batch, what this process does
@@ -188,26 +191,29 @@ def train(
         accelerator.wait_for_everyone()
         progress.restart_clock()
 
-    skipped_in_a_row = 0
+    in_a_row = torch.zeros((), dtype=torch.int64, device=device)  # updates skipped
     with progress, StopSignals() as stop:
         if run.finished:  # resumed behind its end
             save()
-        while not run.finished and not stop.received(accelerator):
+        while not run.finished and not stop.received(run):
+            # On CUDA the host comes here while the device still computes the update before: nothing in this loop waits
+            # for it but the reading for a row of log.csv, and copies go from pinned memory. No thread has to prefetch.
             with progress.loading(), _quarantining(config):
                 of_all = draw(config, scheduler, (global_batch, *images.shape), run.step)
                 noise, timesteps, flips, hidden = (d[rows] for d in of_all)
                 batch, labels = images.of_update(config.seed, run.step, global_batch, rows)
-                batch = torch.where(flips, batch.flip(3), batch)
+                batch = mirrored(batch, flips)
                 labels = _labels(run, labels, hidden)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, total_steps)
             loss, seen = 0.0, []
             for micro, number in enumerate(micro_numbers.tolist()):
                 this = slice(micro * micro_batch, (micro + 1) * micro_batch)
-                x, z, t = (d[this].to(accelerator.device) for d in (batch, noise, timesteps))
-                y = None if labels is None else labels[this].to(accelerator.device)
+                x, z, t = (to_device(d[this], device) for d in (batch, noise, timesteps))
+                y = None if labels is None else to_device(labels[this], device)
                 torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
-                with accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext():
+                synced = accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext()
+                with synced, _explaining(config), compiling.told_once():
                     errors, bounds = diffusion_loss(network, scheduler, x, z, t, y, images.levels)
                     weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
                     losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
@@ -217,20 +223,23 @@ def train(
                 seen.append((t, errors.detach()))
             norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
             finite = _all_finite(accelerator, loss, norm)
-            if finite or accelerator.scaler:  # float16's scaler learns from what it skips
-                optimizer.step()
+            _step(accelerator, optimizer, finite)
             optimizer.zero_grad()
             run.step += 1
-            if finite:
+            if not may_look:
+                ema.update(unet, run.step, finite.float())
+            elif finite:
                 ema.update(unet, run.step)
 
-            progress.update(loss if finite else None, seen)
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if skipped_in_a_row == SKIPPED_IN_A_ROW:
-                _give_up(run, checkpoints)
-            if run.finished or run.step % config.checkpointing_steps == 0:
+            progress.update(loss, seen, finite)
+            in_a_row = (in_a_row + 1) * finite.logical_not()
+            to_save = run.finished or run.step % config.checkpointing_steps == 0
+            to_log = run.step % LOG_EVERY == 0
+            if to_save or to_log or may_look:
+                _check_in_a_row(run, checkpoints, int(in_a_row))
+            if to_save:
                 save()
-            elif run.step % LOG_EVERY == 0:
+            elif to_log:
                 progress.write_row(learning_rate(config, run.step - 1, total_steps))
         if not run.finished:
             save(with_previews=False)
@@ -360,18 +369,33 @@ def _start_trackers(run: Run) -> None:
         run.accelerator.init_trackers("ddpm_hf", settings, {"wandb": wandb, "trackio": name})
 
 
-def _all_finite(accelerator: Accelerator, *values: torch.Tensor) -> bool:
-    """Whether these numbers are finite in all processes, so that all do the same."""
+def _may_look(device: torch.device) -> bool:
+    """Whether the host may read a number each update. On CUDA that would have it wait where it should run ahead."""
+    return device.type != "cuda"
+
+
+def _all_finite(accelerator: Accelerator, *values: torch.Tensor) -> torch.Tensor:
+    """Whether these numbers are finite in all processes, so that all do the same: bool (), on the device."""
     finite = torch.stack([value.isfinite() for value in values]).all()
     if accelerator.num_processes > 1:
         finite = accelerator.reduce(finite.float(), "sum") == accelerator.num_processes
-    return bool(finite)
+    return finite
 
 
-def _give_up(run: Run, checkpoints: Checkpoints) -> None:
+def _step(accelerator: Accelerator, optimizer, finite: torch.Tensor) -> None:
+    """AdamW's step, which leaves weights, moments and its count as they are where `finite` is false."""
+    if accelerator.scaler is None:  # float16's tells AdamW itself, and learns from what it skips
+        optimizer.optimizer.found_inf = finite.logical_not().float()
+    optimizer.step()
+
+
+def _check_in_a_row(run: Run, checkpoints: Checkpoints, in_a_row: int) -> None:
+    """End a run in which so many updates in a row were skipped."""
+    if in_a_row < SKIPPED_IN_A_ROW:
+        return
     there = checkpoints.found()
     raise FloatingPointError(
-        f"the loss or its gradient was not finite in {SKIPPED_IN_A_ROW} updates in a row, the last of them {run.step}; "
+        f"the loss or its gradient was not finite in {in_a_row} updates in a row, the last of them {run.step}; "
         f"they changed nothing, and {there[-1] if there else 'no checkpoint'} is whole. "
         f"Try a smaller learning_rate than {run.config.learning_rate:g}"
         + (", or mixed_precision bf16 or no" if run.config.mixed_precision == "fp16" else "")
@@ -432,6 +456,8 @@ def _model(config: TrainConfig, images: ImageData | ImageStream):
             f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the last timestep, where samples begin, "
             "the weight 0: leave one of them out"
         )
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
     return unet, scheduler
 
@@ -514,6 +540,54 @@ def held_out_loss(run: Run) -> float:
     return accelerator.reduce(total, "sum").item() / n
 
 
+@contextlib.contextmanager
+def _explaining(config: TrainConfig) -> Iterator[None]:
+    """Around a forward and backward: what settings would help where memory or the compiler fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        if config.compile and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            raise ValueError(
+                f"compile=True: torch.compile can't compile the network here ({str(error).strip().splitlines()[0]}): "
+                "it needs a C++ compiler such as g++, on CUDA a C compiler; or leave out compile"
+            ) from error
+        if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+            raise
+        batch, micros, help = config.train_batch_size, config.gradient_accumulation_steps, []
+        if batch > 1:
+            parts = next(n for n in (4, 2, *range(3, batch + 1)) if batch % n == 0)
+            help.append(
+                f"--train_batch_size {batch // parts} --gradient_accumulation_steps {parts * micros} sees the same "
+                "images, noise and timesteps in an update"
+            )
+        if not config.gradient_checkpointing:
+            help.append("--gradient_checkpointing true keeps fewer activations and takes more time")
+        raise ValueError(
+            f"train_batch_size={batch}: memory does not hold the activations of so many images at once; "
+            f"{', and '.join(help) or 'make the network or the images smaller'}"
+        ) from error
+
+
+class Compiling:
+    """Compiles the network of a `Run` in place, if it is to be: its forward and backward when they are first called."""
+
+    def __init__(self, run: Run):
+        self.pending, self.main = run.config.compile, run.accelerator.is_main_process
+        if self.pending:
+            run.unet.compile()
+
+    @contextlib.contextmanager
+    def told_once(self) -> Iterator[None]:
+        """Around what calls them."""
+        told, self.pending = self.pending and self.main, False
+        began = time.monotonic()
+        if told:
+            log.warning("compiling the network: the first update takes longer, from half a minute to several minutes")
+        yield
+        if told:
+            log.warning(f"compiled the network in {time.monotonic() - began:.0f} seconds")
+
+
 class StopSignals:
     """Notes SIGTERM and Ctrl-C instead of dying of them. A second one has its usual effect."""
 
@@ -533,9 +607,12 @@ class StopSignals:
         self.name = signal.Signals(number).name
         signal.signal(number, self.usual[number])
 
-    def received(self, accelerator: Accelerator) -> bool:
-        """Whether any process has been asked to stop."""
+    def received(self, run: Run) -> bool:
+        """Whether any process has been asked to stop. Several on CUDA ask one another where they wait anyway."""
+        accelerator = run.accelerator
         if accelerator.num_processes == 1:
             return self.name is not None
+        if not _may_look(accelerator.device) and run.step % LOG_EVERY:
+            return False
         asked = torch.tensor(float(self.name is not None), device=accelerator.device)
         return accelerator.reduce(asked).item() > 0

@@ -123,6 +123,17 @@ def test_memory_grows_with_the_batch_and_shrinks_with_half_precision_and_checkpo
     assert sum(count_flops(unet, shape)[1]) > flops[1] + 0.9 * flops[0]  # the forward again
 
 
+def test_gradient_checkpointing_is_planned():
+    settings = {"config": "mnist", "train_batch_size": 16}
+    (plain, shape), (saving, _) = made(**settings), made(**settings, gradient_checkpointing=True)
+    few, many = count_memory(saving, shape, 16), count_memory(plain, shape, 16)
+    assert few.activations < 0.2 * many.activations
+    assert few.peak < many.peak
+    planned = ["\n".join(plan(resolve({**settings, "gradient_checkpointing": on}))) for on in (True, False)]
+    sizes = [float(re.search(r"memory at batch +16: ([\d.]+) MiB", text)[1]) for text in planned]
+    assert sizes == [pytest.approx(memory.peak / 2**20, abs=0.1) for memory in (few, many)]
+
+
 def test_ring():
     assert ring(4e9, 1, 1e9) == 0
     assert ring(4e9, 2, 1e9) == 4

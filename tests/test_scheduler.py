@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import CosineNoiseScheduler, LinearNoiseScheduler
-from ddpm_hf.scheduler import draw_noise
+from ddpm_hf.scheduler import draw_noise, to_device
 
 F64 = torch.float64
 
@@ -364,6 +364,27 @@ def test_half_precision_keeps_the_noise(dtype):
     noisy = scheduler.add_noise(x0, torch.ones_like(x0), torch.arange(1000))
     assert noisy.dtype == dtype
     assert_close(noisy[:, 0].double(), scheduler._signal_and_noise[:, 1], rtol=2**-8, atol=0)
+
+
+def test_copies_go_to_cuda_from_pinned_memory_and_on_the_cpu_nothing_is_copied():
+    tensor, done = torch.ones(2), []
+    assert to_device(tensor, "cpu") is to_device(tensor, torch.device("cpu")) is tensor
+    assert to_device(tensor.to("meta"), "meta").device.type == to_device(tensor, "meta").device.type == "meta"
+
+    class Watched:
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+        def pin_memory(self):
+            done.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            done.append((device, non_blocking))
+
+    to_device(Watched("cpu"), "cuda:1")
+    to_device(Watched("cuda"), "cuda")
+    assert done == ["pinned", ("cuda:1", True), ("cuda", False)]
 
 
 def test_noise_of_a_list_of_generators_does_not_depend_on_the_batch():

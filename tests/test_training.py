@@ -2,6 +2,7 @@ import functools
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -20,7 +22,10 @@ from accelerate import Accelerator
 from conftest import TINY_UNET, tiny_config, tiny_unet
 from PIL import Image
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, checkpoints, training
 from ddpm_hf.checkpoints import Checkpoints
@@ -118,6 +123,19 @@ def test_ema_is_the_weighted_mean_of_its_formula():
         expected = decay * expected + (1 - decay) * step
     assert_close(ema.model.weight.item(), expected, rtol=1e-6, atol=0)
     assert not ema.model.weight.requires_grad
+
+
+def test_the_average_follows_without_being_told_on_the_host_whether_an_update_took_place():
+    networks = [torch.nn.Linear(3, 2) for _ in range(2)]
+    looking, blind = (EMA(networks[0], max_decay=0.9) for _ in range(2))
+    for step in range(1, 9):
+        looking.update(networks[1], step)
+        blind.update(networks[1], step, torch.tensor(1.0))
+    assert_close(blind.model.state_dict(), looking.model.state_dict())
+    before = {name: value.clone() for name, value in blind.model.state_dict().items()}
+    assert not torch.equal(before["weight"], networks[0].weight)
+    blind.update(networks[0], 9, torch.tensor(0.0))
+    assert_close(blind.model.state_dict(), before, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -654,6 +672,160 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch):
     assert_close(weights(tmp_path, "raw"), start, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_adamw_changes_nothing_where_an_update_is_not_finite(value):
+    """In its first one too, and its count of steps neither."""
+    accelerator, network = Accelerator(), tiny_unet()
+    inner = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    network, optimizer = accelerator.prepare(network, inner)
+
+    def everything():
+        return [t.clone() for p in network.parameters() for t in (p.detach(), *inner.state.get(p, {}).values())]
+
+    def step(value):
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        training._step(accelerator, optimizer, training._all_finite(accelerator, torch.tensor(value)))
+        return everything()
+
+    start = everything()
+    step(value)
+    assert_close([p.detach() for p in network.parameters()], start, rtol=0, atol=0)
+    assert not any(t.any() for state in inner.state.values() for t in state.values())
+    before = step(1.0)
+    assert_close(step(value), before, rtol=0, atol=0)
+    after = step(1.0)
+    assert {state["step"].item() for state in inner.state.values()} == {2.0}
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def as_on_cuda(monkeypatch):
+    """The host may not read the device each update."""
+    monkeypatch.setattr(training, "_may_look", lambda device: False)
+
+
+def test_a_run_that_does_not_look_does_what_one_does_that_looks(tmp_path, monkeypatch):
+    settings = {"max_train_steps": 25, "checkpointing_steps": 10}
+    for name in ("looks", "does_not"):
+        with monkeypatch.context() as patch:
+            poison(patch, {0, 3, 4, 12})
+            patch.setattr(training, "held_out_loss", lambda run: None)
+            if name == "does_not":
+                as_on_cuda(patch)
+            train(tiny_config(tmp_path / name, **settings))
+    for n in (20, 25):
+        for file in ("unet", "optimizer", "ema"):
+            one, other = (load_file(tmp_path / name / f"checkpoint-{n}/{file}.safetensors") for name in
+                          ("looks", "does_not"))  # fmt: skip
+            exactly = {} if file == "ema" else {"rtol": 0, "atol": 0}  # a difference and a sum in place of a lerp
+            assert_close(other, one, **exactly)
+    assert [row["skipped_updates"] for row in quietly(tmp_path / "does_not")] == [3, 1, 0]
+    assert quietly(tmp_path / "does_not") == quietly(tmp_path / "looks")
+
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(training, "held_out_loss", lambda run: None)
+    shutil.copytree(tmp_path / "does_not/checkpoint-20", tmp_path / "again/checkpoint-20")
+    train(tiny_config(tmp_path / "again", **settings, resume_from_checkpoint="latest"))
+    for variant in (None, "raw"):
+        assert_close(weights(tmp_path / "again", variant), weights(tmp_path / "does_not", variant), rtol=0, atol=0)
+
+
+class Reads(TorchFunctionMode):
+    """At which updates the loop brings a number to the host."""
+
+    NAMES = ("__bool__", "__int__", "__float__", "__index__", "item", "cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.run, self.at = None, set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        caller = os.path.basename(sys._getframe(1).f_code.co_filename)
+        if getattr(function, "__name__", "") in self.NAMES and caller in ("training.py", "progress.py", "ema.py"):
+            self.at.add(self.run.step if self.run else 0)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_loop_reads_nothing_between_two_rows_of_the_log(tmp_path, monkeypatch, looks):
+    if not looks:
+        as_on_cuda(monkeypatch)
+    with Reads() as reads:
+        config = tiny_config(tmp_path, max_train_steps=23, checkpointing_steps=15)
+        train(config, on_start=[lambda run: setattr(reads, "run", run)])
+    assert reads.at - {0} == (set(range(1, 24)) if looks else {10, 15, 20, 23})
+
+
+class Brought(TorchDispatchMode):
+    """What goes from the CPU to `meta`."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given, made = ({t.device.type for t in tree_leaves(tree) if isinstance(t, torch.Tensor)} for tree in
+                       ((args, kwargs), result))  # fmt: skip
+        if "cpu" in given and "meta" in given | made:
+            self.operations.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_classes": 3, "dropout": 0.1}, {"out_channels": 2}])
+def test_no_part_of_an_update_waits_for_the_device(monkeypatch, settings):
+    """With `meta`, of which no number can be read, in the place of CUDA: nothing goes there but by `to_device`."""
+
+    def copy(tensor, device):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    monkeypatch.setattr("ddpm_hf.scheduler.to_device", copy)
+    variance_type = "learned_range" if "out_channels" in settings else "fixed_small"
+    scheduler = LinearNoiseScheduler(variance_type=variance_type, prediction_type="v_prediction")
+    unet = tiny_unet(**settings).to("meta").train()
+    x, t = torch.empty(4, 1, 8, 8, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    ema, accelerator = EMA(unet, 0.9), SimpleNamespace(num_processes=1, device=x.device)
+    progress = object.__new__(Progress)
+    progress.run = SimpleNamespace(step=0, pipeline=SimpleNamespace(scheduler=scheduler))
+    progress.accelerator, progress.bar = accelerator, SimpleNamespace(update=lambda: None)
+    progress._begin_row()
+    with Brought() as brought:
+        errors, bounds = diffusion_loss(unet, scheduler, x, x, t, t if "num_classes" in settings else None)
+        loss = (scheduler.min_snr_weight(t, 5.0) * errors).mean() + (0.0 if bounds is None else bounds.mean())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        finite = training._all_finite(accelerator, loss, norm)
+        ema.update(unet, 1, finite.float())
+        progress.update(loss.detach(), [(t, errors.detach())], finite)
+    assert brought.operations == []
+    with Brought() as brought:
+        x + torch.ones(1).to("meta")
+    assert brought.operations == ["aten._to_copy.default"]
+
+
+def test_a_run_that_does_not_look_gives_up_at_a_row_of_the_log(tmp_path, monkeypatch):
+    as_on_cuda(monkeypatch)
+    poison(monkeypatch, {*range(3, 10**6)})
+    with pytest.raises(FloatingPointError, match=r"in 27 updates in a row, the last of them 30; .*no checkpoint is"):
+        train(tiny_config(tmp_path, max_train_steps=200))
+    poison(monkeypatch, {*range(3, 10**6)})
+    with pytest.raises(FloatingPointError, match=r"in 22 updates in a row, the last of them 25; "):
+        train(tiny_config(tmp_path / "end", max_train_steps=25))
+
+
+def test_several_processes_that_do_not_look_ask_for_signals_at_a_row_of_the_log(monkeypatch):
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=lambda asked: 2 * asked)
+    run = SimpleNamespace(accelerator=accelerator, step=7)
+    with training.StopSignals() as stop:
+        assert not stop.received(run)
+        stop.name = "SIGTERM"
+        assert stop.received(run)
+        as_on_cuda(monkeypatch)
+        assert not stop.received(run)
+        run.step = 10
+        assert stop.received(run)
+
+
 def test_a_run_gives_up_after_too_many_in_a_row(tmp_path, monkeypatch):
     poison(monkeypatch, {*range(30, 49), *range(50, 10**6)})
     monkeypatch.setattr(training, "held_out_loss", lambda run: None)
@@ -691,6 +863,116 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     for a, b in zip(large, small, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
         assert a["learning_rate"] == b["learning_rate"]
+
+
+def test_micro_batches_see_what_one_large_batch_sees(tmp_path):
+    """As the message promises that is told when memory runs out: gradients and weights agree to rounding."""
+    settings = {"max_train_steps": 3, "adam_epsilon": 1e-3, "random_flip": True, "class_conditional": True}
+    train(tiny_config(tmp_path / "large", train_batch_size=64, **settings))
+    train(tiny_config(tmp_path / "small", train_batch_size=16, gradient_accumulation_steps=4, **settings))
+    moments = "checkpoint-3/optimizer.safetensors"
+    large, small = (load_file(tmp_path / name / moments) for name in ("large", "small"))
+    assert_close(small, large, rtol=1e-3, atol=1e-6)
+    large, small = (weights(tmp_path / name, "raw") for name in ("large", "small"))
+    assert_close(small, large, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "help"),
+    [
+        ({}, "--train_batch_size 4 --gradient_accumulation_steps 4 sees the same images, .*, and --gradient_checkp"),
+        ({"train_batch_size": 6, "gradient_accumulation_steps": 2}, "--train_batch_size 3 --gradient_acc.*steps 4 "),
+        ({"train_batch_size": 7, "gradient_checkpointing": True}, "--train_batch_size 1 --gradi.*steps 7 [^-]*$"),
+        ({"train_batch_size": 1}, "at once; --gradient_checkpointing true keeps"),
+        ({"train_batch_size": 1, "gradient_checkpointing": True}, "at once; make the network or the images smaller"),
+    ],
+)
+def test_where_memory_runs_out_it_is_told_what_to_set(tmp_path, monkeypatch, settings, help):
+    def loss(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+    size = settings.get("train_batch_size", 16)
+    with pytest.raises(ValueError, match=f"^train_batch_size={size}: memory does not hold .*{help}"):
+        train(tiny_config(tmp_path, **settings))
+
+
+def test_other_errors_are_told_as_they_are(tmp_path, monkeypatch):
+    def loss(*args):
+        raise RuntimeError("the sky is falling")
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+    with pytest.raises(RuntimeError, match="^the sky is falling$"):
+        train(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing_leaves_the_same_bytes(tmp_path, dropout):
+    settings = {"unet": {**TINY_UNET, "dropout": dropout}, "max_train_steps": 12}
+    plain, run = (train(tiny_config(tmp_path / str(on), gradient_checkpointing=on, **settings)) for on in (False, True))
+    assert (plain.unet.is_gradient_checkpointing, run.unet.is_gradient_checkpointing) == (False, True)
+    for variant in (None, "raw"):
+        assert_close(weights(tmp_path / "True", variant), weights(tmp_path / "False", variant), rtol=0, atol=0)
+    assert quietly(tmp_path / "True") == quietly(tmp_path / "False")
+
+
+SMALLEST_UNET = {**TINY_UNET, "block_out_channels": [8], "attention": [True], "mid_block_out_channels": [8],
+                 "up_block_out_channels": [8]}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same_and_goes_on_as_a_plain_one(tmp_path, caplog):
+    # AdamW would divide gradients that are next to nothing by as little, and make of their rounding a step
+    settings = {"unet": SMALLEST_UNET, "max_train_steps": 25, "checkpointing_steps": 10, "adam_epsilon": 1e-3}
+    for name, compiled in (("plain", False), ("compiled", True)):
+        run = train(tiny_config(tmp_path / name, compile=compiled, **settings))
+        assert (run.unet._compiled_call_impl is not None) == compiled
+        assert run.pipeline.unet._compiled_call_impl is None
+        told = [record.message for record in caplog.records if record.name == training.__name__]
+        if not compiled:
+            assert not told
+    assert told[0].startswith("compiling the network: the first update takes longer")
+    assert re.fullmatch(r"compiled the network in \d+ seconds", told[1])
+    assert len(told) == 2
+    plain, compiled = (quietly(tmp_path / name) for name in ("plain", "compiled"))
+    for a, b in zip(plain, compiled, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+    plain, compiled = (load_file(tmp_path / name / "checkpoint-20/unet.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    assert any(not torch.equal(plain[name], compiled[name]) for name in plain)  # or it was not compiled
+
+    for origin, goes_on in (("plain", True), ("compiled", False)):
+        folder = tmp_path / f"{origin}-goes-on"
+        shutil.copytree(tmp_path / origin / "checkpoint-20", folder / "checkpoint-20")
+        train(tiny_config(folder, compile=goes_on, resume_from_checkpoint="latest", **settings))
+        assert_close(weights(folder), weights(tmp_path / "plain"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_everything_at_once_compiled(tmp_path):
+    """Classes, dropout, bf16, micro-batches, gradient checkpointing and previews of the raw weights."""
+    settings = {"class_conditional": True, "mixed_precision": "bf16", "gradient_accumulation_steps": 2}
+    settings |= {"unet": {**SMALLEST_UNET, "dropout": 0.1}, "gradient_checkpointing": True, "compile": True}
+    torch._dynamo.utils.counters.clear()
+    run = train(tiny_config(tmp_path, max_train_steps=12, **settings), preview=draw_pictures)
+    assert run.finished
+    assert (tmp_path / "first_samples.png").exists()
+    assert {w.dtype for w in weights(tmp_path).values()} == {torch.float32}
+    assert read_log(tmp_path / "log.csv")[-1]["loss"] < 1.5
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for no other shape, of the previews
+
+
+@pytest.mark.slow
+def test_where_there_is_no_compiler_one_line_says_so(tmp_path):
+    command = [sys.executable, script(tmp_path, tmp_path / "run", unet=SMALLEST_UNET, compile=True)]
+    environment = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"ValueError: compile=True: torch.compile can't .*No working C.. compiler.*leave out compile", last
+    )
 
 
 def test_epochs(tmp_path):
