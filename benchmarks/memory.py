@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from ddpm_hf.allocator import keep_freed_memory
 from ddpm_hf.config import resolve
 from ddpm_hf.ema import EMA
 from ddpm_hf.plan import at_rest, count_memory, image_shape, network
-from ddpm_hf.training import _keep_freed_memory
 from ddpm_hf.unet import DDPMUNet
 
 IMAGENET = str(Path(__file__).with_name("imagenet-64.yaml"))
@@ -48,7 +48,7 @@ def main() -> None:
 
 def measure(config: str, precision: str, batch: int) -> int:
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        _keep_freed_memory()
+        keep_freed_memory()
     fake, shape = _network(config)
     settings = {name: value for name, value in fake.config.items() if not name.startswith("_")}
     before = _status("VmRSS")

@@ -40,6 +40,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, training
+from ddpm_hf.allocator import keep_freed_memory
 from ddpm_hf.config import TrainConfig, load_recipe, resolve
 from ddpm_hf.data import load_images
 from ddpm_hf.ema import EMA
@@ -250,7 +251,7 @@ def race(jobs: list[tuple]) -> None:
 def reference(recipe: str):
     """The extractor, what it says of training images, and of 1,000 held-out ones (or of as many as there are)."""
     torch.set_num_threads(1)  # there is a process a core
-    training._keep_freed_memory()
+    keep_freed_memory()
     extractor = make_extractor("digits" if recipe == "digits" else str(shared() / "data/features/mnist"), 1)
     train, held_out = load_images(our_config(recipe, 0, Path()))
     train.pixels, held_out.pixels = train.pixels[:REFERENCE], held_out.pixels[:1000]

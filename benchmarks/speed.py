@@ -1,12 +1,12 @@
-"""Ours against what people use now, in speed: `python benchmarks/speed.py OUT`, 15 minutes on two cores.
+"""Ours against what people use now, in speed: `python benchmarks/speed.py OUT`, 20 minutes on two cores.
 
 Each contestant is a process (`speed_worker.py`, which says what they are) that waits while another one works. They take
 turns, A B B A A B ..., and each round gives a ratio; told are the medians, of seconds and of ratios. Before that,
-networks of the same weights must predict the same. A training step is forward, backward, clipping, optimiser and moving
-average, of images that lie ready; a sampling step is the network and the scheduler's step. Writes speed.csv and speed.png
-into OUT and prints a table; a number above 1 says that ours is faster (or smaller).
+networks of the same weights must predict the same. A training step is forward, backward, clipping, optimiser and
+moving average, of images that lie ready; a sampling step is the network and the scheduler's step. Writes speed.csv and
+speed.png into OUT and prints a table; a number above 1 says that ours is faster (or smaller).
 
-`--part gains` takes each thing that makes ours fast away again, and tries what was left out; `--lucidrains PYTHON` is
+`--part floors` measures those that have a target alone. `--part gains` takes each thing that makes ours fast away again, and tries what was left out; `--lucidrains PYTHON` is
 the interpreter of an environment with denoising-diffusion-pytorch (`pip install --no-deps`, with torch, einops,
 ema-pytorch, accelerate, scipy, tqdm and pillow); without it that row is "not run".
 """
@@ -64,11 +64,11 @@ TUTORIAL, DIFFUSERS, LUCIDRAINS = Contestant("tutorial"), Contestant("diffusers"
 ALIKE = Contestant("diffusers", malloc=True), Contestant("tutorial", malloc=True)
 OURS_16, THEIRS_16 = Contestant("ours", "bf16", True, label="ours, bf16"), Contestant("diffusers", "bf16")
 TABLE = [
-    Task("explainingai", "train", 64, TRAINS, (TUTORIAL, ALIKE[1]), (1.6,), 50),
+    Task("explainingai", "train", 64, TRAINS, (TUTORIAL, ALIKE[1]), (1.6,), 40),
     Task("explainingai", "train", 16, TRAINS, (TUTORIAL,)),
     Task("explainingai", "train", 1, TRAINS, (TUTORIAL,), seconds=8),
-    Task("explainingai", "step", 64, SAMPLES, (TUTORIAL, Contestant("tutorial", malloc=True)), (1.35,), 30),
-    Task("explainingai", "step", 16, SAMPLES, (TUTORIAL,), (1.35,)),
+    Task("explainingai", "step", 64, SAMPLES, (TUTORIAL, ALIKE[1]), (1.35,), 30),
+    Task("explainingai", "step", 16, SAMPLES, (TUTORIAL,), seconds=12),
     Task("explainingai", "step", 1, SAMPLES, (TUTORIAL,), seconds=8),
     Task("explainingai", "sample", 1, SAMPLES, (TUTORIAL,)),
     Task("small", "train", 64, TRAINS, (DIFFUSERS,)),
@@ -79,16 +79,16 @@ TABLE = [
     Task("small", "step", 1, SAMPLES, (DIFFUSERS,), seconds=8),
     Task("small", "sample", 1, SAMPLES, (DIFFUSERS,), seconds=8),
     Task("small", "sample", 16, SAMPLES, (DIFFUSERS,)),
-    Task("labml", "train", 16, TRAINS, (TUTORIAL,), (1.3,), 60),
+    Task("labml", "train", 16, TRAINS, (TUTORIAL,), (1.3,), 45),
     Task("labml", "step", 16, SAMPLES, (TUTORIAL,)),
-    Task("ddpm-cifar10", "train", 16, TRAINS, (DIFFUSERS, ALIKE[0]), (1.07,), 75),
-    Task("ddpm-cifar10", "train", 16, OURS_16, (DIFFUSERS, THEIRS_16), (1.8, 1.07), 60),
-    Task("ddpm-cifar10", "train", 64, TRAINS, (DIFFUSERS,), (1.07,)),
+    Task("ddpm-cifar10", "train", 16, TRAINS, (DIFFUSERS, ALIKE[0]), (1.07,), 70),
+    Task("ddpm-cifar10", "train", 16, OURS_16, (DIFFUSERS, THEIRS_16), (1.8, 1.07), 45),
+    Task("ddpm-cifar10", "train", 64, TRAINS, (DIFFUSERS,)),
     Task("ddpm-cifar10", "train", 1, TRAINS, (DIFFUSERS,), seconds=15),
-    Task("ddpm-cifar10", "step", 16, SAMPLES, (DIFFUSERS, ALIKE[0]), (1.10,), 60),
-    Task("ddpm-cifar10", "step", 64, SAMPLES, (DIFFUSERS,), (1.10,), 40),
-    Task("ddpm-cifar10", "step", 1, SAMPLES, (DIFFUSERS,), (1.10,)),
-    Task("ddpm-cifar10", "step", 16, Contestant("ours", "bf16", label="ours, bf16"), (THEIRS_16,), (1.10,), 30),
+    Task("ddpm-cifar10", "step", 16, SAMPLES, (DIFFUSERS, ALIKE[0]), (1.10,), 40),
+    Task("ddpm-cifar10", "step", 64, SAMPLES, (DIFFUSERS,), seconds=30),
+    Task("ddpm-cifar10", "step", 1, SAMPLES, (DIFFUSERS,), seconds=12),
+    Task("ddpm-cifar10", "step", 16, Contestant("ours", "bf16", label="ours, bf16"), (THEIRS_16,), seconds=20),
     Task("ddpm-cifar10", "sample", 1, SAMPLES, (DIFFUSERS,), seconds=30),
     Task("script", "train", 16, TRAINS, (DIFFUSERS,)),
     Task("script", "train", 1, TRAINS, (DIFFUSERS,)),
@@ -288,7 +288,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--part", choices=("table", "gains"), default="table")
+    parser.add_argument("--part", choices=("table", "floors", "gains"), default="table")
     parser.add_argument("--lucidrains", metavar="PYTHON")
     parser.add_argument("--compiled", action="store_true", help="of the gains: torch.compile too, which takes minutes")
     parser.add_argument("--only", help="tasks whose line holds this")
@@ -298,12 +298,13 @@ def main() -> None:
     began, this = time.monotonic(), sys.executable
     python_of = {"ours": this, "diffusers": this, "tutorial": this, "lucidrains": args.lucidrains}
     print(machine(), flush=True)
-    if args.part == "table" and not args.only:
+    if args.part != "gains" and not args.only:
         print("\n".join(check_outputs(this)), flush=True)
     print("\n| network | work | batch | against | our ms | their ms | ratio (all rounds) | rounds | floor |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
-    for task in TABLE if args.part == "table" else gains(args.compiled):
+    tasks = gains(args.compiled) if args.part == "gains" else TABLE
+    for task in tasks if args.part != "floors" else [task for task in TABLE if any(task.floors)]:
         if args.only and args.only not in f"{task.network} {task.work} {task.batch}":
             continue
         missing = [c for c in task.against if python_of.get(c.name.split(",")[0]) is None]
@@ -311,13 +312,13 @@ def main() -> None:
             print(f"| {task.network} | {task.work} | {task.batch} | {missing[0]} | not run | | | | |", flush=True)
             continue
         found = measure(task, python_of, args.quick)
-        found += [memory_row(row) for row in found if task.work == "train" and args.part == "table"]
+        found += [memory_row(row) for row in found if task.work == "train" and args.part != "gains"]
         rows += found
         print("\n".join(map(told, found)), flush=True)
     if args.part == "table" and not args.only:
         rows += imports(args.quick)
         print(told(rows[-1]))
-    name = "speed" if args.part == "table" else "gains"
+    name = {"table": "speed"}.get(args.part, args.part)
     with open(args.out / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

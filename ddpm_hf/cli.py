@@ -66,6 +66,7 @@ def train(args: list[str]) -> int:
 
 def sample(args: list[str]) -> int:
     from ddpm_hf import sampling
+    from ddpm_hf.allocator import keep_freed_memory
     from ddpm_hf.pipeline import load_pipeline
     from ddpm_hf.solvers import SOLVERS
 
@@ -88,6 +89,7 @@ def sample(args: list[str]) -> int:
     for name in others if given.compare else ("solvers", "steps"):
         if getattr(given, name) is not None:
             raise ValueError(f"--{name} is {'not ' if given.compare else ''}for --compare")
+    keep_freed_memory()
     pipeline = load_pipeline(given.model, "model")
     pipeline.set_progress_bar_config(leave=False, disable=True)
     if torch.cuda.is_available():
@@ -119,6 +121,7 @@ def evaluate(args: list[str]) -> int:
         from ddpm_hf import comparison, evaluation
     except ImportError as error:
         raise ValueError(f"{error}: evaluating needs more packages, `pip install ddpm-hf[eval]`") from error
+    from ddpm_hf.allocator import keep_freed_memory
     from ddpm_hf.features import CHOICES
     from ddpm_hf.solvers import SOLVERS
 
@@ -152,6 +155,7 @@ def evaluate(args: list[str]) -> int:
         raise ValueError("--across is for --compare")
     if "metrics" in given:
         given["metrics"] = tuple(name.strip() for name in given["metrics"].split(","))
+    keep_freed_memory()
     found = evaluation.evaluate(**given)
     if os.environ.get("RANK", "0") == "0":
         output = given.get("output") or evaluation.output_of(given["model"])

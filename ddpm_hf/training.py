@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import ctypes
 import importlib.util
 import inspect
 import logging
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
+from ddpm_hf.allocator import keep_freed_memory
 from ddpm_hf.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData, mirrored
@@ -275,7 +275,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         if launched and accelerator.num_processes == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
             # `accelerate launch` gives its only process one thread, however many cores there are
             torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-        _keep_freed_memory()
+        keep_freed_memory()
     return accelerator
 
 
@@ -400,14 +400,6 @@ def _check_in_a_row(run: Run, checkpoints: Checkpoints, in_a_row: int) -> None:
         f"Try a smaller learning_rate than {run.config.learning_rate:g}"
         + (", or mixed_precision bf16 or no" if run.config.mixed_precision == "fp16" else "")
     )
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory: by default each update gives its activations back and faults them in again."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def _model(config: TrainConfig, images: ImageData | ImageStream):
