@@ -6,9 +6,10 @@ networks of the same weights must predict the same. A training step is forward, 
 moving average, of images that lie ready; a sampling step is the network and the scheduler's step. Writes speed.csv and
 speed.png into OUT and prints a table; a number above 1 says that ours is faster (or smaller).
 
-`--part floors` measures those that have a target alone. `--part gains` takes each thing that makes ours fast away again, and tries what was left out; `--lucidrains PYTHON` is
-the interpreter of an environment with denoising-diffusion-pytorch (`pip install --no-deps`, with torch, einops,
-ema-pytorch, accelerate, scipy, tqdm and pillow); without it that row is "not run".
+`--part floors` measures those that have a target alone. `--part gains` takes each thing that makes ours fast away
+again, and tries what was left out. `--lucidrains PYTHON` is the interpreter of an environment with
+denoising-diffusion-pytorch (`pip install --no-deps`, with torch, einops, ema-pytorch, accelerate, scipy, tqdm and
+pillow); without it that row is "not run".
 """
 
 import argparse

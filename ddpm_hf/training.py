@@ -202,7 +202,7 @@ def train(
                 of_all = draw(config, scheduler, (global_batch, *images.shape), run.step)
                 noise, timesteps, flips, hidden = (d[rows] for d in of_all)
                 batch, labels = images.of_update(config.seed, run.step, global_batch, rows)
-                batch = mirrored(batch, flips)
+                batch = mirrored(batch, flips.flatten())
                 labels = _labels(run, labels, hidden)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, total_steps)
