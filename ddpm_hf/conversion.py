@@ -394,7 +394,7 @@ def _from_diffusers_weights(weights: Weights, ours: Weights, path) -> Weights:
 
 
 def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
-    """The same network as `UNet2DModel`, bit for bit.
+    """The same network as `UNet2DModel`: its weights bit for bit, its predictions to rounding.
 
     Raises:
         ValueError: a setting that `UNet2DModel` can't express, with what it would have to be.

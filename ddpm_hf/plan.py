@@ -222,16 +222,21 @@ class _Live(TorchDispatchMode):
 
 
 class Update(NamedTuple):
-    """Seconds: arithmetic; the all-reduce, and what of it is waited for; the making of the batch."""
+    """Seconds: arithmetic; the all-reduce, and what of it is waited for; the making of the batch.
+
+    `ahead`: it is made while the device computes.
+    """
 
     compute: float
     all_reduce: float
     waited_for: float
     data: float
+    ahead: bool
 
     @property
     def total(self) -> float:
-        return self.compute + self.waited_for + self.data
+        device = self.compute + self.waited_for
+        return max(device, self.data) if self.ahead else device + self.data
 
 
 def ring(size: float, devices: int, bandwidth: float) -> float:
@@ -247,7 +252,7 @@ def time_of_update(config: TrainConfig, shape, flops, operations: int, parameter
     """The `Update` of `gpus` devices, each with its `train_batch_size x gradient_accumulation_steps` images.
 
     The all-reduce (4 bytes a parameter) runs beside the backward of the last micro-batch, and what is longer is waited
-    for. The batch is counted as made before the device begins; on CUDA the loop makes it while the device computes.
+    for. On CUDA the loop makes a batch while the device computes; a CPU does one after the other.
     """
     of = {name: constant.value for name, constant in (DEVICES[device] | PROCESS).items()}
     rates = [of["half"]] * 2 if config.mixed_precision in DTYPES else [of["convolutions"], of["products"]]
@@ -261,7 +266,7 @@ def time_of_update(config: TrainConfig, shape, flops, operations: int, parameter
     data = images * math.prod(shape) * (gpus * of["drawing"] + of["picking"])
     if config.streaming:
         data += images * of["decoding"] / max(1, config.dataloader_num_workers)
-    return Update(config.gradient_accumulation_steps * micro_batch, all_reduce, waited_for, data)
+    return Update(config.gradient_accumulation_steps * micro_batch, all_reduce, waited_for, data, ahead=device != "cpu")
 
 
 # ---------------------------------------------------------------- told
