@@ -1,7 +1,8 @@
 """One contestant of `benchmarks/speed.py` in a process of its own; it is told what to do a line of JSON at a time.
 
 `{"do": "make", ...}` builds what is to be timed and does it once; `{"do": "run", "times": n}` does it n times and says
-how many seconds that took; `{"do": "output", "path": ...}` keeps what the network predicts of a fixed input.
+how many seconds each took; `{"do": "peak"}` says by how many MiB the process has grown at most; `{"do": "output",
+"path": ...}` keeps what the network predicts of a fixed input.
 
 Contestants: `ours`; `diffusers` (`UNet2DModel` with the same weights, `DDPMScheduler`, `DDPMPipeline`, `EMAModel`, used
 as its train_unconditional.py uses them, with the moving average on); `tutorial` (our own network computed as the
@@ -480,7 +481,7 @@ def keep_output(contestant: str, name: str, path: str) -> None:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
-    this = None
+    this, before = None, 0
     for line in sys.stdin:
         message = json.loads(line)
         reply = {}
@@ -491,12 +492,12 @@ def main() -> None:
                 message.pop("do")
                 before = status("VmRSS")
                 this = work(**message)
-                for _ in range(2):  # the second update has the optimiser's state besides
-                    began = time.perf_counter()
-                    this()
-                    synchronize()
-                    seconds = time.perf_counter() - began
-                reply = {"seconds": seconds, "peak": status("VmHWM") - before}
+                began = time.perf_counter()
+                this()
+                synchronize()
+                reply = {"seconds": time.perf_counter() - began}
+            elif message["do"] == "peak":
+                reply = {"peak": status("VmHWM") - before}
             elif message["do"] == "run":
                 began = time.perf_counter()
                 for _ in range(message["times"]):

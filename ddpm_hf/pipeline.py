@@ -194,17 +194,18 @@ class DDPMCustomPipeline(DiffusionPipeline):
         sample, position = noise(), len(visited) - 1
         moves = _repaint_moves(len(visited), jump_length, num_resamples)
         i, generator = -1, list(generator) if isinstance(generator, tuple) else generator
-        for move in self.progress_bar(moves):
-            timestep, position = visited[position], position + move
-            if move > 0:
-                sample = solver.renoise(sample, timestep, visited[position], noise())
-                continue
-            tensors, i = self._step(solver, timestep, sample, generator, labels, guidance_scale), i + 1
-            known = solver.add_noise(image, noise(), visited[position]) if position >= 0 else image
-            tensors["sample"] = torch.where(mask, tensors["sample"], known)
-            sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
-            if self.interrupt:
-                break
+        with self._ready_network():
+            for move in self.progress_bar(moves):
+                timestep, position = visited[position], position + move
+                if move > 0:
+                    sample = solver.renoise(sample, timestep, visited[position], noise())
+                    continue
+                tensors, i = self._step(solver, timestep, sample, generator, labels, guidance_scale), i + 1
+                known = solver.add_noise(image, noise(), visited[position]) if position >= 0 else image
+                tensors["sample"] = torch.where(mask, tensors["sample"], known)
+                sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
+                if self.interrupt:
+                    break
         sample = torch.where(mask, sample, image)
         if output_type == "latent":
             return self._output(sample, output_type, return_dict)
@@ -329,7 +330,8 @@ class DDPMCustomPipeline(DiffusionPipeline):
             None, num_inference_steps, "latent", class_labels, guidance_scale, "ddim", image, clip_sample=False
         )
         sample = image.expand(batch_size, -1, -1, -1)
-        sample = self._invert(sample, solver.timesteps, iterations, labels, guidance_scale, callback_on_step_end)
+        with self._ready_network():
+            sample = self._invert(sample, solver.timesteps, iterations, labels, guidance_scale, callback_on_step_end)
         self.maybe_free_model_hooks()
         return sample
 
@@ -422,11 +424,13 @@ class DDPMCustomPipeline(DiffusionPipeline):
         return sample
 
     def _ready_network(self):
-        """Around a walk."""
-        unet, on_cpu = self.unet, self._execution_device.type == "cpu"
-        hooked = hasattr(unet, "_hf_hook") or getattr(unet, "_compiled_call_impl", None)
-        plain = on_cpu and isinstance(unet, DDPMUNet) and not hooked
-        return unet.ready_kernels() if plain else contextlib.nullcontext()
+        """Around a walk: what the network makes of its weights is made once, where nobody else does things to them."""
+        unet = self.unet
+        if self._execution_device.type != "cpu" or not isinstance(unet, DDPMUNet):
+            return contextlib.nullcontext()
+        hooked = any(hasattr(m, hook) for m in unet.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+        compiled = getattr(unet, "_compiled_call_impl", None) is not None
+        return contextlib.nullcontext() if hooked or compiled else unet.ready_kernels()
 
     def _step(self, solver, timestep, sample, generator, labels, guidance_scale, ours=None) -> dict:
         """x after one step and the x_0 that it assumed; of solvers that keep that to themselves `ours` knows it."""

@@ -366,3 +366,14 @@ def test_the_pipeline_has_ready_kernels_during_a_walk_and_only_then(monkeypatch)
     monkeypatch.setattr(DDPMUNet, "ready_kernels", lambda self: contextlib.nullcontext())
     plain = pipe(1, torch.Generator().manual_seed(0), 3, "pt").images
     assert_close(samples, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["layerwise casting", "compiled"])
+def test_weights_that_somebody_else_cares_for_are_left_alone(how, monkeypatch):
+    pipe = DDPMCustomPipeline(tiny_unet(upsample_type="nearest"), LinearNoiseScheduler())
+    if how == "layerwise casting":
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    else:
+        monkeypatch.setattr(pipe.unet, "_compiled_call_impl", pipe.unet._call_impl)
+    monkeypatch.setattr(DDPMUNet, "ready_kernels", lambda self: pytest.fail("these weights change by themselves"))
+    assert pipe(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
