@@ -73,7 +73,7 @@ PROCESS = {  # whatever the device
     "picking": Constant(2.8e-9, "s a value, measured on 1 core: a process's own images, from uint8, flipped"),
     "decoding": Constant(350e-6, "s an image, measured on 1 core: PNG of 64x64 (a JPEG of 500x375 took 4.2 ms)"),
 }
-CHECKED = "of tensors alone; measured on the CPU: 5 to 42 % and at least 35 MiB more (benchmarks/memory.csv)"
+CHECKED = "of tensors alone; measured on the CPU: 5 to 39 % and at least 35 MiB more (benchmarks/memory.csv)"
 
 
 # ---------------------------------------------------------------- what is planned

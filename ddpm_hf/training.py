@@ -127,6 +127,7 @@ def train(
 
     Raises:
         ValueError: something in `config` can't be; nothing has been written then (but quarantine.csv, if that is it).
+            Or memory, or the compiler, fails in an update; the checkpoints from before it are whole.
         FloatingPointError: losses or gradients were not finite too many times in a row.
     """
     if Path(config.output_dir).is_file():
