@@ -330,8 +330,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             None, num_inference_steps, "latent", class_labels, guidance_scale, "ddim", image, clip_sample=False
         )
         sample = image.expand(batch_size, -1, -1, -1)
-        with self._ready_network():
-            sample = self._invert(sample, solver.timesteps, iterations, labels, guidance_scale, callback_on_step_end)
+        sample = self._invert(sample, solver.timesteps, iterations, labels, guidance_scale, callback_on_step_end)
         self.maybe_free_model_hooks()
         return sample
 
