@@ -1,4 +1,4 @@
-"""Ours against what people use now, in speed: `python benchmarks/speed.py OUT`, 20 minutes on two cores.
+"""Ours against what people use now, in speed: `python benchmarks/speed.py OUT`.
 
 Each contestant is a process (`speed_worker.py`, which says what they are) that waits while another one works. They take
 turns, A B B A A B ..., and each round gives a ratio; told are the medians, of seconds and of ratios. Before that,
@@ -62,7 +62,7 @@ class Task(NamedTuple):
 
 TRAINS = SAMPLES = Contestant("ours", malloc=True)  # as `ddpm-hf train` and `ddpm-hf sample` set it
 PLAIN = Contestant("ours", label="ours in a pipeline alone")  # as who imports us has it
-TUTORIAL, DIFFUSERS, LUCIDRAINS = Contestant("tutorial"), Contestant("diffusers"), Contestant("lucidrains")
+TUTORIAL, DIFFUSERS = Contestant("tutorial"), Contestant("diffusers")
 ALIKE = Contestant("diffusers", malloc=True), Contestant("tutorial", malloc=True)
 OURS_16, THEIRS_16 = Contestant("ours", "bf16", True, label="ours, bf16"), Contestant("diffusers", "bf16")
 TABLE = [

@@ -13,7 +13,6 @@ transforms that it imports).
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -44,14 +43,6 @@ NETWORKS = {  # recipe, or settings of DDPMUNet; (C, H, W)
     "script": (str(Path(__file__).parent / "imagenet-64.yaml"), (3, 64, 64)),
     "lucidrains": (None, (3, 32, 32)),
 }
-
-
-def keep_freed_memory() -> None:
-    """What our training does: see `ddpm_hf.training`."""
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-1, 2**30)
-        mallopt(-3, 2**30)
 
 
 def our_network(name: str):
@@ -193,7 +184,7 @@ def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], Non
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if ours and variant != "diffusers' moving average":
+        if ours_average:
             average.update(network, updates)
         else:
             average.step(parameters)
@@ -488,6 +479,8 @@ def main() -> None:
         try:
             if message["do"] == "make":
                 if message.pop("malloc"):
+                    from ddpm_hf.allocator import keep_freed_memory
+
                     keep_freed_memory()
                 message.pop("do")
                 before = status("VmRSS")

@@ -100,7 +100,9 @@ class TrainConfig:
     gradient_checkpointing: bool = _setting(
         "keep few activations and compute them anew in the backward: less memory, more time, the same gradients", False
     )
-    compile: bool = _setting("torch.compile the network: faster on CUDA; the first update takes minutes", False)
+    compile: bool = _setting(
+        "torch.compile the network, which is meant for CUDA; the first update takes minutes", False
+    )
     mixed_precision: str | None = _setting("no, bf16, or fp16 (CUDA only); default: as `accelerate launch` says, or no")
     seed: int = _setting("of weights, order of the data, noise, timesteps and samples", 0)
     # saving and looking

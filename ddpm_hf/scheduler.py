@@ -34,6 +34,7 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: fl
         generator: `None` (torch's global one), one generator for the whole batch, or a list with one an image: an
             image then does not depend on the batch it is in. The noise is drawn on the generator's device.
         dtype: what to return. Half precisions are drawn in float32, so that every dtype sees the same noise.
+        std: its standard deviation, which scales the same draws.
     """
     drawn_as = torch.promote_types(dtype, torch.float32)
 
