@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 WORKER = Path(__file__).with_name("speed_worker.py")
 COLUMNS = ("network", "work", "batch", "against", "our_ms", "their_ms", "ratio", "lowest", "highest", "rounds", "floor")
 TOLERANCE = 1e-5
-ROUNDS, LONG = (3, 25), 40  # at least (one less where it takes so many seconds), at most
+ROUNDS, LONG = (3, 75), 40  # at least (one less where it takes so many seconds), at most
 
 
 class Contestant(NamedTuple):
@@ -101,7 +101,7 @@ TABLE = [
     Task("ddpm-cifar10", "train", 16, TRAINS, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
     Task("ddpm-cifar10", "step", 16, SAMPLES, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
     Task("", "scheduler step", 1, SAMPLES, (DIFFUSERS,), (4,), 5),
-    Task("", "scheduler step", 64, SAMPLES, (DIFFUSERS,), (1.6,), 5),
+    Task("", "scheduler step", 64, SAMPLES, (DIFFUSERS, ALIKE[0]), (1.6,), 8),
     Task("", "add_noise", 1, SAMPLES, (DIFFUSERS,), seconds=5),
     Task("", "add_noise", 64, SAMPLES, (DIFFUSERS,), seconds=5),
     Task("ddpm-cifar10", "EMA", 1, SAMPLES, (DIFFUSERS, Contestant("diffusers, foreach")), (2.3,), 8),
@@ -182,7 +182,7 @@ def measure(task: Task, python_of: dict[str, str], quick: bool) -> list[dict]:
         first = [worker.reply()["seconds"] for worker in workers]
         if max(first) < 1:
             first = [worker.ask(do="run", times=5)["seconds"] for worker in workers]
-        times = [max(1, round(0.1 / each)) for each in first]
+        times = [max(1, round(0.05 / each)) for each in first]
         enough = ROUNDS[0] if sum(first) < LONG else ROUNDS[0] - 1
         seconds, began = [], time.monotonic()
         while len(seconds) < ROUNDS[1] and (len(seconds) < enough or time.monotonic() - began < task.seconds):

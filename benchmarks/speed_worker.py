@@ -492,6 +492,8 @@ def main() -> None:
             elif message["do"] == "peak":
                 reply = {"peak": status("VmHWM") - before}
             elif message["do"] == "run":
+                if message["times"] > 1:  # another process had the caches
+                    this()
                 began = time.perf_counter()
                 for _ in range(message["times"]):
                     this()

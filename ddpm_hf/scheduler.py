@@ -36,19 +36,16 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: fl
         dtype: what to return. Half precisions are drawn in float32, so that every dtype sees the same noise.
         std: its standard deviation, which scales the same draws.
     """
-    drawn_as = torch.promote_types(dtype, torch.float32)
-
-    def draw(shape, generator, drawn_on):
-        return torch.empty(shape, device=drawn_on, dtype=drawn_as).normal_(0.0, std, generator=generator)
-
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"generator: a list of {len(generator)} for a batch of {shape[0]}; give one an image")
-        noise = torch.cat([draw((1, *shape[1:]), g, g.device) for g in generator])
+        noise = torch.cat([draw_noise((1, *shape[1:]), each, each.device, dtype, std) for each in generator])
     else:
-        noise = draw(shape, generator, device if generator is None else generator.device)
-    if noise.dtype == dtype and noise.device == torch.device(device):
-        return noise
+        drawn_on = device if generator is None else generator.device
+        drawn_as = torch.promote_types(dtype, torch.float32)
+        noise = torch.empty(shape, device=drawn_on, dtype=drawn_as).normal_(0.0, std, generator=generator)
+        if drawn_on == device and drawn_as == dtype:
+            return noise
     return to_device(noise, device).to(dtype)
 
 
@@ -352,11 +349,12 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         if share is not None and (isinstance(std, torch.Tensor) or std > 0):
             learned = (0.5 * (share * largest + (1 - share) * smallest)).exp()
             std = torch.where(std > 0, learned, 0.0) if isinstance(std, torch.Tensor) else learned
-        like_sample = sample.shape, generator, sample.device, sample.dtype
         if isinstance(std, torch.Tensor):
-            noise = std * draw_noise(*like_sample)
+            noise = std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
+        elif std > 0:
+            noise = draw_noise(sample.shape, generator, sample.device, sample.dtype, std)
         else:
-            noise = draw_noise(*like_sample, std) if std > 0 else torch.zeros_like(sample)
+            noise = torch.zeros_like(sample)
         # 3. mean of q(x_{t-1} | x_t, x_0), equation 7
         prev_sample = _plus(_plus(noise, mean_from_sample, sample), mean_from_x0, pred_original_sample)
 
