@@ -112,10 +112,17 @@ AWAY = {
               "diffusers' moving average"),
     "step": ("attention of the tutorials", "pixels doubled, then convolved", "kernels made in each step"),
 }  # fmt: skip
+FOR_MEMORY = ("gradient checkpointing", "batch in four parts")
 LEFT_OUT = {
-    "train": ("channels innermost", "channels innermost, of weights too", "one product for all time projections"),
+    "train": (
+        "channels innermost",
+        "channels innermost, of weights too",
+        "one product for all time projections",
+        *FOR_MEMORY,
+    ),
     "step": ("one product for all time projections",),
 }
+MEMORY_OF = {"train": "MiB of training", "sample": "MiB of sampling"}
 MEMORY_FLOOR = 0.4  # of the tutorial's, explainingai at 64
 
 
@@ -125,7 +132,8 @@ def gains(compiled: bool) -> list[Task]:
         for what in ("train", "step"):
             for batch in batches if what == "step" else (16,):
                 ours = Contestant("ours", malloc=True)
-                variants = [*AWAY[what], *LEFT_OUT[what], *["torch.compile"] * compiled]
+                variants = [*AWAY[what], *LEFT_OUT[what]]
+                variants += ["torch.compile"] * (compiled and network != "ddpm-cifar10")  # that takes minutes each
                 if network != "ddpm-cifar10":
                     variants.remove("attention of the tutorials") if network == "small" else None
                     variants = [v for v in variants if v != "pixels doubled, then convolved" or network == "small"]
@@ -215,8 +223,8 @@ def memory_row(row: dict) -> dict:
         1 / MEMORY_FLOOR if (row["network"], row["batch"], row["against"]) == ("explainingai", 64, "tutorial") else None
     )
     ratio = row["their_mib"] / row["our_mib"]
-    return {**row, "work": "MiB of training", "our_ms": row["our_mib"], "their_ms": row["their_mib"], "ratio": ratio,
-            "lowest": ratio, "highest": ratio, "rounds": 1, "floor": floor}  # fmt: skip
+    return {**row, "work": MEMORY_OF[row["work"]], "our_ms": row["our_mib"], "their_ms": row["their_mib"],
+            "ratio": ratio, "lowest": ratio, "highest": ratio, "rounds": 1, "floor": floor}  # fmt: skip
 
 
 def imports(quick: bool) -> list[dict]:
@@ -303,7 +311,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=("table", "floors", "gains"), default="table")
     parser.add_argument("--lucidrains", metavar="PYTHON")
-    parser.add_argument("--compiled", action="store_true", help="of the gains: torch.compile too, which takes minutes")
+    parser.add_argument("--compiled", action="store_true", help="of the gains: torch.compile too, in small networks")
     parser.add_argument("--only", help="tasks whose line holds this")
     parser.add_argument("--quick", action="store_true", help="one round of each, to see that all work")
     args = parser.parse_args()
@@ -327,7 +335,8 @@ def main() -> None:
             print(f"| {task.network} | {task.work} | {task.batch} | {missing[0]} | not run | | | | |", flush=True)
             continue
         found = measure(task, python_of, args.quick)
-        found += [memory_row(row) for row in found if task.work == "train" and args.part != "gains"]
+        for_memory = FOR_MEMORY if args.part == "gains" else {row["against"] for row in found}
+        found += [memory_row(row) for row in found if task.work in MEMORY_OF and row["against"] in for_memory]
         rows += found
         print("\n".join(map(told, found)), flush=True)
     if args.part == "table" and not args.only:

@@ -158,6 +158,7 @@ def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], Non
             model_cls=type(network), model_config=network.config,
         )  # fmt: skip
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=True)
+    parts = list(zip(*(each.chunk(4 if variant == IN_PARTS else 1) for each in (x, z, t)), strict=True))
     updates = 0
 
     def step():
@@ -173,14 +174,15 @@ def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], Non
             loss.backward()
             optimizer.step()
             return
-        if ours:
-            with autocast:
-                loss = diffusion_loss(network, scheduler, x, z, t)[0].mean()
-        else:
-            noisy = scheduler.add_noise(x, z, t)
-            with autocast:
-                loss = F.mse_loss(network(noisy, t).sample.float(), z)
-        loss.backward()
+        for x_, z_, t_ in parts:
+            if ours:
+                with autocast:
+                    loss = diffusion_loss(network, scheduler, x_, z_, t_)[0].mean()
+            else:
+                noisy = scheduler.add_noise(x_, z_, t_)
+                with autocast:
+                    loss = F.mse_loss(network(noisy, t_).sample.float(), z_)
+            (loss / len(parts)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -437,7 +439,14 @@ def _compiled(network):
     return network
 
 
+def _checkpointed(network):
+    network.enable_gradient_checkpointing()
+    return network
+
+
+IN_PARTS = "batch in four parts"
 CHANGES = {
+    "gradient checkpointing": _checkpointed,
     "attention of the tutorials": _tutorial_attention,
     "pixels doubled, then convolved": _pixels_doubled,
     "channels innermost": _channels_last,
