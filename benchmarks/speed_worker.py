@@ -1,8 +1,8 @@
 """One contestant of `benchmarks/speed.py` in a process of its own; it is told what to do a line of JSON at a time.
 
 `{"do": "make", ...}` builds what is to be timed and does it once; `{"do": "run", "times": n}` does it n times and says
-how many seconds each took; `{"do": "peak"}` says by how many MiB the process has grown at most; `{"do": "output",
-"path": ...}` keeps what the network predicts of a fixed input.
+how many seconds each took; `{"do": "peak"}` says how many MiB it has taken at most (on a CPU: by how many the process
+has grown); `{"do": "output", "path": ...}` keeps what the network predicts of a fixed input.
 
 Contestants: `ours`; `diffusers` (`UNet2DModel` with the same weights, `DDPMScheduler`, `DDPMPipeline`, `EMAModel`, used
 as its train_unconditional.py uses them, with the moving average on); `tutorial` (our own network computed as the
@@ -12,7 +12,7 @@ the loop, Adam, no clipping, no average, the loss looked at after each update); 
 transforms that it imports).
 """
 
-import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -158,6 +158,7 @@ def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], Non
             model_cls=type(network), model_config=network.config,
         )  # fmt: skip
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=True)
+    moved = torch.ones((), device=DEVICE) if DEVICE == "cuda" else None  # as our loop has it there
     parts = list(zip(*(each.chunk(4 if variant == IN_PARTS else 1) for each in (x, z, t)), strict=True))
     updates = 0
 
@@ -187,7 +188,7 @@ def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], Non
         optimizer.step()
         optimizer.zero_grad()
         if ours_average:
-            average.update(network, updates)
+            average.update(network, updates, moved)
         else:
             average.step(parameters)
 
@@ -220,12 +221,9 @@ def sample(contestant, network, what, batch, dtype, variant) -> Callable[[], Non
     scheduler = pipe.scheduler
     scheduler.set_timesteps(50)
     if ours:
-        walk = contextlib.ExitStack()  # a walk makes the kernels once, and then come its steps
-        if variant != "kernels made in each step" and DEVICE == "cpu":
-            walk.enter_context(network.ready_kernels())
 
         @torch.no_grad()
-        def step(walk=walk):
+        def step():
             output = network(x.to(DTYPES[dtype]), scheduler.timesteps[25]).sample.float()
             scheduler.step(output, scheduler.timesteps[25], x, generator=generator)
 
@@ -340,7 +338,7 @@ def their_data(batch: int) -> Callable[[], None]:
 
 
 def lucidrains_network():
-    if importlib.util.find_spec("torchvision") is None:
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
         torchvision = types.ModuleType("torchvision")
         for name in ("transforms", "utils"):
             setattr(torchvision, name, types.ModuleType(f"torchvision.{name}"))
@@ -470,6 +468,29 @@ def status(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) // 1024
 
 
+def import_all(contestant: str) -> None:
+    """Before memory is looked at: libraries are not what is compared."""
+    if contestant == "lucidrains":
+        lucidrains_network()
+    else:
+        for module in ("diffusers.pipelines.ddpm", "diffusers.training_utils", "ddpm_hf.conversion"):
+            importlib.import_module(module)
+        importlib.import_module("ddpm_hf.training")
+
+
+def forget_peak() -> None:
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
+
+
+def peak(before: int) -> int:
+    """MiB since then, at most: of the device, or on the CPU of this process."""
+    return torch.cuda.max_memory_allocated() // 2**20 if DEVICE == "cuda" else status("VmHWM") - before
+
+
 @torch.no_grad()
 def keep_output(contestant: str, name: str, path: str) -> None:
     network, (C, H, W) = make_network(contestant, name).eval(), NETWORKS[name][1]
@@ -487,21 +508,23 @@ def main() -> None:
         reply = {}
         try:
             if message["do"] == "make":
+                message.pop("do")
+                import_all(message["contestant"])
                 if message.pop("malloc"):
                     from ddpm_hf.allocator import keep_freed_memory
 
                     keep_freed_memory()
-                message.pop("do")
                 before = status("VmRSS")
                 this = work(**message)
+                forget_peak()  # to build theirs takes ours as well
                 began = time.perf_counter()
                 this()
                 synchronize()
                 reply = {"seconds": time.perf_counter() - began}
             elif message["do"] == "peak":
-                reply = {"peak": status("VmHWM") - before}
+                reply = {"peak": peak(before)}
             elif message["do"] == "run":
-                if message["times"] > 1:  # another process had the caches
+                if message["warm"]:  # another process had the caches
                     this()
                 began = time.perf_counter()
                 for _ in range(message["times"]):

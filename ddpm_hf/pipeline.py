@@ -194,18 +194,17 @@ class DDPMCustomPipeline(DiffusionPipeline):
         sample, position = noise(), len(visited) - 1
         moves = _repaint_moves(len(visited), jump_length, num_resamples)
         i, generator = -1, list(generator) if isinstance(generator, tuple) else generator
-        with self._ready_network():
-            for move in self.progress_bar(moves):
-                timestep, position = visited[position], position + move
-                if move > 0:
-                    sample = solver.renoise(sample, timestep, visited[position], noise())
-                    continue
-                tensors, i = self._step(solver, timestep, sample, generator, labels, guidance_scale), i + 1
-                known = solver.add_noise(image, noise(), visited[position]) if position >= 0 else image
-                tensors["sample"] = torch.where(mask, tensors["sample"], known)
-                sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
-                if self.interrupt:
-                    break
+        for move in self.progress_bar(moves):
+            timestep, position = visited[position], position + move
+            if move > 0:
+                sample = solver.renoise(sample, timestep, visited[position], noise())
+                continue
+            tensors, i = self._step(solver, timestep, sample, generator, labels, guidance_scale), i + 1
+            known = solver.add_noise(image, noise(), visited[position]) if position >= 0 else image
+            tensors["sample"] = torch.where(mask, tensors["sample"], known)
+            sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
+            if self.interrupt:
+                break
         sample = torch.where(mask, sample, image)
         if output_type == "latent":
             return self._output(sample, output_type, return_dict)
@@ -414,23 +413,12 @@ class DDPMCustomPipeline(DiffusionPipeline):
         if callback is not None:
             with contextlib.suppress(ValueError):  # betas that ours can't have: then nobody knows the x_0
                 ours = make_solver("ddpm", solver)
-        with self._ready_network():
-            for i, timestep in enumerate(self.progress_bar(timesteps)):
-                if self.interrupt:
-                    break
-                tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, ours)
-                sample = self._after_step(callback, i, timestep, tensors)
+        for i, timestep in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                break
+            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, ours)
+            sample = self._after_step(callback, i, timestep, tensors)
         return sample
-
-    def _ready_network(self):
-        """Around a walk: what the network makes of its weights is made once, where nobody else does things to them."""
-        unet = self.unet
-        # by what it can do: the class of a network that came with its code is another one
-        if self._execution_device.type != "cpu" or not hasattr(unet, "ready_kernels"):
-            return contextlib.nullcontext()
-        hooked = any(hasattr(m, hook) for m in unet.modules() for hook in ("_hf_hook", "_diffusers_hook"))
-        compiled = getattr(unet, "_compiled_call_impl", None) is not None
-        return contextlib.nullcontext() if hooked or compiled else unet.ready_kernels()
 
     def _step(self, solver, timestep, sample, generator, labels, guidance_scale, ours=None) -> dict:
         """x after one step and the x_0 that it assumed; of solvers that keep that to themselves `ours` knows it."""

@@ -9,7 +9,6 @@ stage, numbered from the image inwards:
 After Ho et al. 2020 (arXiv:2006.11239, appendix B), of which every tutorial's network is a relative.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -41,27 +40,6 @@ def sinusoids(timesteps: torch.Tensor, channels: int, cos_first: bool = False, s
     angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * i / (half - shift))
     waves = [angles.cos(), angles.sin()] if cos_first else [angles.sin(), angles.cos()]
     return torch.cat(waves, dim=1)
-
-
-class Convolution:
-    """What the network's convolutions have in common: a kernel that can lie ready, see `DDPMUNet.ready_kernels`."""
-
-    ready = None
-
-    def make_kernel(self) -> torch.Tensor:
-        """(out, in, k, k), or (in, out, k, k) of a transposed one: what the image is convolved with."""
-        return self.weight
-
-    def kernel(self) -> torch.Tensor:
-        ready = self.ready  # looked at once: another thread may be at the end of its walk
-        return self.make_kernel() if ready is None else ready
-
-
-class Conv2d(Convolution, nn.Conv2d):
-    """(B, in, H, W) -> (B, out, H', W')"""
-
-    def forward(self, x):
-        return F.conv2d(x, self.kernel(), self.bias, self.stride, self.padding)
 
 
 class TimeEmbedding(nn.Module):
@@ -117,13 +95,13 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config):
         super().__init__()
         self.norm_1 = nn.GroupNorm(config.norm_num_groups, in_channels, config.norm_eps)
-        self.conv_1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_projection = nn.Linear(config.time_embedding_dim, out_channels)
         self.norm_2 = nn.GroupNorm(config.norm_num_groups, out_channels, config.norm_eps)
         self.dropout = (nn.Dropout2d if config.dropout_channels else nn.Dropout)(config.dropout)
-        self.conv_2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         project = config.project_every_shortcut or in_channels != out_channels
-        self.shortcut = Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
 
     def forward(self, x, time):
         h = self.conv_1(F.silu(self.norm_1(x)))
@@ -145,7 +123,7 @@ class Layer(nn.Module):
         return x if self.attention is None else self.attention(x)
 
 
-class Downsample(Conv2d):
+class Downsample(nn.Conv2d):
     """(B, C, H, W) -> (B, C, H/2, W/2)"""
 
     def __init__(self, channels: int, config):
@@ -156,17 +134,14 @@ class Downsample(Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)) if self.padding == (0, 0) else x)
 
 
-class TransposedUpsample(Convolution, nn.ConvTranspose2d):
+class TransposedUpsample(nn.ConvTranspose2d):
     """(B, C, H, W) -> (B, C, 2H, 2W)"""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 4, stride=2, padding=1)
 
-    def forward(self, x):
-        return F.conv_transpose2d(x, self.kernel(), self.bias, stride=2, padding=1)
 
-
-class NearestUpsample(Conv2d):
+class NearestUpsample(nn.Conv2d):
     """(B, C, H, W) -> (B, C, 2H, 2W): every pixel four times, then a convolution of 3x3.
 
     Both together are one transposed convolution of 4x4, exactly: 4 products a pixel of the output and pair of channels
@@ -182,11 +157,9 @@ class NearestUpsample(Conv2d):
                 adds_to[2 - i, 2 - j, i : i + 2, j : j + 2] = 1
         self.register_buffer("adds_to", adds_to.reshape(9, 16), persistent=False)
 
-    def make_kernel(self):
-        return (self.weight.flatten(2) @ self.adds_to).unflatten(2, (4, 4)).transpose(0, 1)
-
     def forward(self, x):
-        return F.conv_transpose2d(x, self.kernel(), self.bias, stride=2, padding=1)
+        kernel = (self.weight.flatten(2) @ self.adds_to).unflatten(2, (4, 4)).transpose(0, 1)  # (in, out, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 UPSAMPLE_TYPES = {"transposed": TransposedUpsample, "nearest": NearestUpsample}
@@ -341,7 +314,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.size_factor = 2 ** sum(downsample)
 
-        self.stem = Conv2d(in_channels, stem_channels, 3, padding=1)
+        self.stem = nn.Conv2d(in_channels, stem_channels, 3, padding=1)
         self.time_embedding = TimeEmbedding(config)
 
         self.down = nn.ModuleList()
@@ -368,7 +341,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             width = width_out
 
         self.norm_out = nn.GroupNorm(norm_num_groups_out or norm_num_groups, width, norm_eps)
-        self.conv_out = Conv2d(width, out_channels or in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels or in_channels, 3, padding=1)
         # (B,) -> (B, E), added to the time embedding; the last row is that of the null label
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, config.time_embedding_dim)
 
@@ -387,24 +360,6 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             if tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()
         return loaded
-
-    @contextlib.contextmanager
-    def ready_kernels(self):
-        """Around calls on a CPU, without gradients, between which no weight changes: the steps of a walk.
-
-        What a convolution makes of its weights before it begins is then made once, and channels lie innermost, which
-        takes a second copy of those weights and gives the same predictions.
-        """
-        innermost = torch.channels_last
-        convolutions = [module for module in self.modules() if isinstance(module, Convolution)]
-        kernels = [c.make_kernel().detach().contiguous(memory_format=innermost) for c in convolutions]
-        try:
-            for convolution, kernel in zip(convolutions, kernels, strict=True):
-                convolution.ready = kernel
-            yield
-        finally:
-            for convolution in convolutions:
-                convolution.ready = None
 
     def forward(self, sample: torch.Tensor, timestep, class_labels=None, return_dict: bool = True):
         """

@@ -338,42 +338,7 @@ def test_the_nearest_upsampling_is_pixels_doubled_and_a_convolution(size):
     assert set(upsample.state_dict()) == {"weight", "bias"}
 
 
-@pytest.mark.parametrize("upsample_type", ["nearest", "transposed"])
-def test_ready_kernels_predict_the_same_and_go_with_the_walk(upsample_type):
-    unet, x = tiny_unet(upsample_type=upsample_type), noisy(2, 1, 8, 8)
-    strides = {name: value.stride() for name, value in unet.state_dict().items()}
-    with torch.no_grad():
-        expected = unet(x, 7).sample
-        with contextlib.suppress(KeyboardInterrupt), unet.ready_kernels():
-            assert_close(unet(x, 7).sample, expected, rtol=0, atol=1e-5)
-            for weight in unet.parameters():
-                weight.zero_()
-            assert unet.conv_out.kernel().any()  # it does lie ready
-            raise KeyboardInterrupt
-        assert not unet(x, 7).sample.any()  # the weights of now
-    assert {name: value.stride() for name, value in unet.state_dict().items()} == strides
-
-
-def test_the_pipeline_has_ready_kernels_during_a_walk_and_only_then(monkeypatch):
-    pipe, seen = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler()), []
-
-    def look(pipe, i, timestep, tensors):
-        seen.append(pipe.unet.stem.ready is not None)
-
-    samples = pipe(1, torch.Generator().manual_seed(0), 3, "pt", callback_on_step_end=look).images
-    assert seen == [True] * 3
-    assert pipe.unet.stem.ready is None
-    monkeypatch.setattr(DDPMUNet, "ready_kernels", lambda self: contextlib.nullcontext())
-    plain = pipe(1, torch.Generator().manual_seed(0), 3, "pt").images
-    assert_close(samples, plain, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("how", ["layerwise casting", "compiled"])
-def test_weights_that_somebody_else_cares_for_are_left_alone(how, monkeypatch):
+def test_a_pipeline_takes_a_network_whose_weights_are_cast_layer_by_layer():
     pipe = DDPMCustomPipeline(tiny_unet(upsample_type="nearest"), LinearNoiseScheduler())
-    if how == "layerwise casting":
-        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    else:
-        monkeypatch.setattr(pipe.unet, "_compiled_call_impl", pipe.unet._call_impl)
-    monkeypatch.setattr(DDPMUNet, "ready_kernels", lambda self: pytest.fail("these weights change by themselves"))
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert pipe(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
