@@ -207,30 +207,31 @@ def train(
                 labels = _labels(run, labels, hidden)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step, total_steps)
-            loss, seen = 0.0, []
-            for micro, number in enumerate(micro_numbers.tolist()):
-                this = slice(micro * micro_batch, (micro + 1) * micro_batch)
-                x, z, t = (to_device(d[this], device) for d in (batch, noise, timesteps))
-                y = None if labels is None else to_device(labels[this], device)
-                torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
-                synced = accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext()
-                with synced, _explaining(config), compiling.told_once():
-                    errors, bounds = diffusion_loss(network, scheduler, x, z, t, y, images.levels)
-                    weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
-                    losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
-                    micro_loss = losses.mean() / micros
-                    accelerator.backward(micro_loss)
-                loss = loss + micro_loss.detach()
-                seen.append((t, errors.detach()))
-            norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-            finite = _all_finite(accelerator, loss, norm)
-            _step(accelerator, optimizer, finite)
-            optimizer.zero_grad()
-            run.step += 1
-            if not may_look:
-                ema.update(unet, run.step, finite.float())
-            elif finite:
-                ema.update(unet, run.step)
+            with _explaining(config):
+                loss, seen = 0.0, []
+                for micro, number in enumerate(micro_numbers.tolist()):
+                    this = slice(micro * micro_batch, (micro + 1) * micro_batch)
+                    x, z, t = (to_device(d[this], device) for d in (batch, noise, timesteps))
+                    y = None if labels is None else to_device(labels[this], device)
+                    torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
+                    synced = accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext()
+                    with synced, compiling.told_once():
+                        errors, bounds = diffusion_loss(network, scheduler, x, z, t, y, images.levels)
+                        weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
+                        losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
+                        micro_loss = losses.mean() / micros
+                        accelerator.backward(micro_loss)
+                    loss = loss + micro_loss.detach()
+                    seen.append((t, errors.detach()))
+                norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+                finite = _all_finite(accelerator, loss, norm)
+                _step(accelerator, optimizer, finite)
+                optimizer.zero_grad()
+                run.step += 1
+                if not may_look:
+                    ema.update(unet, run.step, finite.float())
+                elif finite:
+                    ema.update(unet, run.step)
 
             progress.update(loss, seen, finite)
             in_a_row = (in_a_row + 1) * finite.logical_not()
@@ -535,14 +536,15 @@ def held_out_loss(run: Run) -> float:
 
 @contextlib.contextmanager
 def _explaining(config: TrainConfig) -> Iterator[None]:
-    """Around a forward and backward: what settings would help where memory or the compiler fails."""
+    """Around an update: what settings would help where memory or the compiler fails."""
     try:
         yield
     except RuntimeError as error:
-        if config.compile and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
             raise ValueError(
-                f"compile=True: torch.compile can't compile the network here ({str(error).strip().splitlines()[0]}): "
-                "it needs a C++ compiler such as g++, on CUDA a C compiler; or leave out compile"
+                f"compile=True: torch.compile can't compile the network here ({reason}): it needs a C++ compiler such "
+                "as g++, on CUDA a C compiler and Triton; or leave out compile"
             ) from error
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
@@ -556,8 +558,8 @@ def _explaining(config: TrainConfig) -> Iterator[None]:
         if not config.gradient_checkpointing:
             help.append("--gradient_checkpointing true keeps fewer activations and takes more time")
         raise ValueError(
-            f"train_batch_size={batch}: memory does not hold the activations of so many images at once; "
-            f"{', and '.join(help) or 'make the network or the images smaller'}"
+            f"train_batch_size={batch}: memory does not hold an update of so many images at once; "
+            f"{', and '.join(help) or 'make the network or the images smaller'} ({str(error).partition(chr(10))[0]})"
         ) from error
 
 

@@ -888,13 +888,30 @@ def test_micro_batches_see_what_one_large_batch_sees(tmp_path):
     ],
 )
 def test_where_memory_runs_out_it_is_told_what_to_set(tmp_path, monkeypatch, settings, help):
-    def loss(*args):
+    def fail(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(training, "diffusion_loss", loss)
     size = settings.get("train_batch_size", 16)
-    with pytest.raises(ValueError, match=f"^train_batch_size={size}: memory does not hold .*{help}"):
-        train(tiny_config(tmp_path, **settings))
+    for where in ("diffusion_loss", "_step"):  # the optimizer makes its moments in the first update
+        monkeypatch.setattr(training, where, fail)
+        with pytest.raises(ValueError, match=f"^train_batch_size={size}: memory does not hold .*{help}") as caught:
+            train(tiny_config(tmp_path / where, **settings))
+        assert "(CUDA out of memory. Tried to allocate 20.00 MiB.)" in str(caught.value)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_the_compiler_says_is_told_in_one_line(tmp_path, monkeypatch, wrapped):
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import TritonMissing
+
+    def fail(*args):
+        error = TritonMissing(None)
+        raise BackendCompilerFailed(print, error, None) if wrapped else error
+
+    monkeypatch.setattr(training, "diffusion_loss", fail)
+    with pytest.raises(ValueError, match=r"^compile=True: .*\(Cannot find a working triton.*leave out compile$"):
+        train(tiny_config(tmp_path, compile=True))
 
 
 def test_other_errors_are_told_as_they_are(tmp_path, monkeypatch):

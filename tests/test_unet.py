@@ -1,4 +1,3 @@
-import contextlib
 from itertools import combinations
 
 import diffusers
