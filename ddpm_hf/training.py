@@ -540,8 +540,8 @@ def _explaining(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
             raise ValueError(
                 f"compile=True: torch.compile can't compile the network here ({reason}): it needs a C++ compiler such "
                 "as g++, on CUDA a C compiler and Triton; or leave out compile"
@@ -559,7 +559,7 @@ def _explaining(config: TrainConfig) -> Iterator[None]:
             help.append("--gradient_checkpointing true keeps fewer activations and takes more time")
         raise ValueError(
             f"train_batch_size={batch}: memory does not hold an update of so many images at once; "
-            f"{', and '.join(help) or 'make the network or the images smaller'} ({str(error).partition(chr(10))[0]})"
+            f"{', and '.join(help) or 'make the network or the images smaller'} ({reason})"
         ) from error
 
 
