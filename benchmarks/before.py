@@ -37,7 +37,7 @@ DDPMCustomPipeline(unet, LinearNoiseScheduler()).save_pretrained("cifar10")
 def run(package: Path, command: list[str], work: Path) -> tuple[float, float]:
     """Seconds from start to end, and peak MiB, of `python command` with the `ddpm_hf` of a checkout.
 
-    Linux counts the memory of the process that starts another as that one's peak, so this one must stay small: no torch.
+    Linux counts the memory of the process that starts another as that one's peak, so this one stays small: no torch.
     """
     environment = {**os.environ, "PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
