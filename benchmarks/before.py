@@ -2,8 +2,9 @@
 
 The same commands with the package of CHECKOUT ("before") and with this one ("now"), each in a process of its own that
 starts, works and ends, in turns: before now now before ... Told are medians over `--rounds`, of seconds, of the
-process's peak memory and of their ratios (now by before: above 1 is worse), and the largest difference between the
-pixels that both sample from the same model with the same seed, in levels of 255. Writes before.csv into OUT.
+process's peak memory and of the ratios of seconds (now by before: above 1 is worse), and the largest difference between
+the pixels that both sample from the same model with the same seed, in levels of 255. Below the commands, single calls:
+there a process tells the median of many. Writes before.csv into OUT.
 """
 
 import argparse
@@ -31,6 +32,43 @@ from ddpm_hf.config import load_recipe
 torch.manual_seed(0)
 unet = DDPMUNet(**{"sample_size": 32, "in_channels": 3, **load_recipe("ddpm-cifar10")["unet"]})
 DDPMCustomPipeline(unet, LinearNoiseScheduler()).save_pretrained("cifar10")
+"""
+
+SCHEDULER = """
+import torch
+from ddpm_hf import LinearNoiseScheduler
+torch.manual_seed(0)
+scheduler = LinearNoiseScheduler()
+scheduler.set_timesteps(50)
+x, z = torch.randn(2, {images}, 3, 32, 32)
+t = int(scheduler.timesteps[25])
+ts = torch.arange({images})
+"""
+BATCH = """
+import torch
+from ddpm_hf.data import ImageData
+images = ImageData(torch.randint(0, 256, (10000, 3, 32, 32), dtype=torch.uint8))
+indices = torch.randint(0, 10000, (64,))
+"""
+NETWORK = """
+import torch
+from ddpm_hf import DDPMUNet
+torch.set_grad_enabled(False)
+unet = DDPMUNet(sample_size=28, in_channels=1).eval()
+x, t = torch.randn(1, 1, 28, 28), torch.tensor([500])
+"""
+CALLS = {  # what is done before, what is timed
+    "scheduler.step, 1 image of 3 x 32 x 32": (SCHEDULER.format(images=1), "scheduler.step(z, t, x)"),
+    "scheduler.step, 64 images": (SCHEDULER.format(images=64), "scheduler.step(z, t, x)"),
+    "scheduler.add_noise, 64 images": (SCHEDULER.format(images=64), "scheduler.add_noise(x, z, ts)"),
+    "ImageData.batch, 64 images": (BATCH, "images.batch(indices)"),
+    "DDPMUNet, 1 image of 1 x 28 x 28": (NETWORK, "unet(x, t)"),
+}
+TIME = """
+import statistics, timeit
+timer = timeit.Timer({call!r}, {setup!r})
+number = timer.autorange()[0]
+print(statistics.median(timer.repeat(25, number)) / number)
 """
 
 
@@ -72,6 +110,7 @@ def jobs() -> dict[str, Callable[[str], list[str]]]:
 
     images = ("--config", "explainingai-mnist", "--train_data_dir", "images", "--train_batch_size", "16")
     few = ("--eval_batch_size", "4", "--ddpm_num_inference_steps", "5")  # samples at the end
+    timed = {name: TIME.format(setup=setup, call=call) for name, (setup, call) in CALLS.items()}
     return {
         "import": lambda out: ["-c", "import ddpm_hf; ddpm_hf.DDPMCustomPipeline"],
         "help": lambda out: [*DDPM_HF, "--help"],
@@ -81,6 +120,7 @@ def jobs() -> dict[str, Callable[[str], list[str]]]:
         "sample digits, 16 images, 50 steps": sample("digits", 16, 50),
         "sample ddpm-cifar10, 1 image, 20 steps": sample("cifar10", 1, 20),
         "sample ddpm-cifar10, 16 images, 5 steps": sample("cifar10", 16, 5),
+        **{name: (lambda out, code=code: ["-c", code]) for name, code in timed.items()},
     }
 
 
@@ -97,12 +137,15 @@ def compare(name: str, command: Callable[[str], list[str]], before: Path, work: 
     for k in range(rounds):
         for side in sorted(packages, reverse=k % 2 == 1):
             shutil.rmtree(work / side, ignore_errors=True)
-            found[side].append(run(packages[side], command(side), work))
+            seconds, memory = run(packages[side], command(side), work)
+            if name in CALLS:
+                seconds = float((work / "log").read_text().split()[-1])
+            found[side].append((seconds, memory))
     seconds, memory = ({side: [turn[what] for turn in found[side]] for side in packages} for what in (0, 1))
     ratios = [now / then for then, now in zip(seconds["before"], seconds["now"], strict=True)]
     return {
         "command": name,
-        **{f"{side}_s": round(statistics.median(seconds[side]), 2) for side in packages},
+        **{f"{side}_s": f"{statistics.median(seconds[side]):.4g}" for side in packages},
         **{key: round(of(ratios), 3) for key, of in (("ratio", statistics.median), ("lowest", min), ("highest", max))},
         **{f"{side}_MiB": round(statistics.median(memory[side])) for side in packages},
         "levels": levels(work / "before", work / "now") if name.startswith("sample") else "",
@@ -115,7 +158,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="commands whose name has this in it")
+    parser.add_argument("--only", default="", help="commands and calls whose name has this in it")
     args = parser.parse_args()
     before = args.checkout.resolve()
     if not (before / "ddpm_hf" / "__init__.py").is_file():
