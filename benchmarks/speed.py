@@ -216,11 +216,13 @@ def measure_once(task: Task, python_of: dict[str, str], quick: bool) -> tuple[li
     contestants = [task.ours, *task.against]
     workers = [Worker(c, python_of[c.name.split(",")[0]]) for c in contestants]
     try:
-        for worker in workers:  # at the same time: nothing is timed yet
+        for worker in workers:  # at the same time: nothing is computed yet
             of, network = worker.contestant, "lucidrains" if worker.contestant.name == "lucidrains" else task.network
             worker.tell(do="make", contestant=of.name, name=network, what=task.work, batch=task.batch,
                         dtype=of.dtype, variant=of.variant, malloc=of.malloc)  # fmt: skip
-        first = [worker.reply()["seconds"] for worker in workers]
+        for worker in workers:
+            worker.reply()
+        first = [worker.ask(do="run", times=1, warm=False)["seconds"] for worker in workers]
         if max(first) < 1:
             first = [worker.ask(do="run", times=5, warm=False)["seconds"] for worker in workers]
         times = [max(1, round(TURN / each)) for each in first]
@@ -274,10 +276,9 @@ def check_outputs(python: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         for network, other in pairs:
             paths = [f"{folder}/{network}-{name}.pt" for name in ("ours", "other")]
-            with Worker(SAMPLES, python) as ours, Worker(other, python) as theirs:  # at the same time
-                for worker, path in zip((ours, theirs), paths, strict=True):
-                    worker.tell(do="output", contestant=worker.contestant.name, name=network, path=path)
-                ours.reply(), theirs.reply()
+            for contestant, path in zip((SAMPLES, other), paths, strict=True):  # threads of two would be in the way
+                with Worker(contestant, python) as worker:
+                    worker.ask(do="output", contestant=contestant.name, name=network, path=path)
             outputs = [torch.load(path) for path in paths]
             apart = (outputs[0] - outputs[1]).abs().max().item()
             lines.append(f"{network}: predictions of ours and {other} are at most {apart:.1e} apart")

@@ -1,8 +1,8 @@
 """One contestant of `benchmarks/speed.py` in a process of its own; it is told what to do a line of JSON at a time.
 
-`{"do": "make", ...}` builds what is to be timed and does it once; `{"do": "run", "times": n}` does it n times and says
-how many seconds each took; `{"do": "peak"}` says how many MiB it has taken at most (on a CPU: by how many the process
-has grown); `{"do": "output", "path": ...}` keeps what the network predicts of a fixed input.
+`{"do": "make", ...}` builds what is to be timed; `{"do": "run", "times": n}` does it n times and says how many seconds
+each took; `{"do": "peak"}` says how many MiB it has taken at most (on a CPU: by how many the process has grown);
+`{"do": "output", "path": ...}` keeps what the network predicts of a fixed input.
 
 Contestants: `ours`; `diffusers` (`UNet2DModel` with the same weights, `DDPMScheduler`, `DDPMPipeline`, `EMAModel`, used
 as its train_unconditional.py uses them, with the moving average on); `tutorial` (our own network computed as the
@@ -517,10 +517,6 @@ def main() -> None:
                 before = status("VmRSS")
                 this = work(**message)
                 forget_peak()  # to build theirs takes ours as well
-                began = time.perf_counter()
-                this()
-                synchronize()
-                reply = {"seconds": time.perf_counter() - began}
             elif message["do"] == "peak":
                 reply = {"peak": peak(before)}
             elif message["do"] == "run":
