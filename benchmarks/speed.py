@@ -111,7 +111,7 @@ TABLE = [
     Task("ddpm-cifar10", "train", 16, TRAINS, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
     Task("ddpm-cifar10", "step", 16, SAMPLES, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
     Task("", "scheduler step", 1, OURS, (DIFFUSERS,), (4,), 10),
-    Task("", "scheduler step", 64, OURS, (DIFFUSERS, ALIKE[0]), (1.6,), 25, starts=5),
+    Task("", "scheduler step", 64, OURS, (DIFFUSERS, ALIKE[0]), (1.6,), 24, starts=12),
     Task("", "add_noise", 1, OURS, (DIFFUSERS,), seconds=5),
     Task("", "add_noise", 64, OURS, (DIFFUSERS,), seconds=5),
     Task("ddpm-cifar10", "EMA", 1, OURS, (DIFFUSERS, Contestant("diffusers, foreach")), (2.3,), 10),

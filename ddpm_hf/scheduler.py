@@ -137,7 +137,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             timesteps: int or integer tensor, () or (B,), each in 0 ... T-1.
         """
         signal, sigma = self._signal_and_noise_at(timesteps, original_samples)
-        return (signal * original_samples + sigma * noise).to(original_samples.dtype)
+        return (signal * original_samples).add_(sigma * noise).to(original_samples.dtype)
 
     def get_velocity(self, sample, noise, timesteps) -> torch.Tensor:
         """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D); arguments as `add_noise`."""
