@@ -133,8 +133,8 @@ def shared() -> Path:
 
 def train_ours(config: TrainConfig, record: Record, ready: Callable) -> None:
     class RecordedEMA(EMA):
-        def update(self, network, step):
-            super().update(network, step)
+        def update(self, network, step, moved=None):
+            super().update(network, step, moved)
             record(step, self.model.state_dict)
 
     def begin(run):

@@ -32,7 +32,9 @@ import torch
 from matplotlib.figure import Figure
 
 WORKER = Path(__file__).with_name("speed_worker.py")
-COLUMNS = ("network", "work", "batch", "against", "our_ms", "their_ms", "ratio", "lowest", "highest", "rounds", "floor")
+COLUMNS = (
+    "network", "work", "batch", "against", "unit", "ours", "theirs", "ratio", "lowest", "highest", "rounds", "floor"
+)  # fmt: skip
 TOLERANCE = 1e-5
 TURN = 0.4  # seconds, of what takes less
 ROUNDS, LONG = (3, 75), 40  # at least (one less where it takes so many seconds), at most
@@ -75,6 +77,7 @@ PLAIN = OURS._replace(label="ours in a pipeline alone")
 TUTORIAL, DIFFUSERS = Contestant("tutorial"), Contestant("diffusers")
 ALIKE = Contestant("diffusers", malloc=True), Contestant("tutorial", malloc=True)
 OURS_16, THEIRS_16 = Contestant("ours", "bf16", True, label="ours, bf16"), Contestant("diffusers", "bf16")
+ALIKE_16 = Contestant("diffusers", "bf16", True)
 TABLE = [
     Task("explainingai", "train", 64, TRAINS, (TUTORIAL, ALIKE[1]), (1.6,), 30),
     Task("explainingai", "train", 16, TRAINS, (TUTORIAL, ALIKE[1])),
@@ -94,14 +97,14 @@ TABLE = [
     Task("labml", "train", 16, TRAINS, (TUTORIAL,), (1.3,), 30),
     Task("labml", "step", 16, SAMPLES, (TUTORIAL,)),
     Task("ddpm-cifar10", "train", 16, TRAINS, (DIFFUSERS, ALIKE[0]), (1.07,), 30),
-    Task("ddpm-cifar10", "train", 16, OURS_16, (DIFFUSERS, THEIRS_16), (1.8, 1.07), 30),
+    Task("ddpm-cifar10", "train", 16, OURS_16, (DIFFUSERS, THEIRS_16, ALIKE_16), (1.8, 1.07), 30),
     Task("ddpm-cifar10", "train", 64, TRAINS, (DIFFUSERS,)),
     Task("ddpm-cifar10", "train", 1, TRAINS, (DIFFUSERS,), seconds=15),
     Task("ddpm-cifar10", "step", 16, SAMPLES, (DIFFUSERS, ALIKE[0]), (1.10,), 30),
     Task("ddpm-cifar10", "step", 16, PLAIN, (DIFFUSERS,)),
     Task("ddpm-cifar10", "step", 64, SAMPLES, (DIFFUSERS,), seconds=18),
     Task("ddpm-cifar10", "step", 1, SAMPLES, (DIFFUSERS,), seconds=12),
-    Task("ddpm-cifar10", "step", 16, Contestant("ours", "bf16", label="ours, bf16"), (THEIRS_16,), seconds=12),
+    Task("ddpm-cifar10", "step", 16, OURS_16, (THEIRS_16, ALIKE_16), seconds=12),
     Task("ddpm-cifar10", "sample", 1, SAMPLES, (DIFFUSERS,), seconds=10),
     Task("script", "train", 16, TRAINS, (DIFFUSERS,)),
     Task("script", "train", 1, TRAINS, (DIFFUSERS,)),
@@ -111,7 +114,8 @@ TABLE = [
     Task("ddpm-cifar10", "train", 16, TRAINS, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
     Task("ddpm-cifar10", "step", 16, SAMPLES, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
     Task("", "scheduler step", 1, OURS, (DIFFUSERS,), (4,), 10),
-    Task("", "scheduler step", 64, OURS, (DIFFUSERS, ALIKE[0]), (1.6,), 24, starts=12),
+    Task("", "scheduler step", 64, OURS, (DIFFUSERS,), (1.6,), 24, starts=12),
+    Task("", "scheduler step", 64, SAMPLES, (ALIKE[0],), seconds=12, starts=6),
     Task("", "add_noise", 1, OURS, (DIFFUSERS,), seconds=5),
     Task("", "add_noise", 64, OURS, (DIFFUSERS,), seconds=5),
     Task("ddpm-cifar10", "EMA", 1, OURS, (DIFFUSERS, Contestant("diffusers, foreach")), (2.3,), 10),
@@ -203,8 +207,8 @@ def measure(task: Task, python_of: dict[str, str], quick: bool) -> list[dict]:
         rows.append({
             "network": task.network, "work": task.work, "batch": task.batch,
             "against": f"{task.ours.label or 'ours'} : {against}" if task.ours.label else str(against),
-            "our_ms": 1000 * statistics.median(s[0] for s in seconds),
-            "their_ms": 1000 * statistics.median(s[k] for s in seconds),
+            "ours": 1000 * statistics.median(s[0] for s in seconds),
+            "theirs": 1000 * statistics.median(s[k] for s in seconds), "unit": "ms",
             "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "rounds": len(seconds),
             "floor": floor, "our_mib": peaks[0], "their_mib": peaks[k],
         })  # fmt: skip
@@ -249,8 +253,8 @@ def memory_row(row: dict) -> dict:
         1 / MEMORY_FLOOR if (row["network"], row["batch"], row["against"]) == ("explainingai", 64, "tutorial") else None
     )
     ratio = row["their_mib"] / row["our_mib"]
-    return {**row, "work": MEMORY_OF[row["work"]], "our_ms": row["our_mib"], "their_ms": row["their_mib"],
-            "ratio": ratio, "lowest": ratio, "highest": ratio, "rounds": 1, "floor": floor}  # fmt: skip
+    return {**row, "work": MEMORY_OF[row["work"]], "ours": row["our_mib"], "theirs": row["their_mib"],
+            "unit": "MiB", "ratio": ratio, "lowest": ratio, "highest": ratio, "rounds": 1, "floor": floor}  # fmt: skip
 
 
 def imports(quick: bool) -> list[dict]:
@@ -264,9 +268,9 @@ def imports(quick: bool) -> list[dict]:
             seconds[name].append(time.perf_counter() - began)
     ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
     ours, theirs = (1000 * statistics.median(s) for s in seconds.values())
-    return [{"network": "", "work": "import", "batch": 1, "against": "diffusers", "our_ms": ours, "their_ms": theirs,
-             "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios), "rounds": len(ratios),
-             "floor": None}]  # fmt: skip
+    return [{"network": "", "work": "import", "batch": 1, "against": "diffusers", "unit": "ms", "ours": ours,
+             "theirs": theirs, "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+             "rounds": len(ratios), "floor": None}]  # fmt: skip
 
 
 def check_outputs(python: str) -> list[str]:
@@ -305,7 +309,7 @@ def told(row: dict) -> str:
     held = "held" if row["ratio"] >= (row["floor"] or 0) else "MISSED"
     floor = f"{row['floor']:.3g} {held}" if row["floor"] else ""
     cells = [row[c] for c in ("network", "work", "batch", "against")]
-    cells += [f"{row['our_ms']:.4g}", f"{row['their_ms']:.4g}", ratio, row["rounds"], floor]
+    cells += [f"{row[whose]:.4g} {row['unit']}" for whose in ("ours", "theirs")] + [ratio, row["rounds"], floor]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -355,7 +359,7 @@ def main() -> None:
     print(machine(), flush=True)
     if args.part != "gains" and not args.only:
         print("\n".join(check_outputs(this)), flush=True)
-    print("\n| network | work | batch | against | our ms | their ms | ratio (all rounds) | rounds | floor |")
+    print("\n| network | work | batch | against | ours | theirs | ratio (all rounds) | rounds | floor |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     rows, name = [], {"table": "speed"}.get(args.part, args.part)
     tasks = gains(args.compiled) if args.part == "gains" else TABLE

@@ -5,11 +5,12 @@ each took; `{"do": "peak"}` says how many MiB it has taken at most (on a CPU: by
 `{"do": "output", "path": ...}` keeps what the network predicts of a fixed input.
 
 Contestants: `ours`; `diffusers` (`UNet2DModel` with the same weights, `DDPMScheduler`, `DDPMPipeline`, `EMAModel`, used
-as its train_unconditional.py uses them, with the moving average on); `tutorial` (our own network computed as the
-tutorials do: attention by `nn.MultiheadAttention`, which returns its weights, a scheduler that converts its tables in
-the loop, Adam, no clipping, no average, the loss looked at after each update); `lucidrains`
-(denoising-diffusion-pytorch with a network of its own; if there is no torchvision, with an empty stand-in for the
-transforms that it imports).
+as its train_unconditional.py uses them, with the moving average on); `tutorial` (our own network and weights computed
+as the network's tutorial does: ExplainingAI's attention is torch's `nn.MultiheadAttention` and its scheduler brings its
+tables to the device at each use; labml's attention is two einsums around a softmax, its SiLU a product with a sigmoid,
+and its tables are gathered at each use; both have Adam, no clipping and no average, and the loss is looked at after
+each update); `lucidrains` (denoising-diffusion-pytorch with a network of its own; if there is no torchvision, with an
+empty stand-in for the transforms that it imports).
 """
 
 import gc
@@ -59,36 +60,65 @@ def make_network(contestant: str, name: str) -> nn.Module:
     if contestant == "lucidrains":
         return lucidrains_network()
     network = our_network(name)
-    if contestant == "diffusers":
+    if contestant.startswith("diffusers"):
         from ddpm_hf.conversion import to_diffusers
 
         return to_diffusers(network).to(DEVICE)
-    if contestant == "tutorial":
-        with_tutorial_attention(network)
-    return network
+    return as_in_tutorial(network, name) if contestant == "tutorial" else network
 
 
 # ---------------------------------------------------------------- the tutorials' way
 
 
-def with_tutorial_attention(network: nn.Module) -> None:
+def as_in_tutorial(network: nn.Module, name: str) -> nn.Module:
+    return _labml_attention(_swish(network)) if name == "labml" else _tutorial_attention(network)
+
+
+def _tutorial_attention(network):
+    """By torch's module, which returns its weights, with the parameters of ours."""
     from ddpm_hf.unet import SelfAttention
 
     def forward(self, x):
         B, C, H, W = x.shape
         tokens = self.norm(x.reshape(B, C, H * W)).transpose(1, 2)
-        mixed, _ = F.multi_head_attention_forward(
-            *[tokens.transpose(0, 1)] * 3, C, self.num_heads, self.to_qkv.weight, self.to_qkv.bias, None, None, False,
-            0.0, self.to_out.weight, self.to_out.bias, need_weights=True,
-        )  # fmt: skip
-        return x + mixed.transpose(0, 1).transpose(1, 2).reshape(B, C, H, W)
+        mixed, _ = self.attention(tokens, tokens, tokens)
+        return x + mixed.transpose(1, 2).reshape(B, C, H, W)
+
+    for module in [m for m in network.modules() if isinstance(m, SelfAttention)]:
+        attention = nn.MultiheadAttention(module.to_out.in_features, module.num_heads, batch_first=True)
+        attention.in_proj_weight, attention.in_proj_bias = module.to_qkv.weight, module.to_qkv.bias
+        attention.out_proj.weight, attention.out_proj.bias = module.to_out.weight, module.to_out.bias
+        module.attention = attention
+        module.forward = types.MethodType(forward, module)
+    return network
+
+
+def _labml_attention(network):
+    """By einsums, which make the weights as (B, i, j, heads)."""
+    from ddpm_hf.unet import SelfAttention
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        tokens = self.norm(x).view(B, C, -1).permute(0, 2, 1)
+        q, k, v = self.to_qkv(tokens).view(B, H * W, 3, self.num_heads, -1).unbind(2)
+        weights = (torch.einsum("bihd,bjhd->bijh", q, k) * q.shape[-1] ** -0.5).softmax(dim=2)
+        mixed = torch.einsum("bijh,bjhd->bihd", weights, v).reshape(B, -1, C)
+        return x + self.to_out(mixed).permute(0, 2, 1).view(B, C, H, W)
 
     for module in network.modules():
         if isinstance(module, SelfAttention):
             module.forward = types.MethodType(forward, module)
+    return network
 
 
-class TutorialScheduler:
+def _swish(network):
+    from ddpm_hf import unet
+
+    unet.F = types.SimpleNamespace(**vars(F) | {"silu": lambda x: x * torch.sigmoid(x)})  # in this process
+    return network
+
+
+class ExplainingAIScheduler:
     """Tables that are brought to the device and into shape at each use."""
 
     def __init__(self):
@@ -103,16 +133,42 @@ class TutorialScheduler:
             signal, sigma = signal.unsqueeze(-1), sigma.unsqueeze(-1)
         return signal.to(original.device) * original + sigma.to(original.device) * noise
 
-    def step(self, xt, predicted, t):
+    def step(self, network, xt, i):
+        predicted = network(xt, torch.as_tensor(i).unsqueeze(0).to(DEVICE))
+        t = torch.as_tensor(i).to(DEVICE)
         x0 = (xt - self.sigma.to(xt.device)[t] * predicted) / torch.sqrt(self.abar.to(xt.device)[t])
         x0 = torch.clamp(x0, -1.0, 1.0)
         mean = xt - self.betas.to(xt.device)[t] * predicted / self.sigma.to(xt.device)[t]
         mean = mean / torch.sqrt(self.alphas.to(xt.device)[t])
         if t == 0:
-            return mean, x0
+            return mean
         variance = (1 - self.abar.to(xt.device)[t - 1]) / (1.0 - self.abar.to(xt.device)[t])
         sigma = (variance * self.betas.to(xt.device)[t]) ** 0.5
-        return mean + sigma * torch.randn(xt.shape).to(xt.device), x0
+        return mean + sigma * torch.randn(xt.shape).to(xt.device)
+
+
+class LabmlScheduler:
+    """Tables that are on the device; of them is gathered, and what else is needed is computed, at each use."""
+
+    def __init__(self):
+        self.beta = torch.linspace(1e-4, 0.02, 1000).to(DEVICE)
+        self.alpha = 1 - self.beta
+        self.abar = torch.cumprod(self.alpha, dim=0)
+
+    def add_noise(self, original, noise, t):
+        mean, variance = self._of(self.abar, t) ** 0.5 * original, 1 - self._of(self.abar, t)
+        return mean + variance**0.5 * noise
+
+    def step(self, network, xt, i):
+        t = xt.new_full((len(xt),), i, dtype=torch.long)
+        predicted = network(xt, t)
+        alpha, abar = self._of(self.alpha, t), self._of(self.abar, t)
+        mean = (xt - (1 - alpha) / (1 - abar) ** 0.5 * predicted) * (1 / alpha**0.5)
+        return mean + self._of(self.beta, t) ** 0.5 * torch.randn(xt.shape, device=DEVICE)
+
+    @staticmethod
+    def _of(table, t):
+        return table.gather(-1, t).reshape(-1, 1, 1, 1)
 
 
 # ---------------------------------------------------------------- what is timed
@@ -129,11 +185,15 @@ def work(contestant: str, name: str, what: str, batch: int, dtype: str, variant:
     if contestant == "lucidrains":
         return lucidrains(network, what, batch)
     if what == "train":
-        return train(contestant, network, NETWORKS[name][1], batch, dtype, variant)
-    return sample(contestant, network.eval().to(DTYPES[dtype]), what, batch, dtype, variant)
+        return train(contestant, network, name, batch, dtype, variant)
+    return sample(contestant, network.eval().to(DTYPES[dtype]), name, what, batch, dtype, variant)
 
 
-def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], None]:
+def tutorial_scheduler(name: str):
+    return LabmlScheduler() if name == "labml" else ExplainingAIScheduler()
+
+
+def train(contestant, network, name, batch, dtype, variant) -> Callable[[], None]:
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
@@ -142,12 +202,12 @@ def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], Non
     from ddpm_hf.training import diffusion_loss
 
     network = CHANGES[variant](network.train()) if variant in CHANGES else network.train()
-    ours = contestant == "ours"
+    ours, shape = contestant == "ours", NETWORKS[name][1]
     x, z = torch.randn(batch, *shape, device=DEVICE), torch.randn(batch, *shape, device=DEVICE)
     t = torch.randint(1000, (batch,)).to(DEVICE)
     parameters = list(network.parameters())
     if contestant == "tutorial":
-        optimizer, scheduler, criterion = torch.optim.Adam(parameters, 1e-4), TutorialScheduler(), nn.MSELoss()
+        optimizer, scheduler, criterion = torch.optim.Adam(parameters, 1e-4), tutorial_scheduler(name), nn.MSELoss()
     else:
         fused = {"fused": True} if ours and variant != "AdamW as torch has it by default" else {}
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, **fused)
@@ -195,7 +255,7 @@ def train(contestant, network, shape, batch, dtype, variant) -> Callable[[], Non
     return step
 
 
-def sample(contestant, network, what, batch, dtype, variant) -> Callable[[], None]:
+def sample(contestant, network, name, what, batch, dtype, variant) -> Callable[[], None]:
     from diffusers import DDPMPipeline, DDPMScheduler
 
     from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
@@ -203,13 +263,12 @@ def sample(contestant, network, what, batch, dtype, variant) -> Callable[[], Non
     C, size = network.config.in_channels, network.config.sample_size
     x, generator = torch.randn(batch, C, size, size, device=DEVICE), torch.Generator().manual_seed(0)
     if contestant == "tutorial":
-        scheduler = TutorialScheduler()
+        scheduler = tutorial_scheduler(name)
 
         @torch.no_grad()
         def walk(timesteps, x=x):
             for i in timesteps:
-                t = torch.as_tensor(i).unsqueeze(0).to(DEVICE)
-                x, _ = scheduler.step(x, network(x.to(DTYPES[dtype]), t).sample.float(), torch.as_tensor(i).to(DEVICE))
+                x = scheduler.step(lambda x, t: network(x.to(DTYPES[dtype]), t).sample.float(), x, i)
 
         return (lambda: walk([500])) if what == "step" else (lambda: walk(range(980, -1, -20)))
     ours = contestant == "ours"
@@ -384,11 +443,6 @@ def _pixels_doubled(network):
     for module in network.modules():
         if isinstance(module, NearestUpsample):
             module.forward = types.MethodType(forward, module)
-    return network
-
-
-def _tutorial_attention(network):
-    with_tutorial_attention(network)
     return network
 
 

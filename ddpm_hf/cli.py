@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         run = {"train": train, "sample": sample, "evaluate": evaluate, "push": push, "convert": convert}
         return (run | {"demo": demo, "plan": plan})[command](argv[1:])
     except (ValueError, FloatingPointError, PermissionError) as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        if os.environ.get("RANK", "0") == "0" or hasattr(error, "of_each_process"):  # else of several one speaks
             print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

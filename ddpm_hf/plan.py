@@ -9,6 +9,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+from diffusers import UNet2DModel
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig
-from ddpm_hf.pipeline import load_pipeline
+from ddpm_hf.pipeline import load_pipeline, num_classes
 from ddpm_hf.unet import DDPMUNet
 
 KNOWN = {  # data set: shape of an image, images to train on, classes
@@ -81,7 +82,8 @@ CHECKED = "of tensors alone; measured on the CPU: 5 to 39 % and at least 35 MiB 
 
 def image_shape(config: TrainConfig) -> tuple[int, int, int]:
     """(C, H, W) of the images, without looking at them."""
-    known, unet = _known(config), _unet_settings(config)
+    known, pretrained = _known(config), _pretrained(config)
+    unet = config.unet if pretrained is None else pretrained.config
     channels = config.channels or (known and known[0][0]) or unet.get("in_channels")
     sides = config.resolution or (known and known[0][1:]) or unet.get("sample_size")
     for name, value in (("resolution", sides), ("channels", channels)):
@@ -90,19 +92,20 @@ def image_shape(config: TrainConfig) -> tuple[int, int, int]:
     return (channels, sides, sides) if isinstance(sides, int) else (channels, sides[0], sides[-1])
 
 
-def network(config: TrainConfig, shape: tuple[int, int, int]) -> DDPMUNet:
-    """The network that `config` trains, of fake tensors."""
+def network(config: TrainConfig, shape: tuple[int, int, int]) -> DDPMUNet | UNet2DModel:
+    """The network that `config` trains, of fake tensors; diffusers' if that is what is to be trained on."""
     channels, height, width = shape
-    settings = {"sample_size": (height, width), "in_channels": channels, **_unet_settings(config)}
+    pretrained = _pretrained(config)
+    settings = {"sample_size": (height, width), "in_channels": channels, **config.unet}
     if config.learned_variance:
         settings.setdefault("out_channels", 2 * channels)
-    if config.class_conditional and settings.get("num_classes") is None:
+    if pretrained is None and config.class_conditional and settings.get("num_classes") is None:
         if not _known(config):
             raise ValueError("class_conditional=True: give the number of classes, as --unet '{\"num_classes\": 10}'")
         settings["num_classes"] = _known(config)[2]
     try:
         with FakeTensorMode():
-            unet = DDPMUNet(**settings).train()
+            unet = DDPMUNet(**settings) if pretrained is None else type(pretrained).from_config(pretrained.config)
     except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
         raise ValueError(f"unet={config.unet!r}: {error}") from error
     if unet.config.in_channels != channels:
@@ -110,18 +113,16 @@ def network(config: TrainConfig, shape: tuple[int, int, int]) -> DDPMUNet:
         raise ValueError(f"unet is made for {made_for} channels and the images have {channels}: set channels")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet
+    return unet.train()
 
 
 def _known(config: TrainConfig):
     return None if config.train_data_dir is not None else KNOWN.get(config.dataset_name)
 
 
-def _unet_settings(config: TrainConfig) -> dict:
-    if config.pretrained_model_name_or_path is None:
-        return config.unet
-    unet = load_pipeline(config.pretrained_model_name_or_path, "pretrained_model_name_or_path").unet
-    return {name: value for name, value in unet.config.items() if not name.startswith("_")}
+def _pretrained(config: TrainConfig) -> DDPMUNet | UNet2DModel | None:
+    source = config.pretrained_model_name_or_path
+    return None if source is None else load_pipeline(source, "pretrained_model_name_or_path").unet
 
 
 # ---------------------------------------------------------------- counted
@@ -182,7 +183,7 @@ def _fake(unet: DDPMUNet) -> FakeTensorMode:
 def _loss(unet, shape, batch, precision="no"):
     x, timesteps = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.int64)
     # the network looks at the values of labels on the CPU, and these have none
-    labels = None if unet.config.num_classes is None else torch.zeros(batch, dtype=torch.int64, device="meta")
+    labels = None if num_classes(unet) is None else torch.zeros(batch, dtype=torch.int64, device="meta")
     with torch.autocast("cpu", DTYPES.get(precision), enabled=precision in DTYPES):
         output = unet(x, timesteps, labels).sample
     return output.float().square().mean()

@@ -118,7 +118,6 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
              posterior_variance.log(), betas.log()], dim=1
         )  # fmt: skip
 
-        self._clip = config.clip_sample_range if config.clip_sample else None
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
@@ -133,11 +132,13 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (equation 4).
 
         Args:
-            original_samples, noise: (B, ...), of one shape.
+            original_samples, noise: (B, ...), of one shape, or of shapes that broadcast.
             timesteps: int or integer tensor, () or (B,), each in 0 ... T-1.
         """
         signal, sigma = self._signal_and_noise_at(timesteps, original_samples)
-        return (signal * original_samples).add_(sigma * noise).to(original_samples.dtype)
+        image, noise = signal * original_samples, sigma * noise
+        noisy = image.add_(noise) if image.shape == noise.shape else image + noise
+        return noisy.to(original_samples.dtype)
 
     def get_velocity(self, sample, noise, timesteps) -> torch.Tensor:
         """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D); arguments as `add_noise`."""
@@ -343,8 +344,9 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
         # 1. x_0 as the network sees it
         pred_original_sample = _plus(sample * from_sample, from_output, model_output)
-        if self._clip is not None:
-            pred_original_sample = pred_original_sample.clamp_(-self._clip, self._clip)
+        if self.config.clip_sample:
+            most = self.config.clip_sample_range
+            pred_original_sample = pred_original_sample.clamp_(-most, most)
         # 2. noise; `std` is 0 at the last step, and there alone
         if share is not None and (isinstance(std, torch.Tensor) or std > 0):
             learned = (0.5 * (share * largest + (1 - share) * smallest)).exp()

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from ddpm_hf.allocator import keep_freed_memory
 from ddpm_hf.checkpoints import Checkpoints, save_pipeline
@@ -35,6 +34,7 @@ from ddpm_hf.streaming import ImageStream, open_images
 from ddpm_hf.unet import DDPMUNet
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # on CUDA, on a CPU, in cuBLAS
 FEW_IMAGES = 500
 VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:2102.09672, equation 16)
 # Seconds. With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets
@@ -168,8 +168,8 @@ def train(
     _start_trackers(run)
     progress, previews = Progress(run, global_batch, state["kept"]), Previews(preview, config.preview_time_share)
     # Of the global batch, micro-batch by micro-batch, what this process does
-    micro_numbers = torch.arange(micros) * processes + accelerator.process_index
-    rows = (micro_numbers[:, None] * micro_batch + torch.arange(micro_batch)).flatten()
+    micro_numbers = range(accelerator.process_index, micros * processes, processes)
+    rows = (torch.tensor(micro_numbers)[:, None] * micro_batch + torch.arange(micro_batch)).flatten()
 
     def save(with_previews=True):
         run.metrics.clear()
@@ -192,7 +192,7 @@ def train(
         accelerator.wait_for_everyone()
         progress.restart_clock()
 
-    in_a_row = torch.zeros((), dtype=torch.int64, device=device)  # updates skipped
+    skips = Skips(device)
     with progress, StopSignals() as stop:
         if run.finished:  # resumed behind its end
             save()
@@ -209,7 +209,7 @@ def train(
                 group["lr"] = learning_rate(config, run.step, total_steps)
             with _explaining(config):
                 loss, seen = 0.0, []
-                for micro, number in enumerate(micro_numbers.tolist()):
+                for micro, number in enumerate(micro_numbers):
                     this = slice(micro * micro_batch, (micro + 1) * micro_batch)
                     x, z, t = (to_device(d[this], device) for d in (batch, noise, timesteps))
                     y = None if labels is None else to_device(labels[this], device)
@@ -234,11 +234,11 @@ def train(
                     ema.update(unet, run.step)
 
             progress.update(loss, seen, finite)
-            in_a_row = (in_a_row + 1) * finite.logical_not()
+            skips.update(finite, run.step)
             to_save = run.finished or run.step % config.checkpointing_steps == 0
             to_log = run.step % LOG_EVERY == 0
             if to_save or to_log or may_look:
-                _check_in_a_row(run, checkpoints, int(in_a_row))
+                skips.check(run, checkpoints)
             if to_save:
                 save()
             elif to_log:
@@ -266,8 +266,9 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if config.logger and importlib.util.find_spec(config.logger) is None:
         raise ValueError(f"logger={config.logger!r} is not installed: `pip install {config.logger}`")
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.logger, project_dir=config.output_dir
-    )
+        mixed_precision=config.mixed_precision, log_with=config.logger, project_dir=config.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
+    )  # fmt: skip
     config.mixed_precision = accelerator.mixed_precision  # which the launcher may have decided
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         # Accelerate would silently run in float32.
@@ -391,17 +392,29 @@ def _step(accelerator: Accelerator, optimizer, finite: torch.Tensor) -> None:
     optimizer.step()
 
 
-def _check_in_a_row(run: Run, checkpoints: Checkpoints, in_a_row: int) -> None:
-    """End a run in which so many updates in a row were skipped."""
-    if in_a_row < SKIPPED_IN_A_ROW:
-        return
-    there = checkpoints.found()
-    raise FloatingPointError(
-        f"the loss or its gradient was not finite in {in_a_row} updates in a row, the last of them {run.step}; "
-        f"they changed nothing, and {there[-1] if there else 'no checkpoint'} is whole. "
-        f"Try a smaller learning_rate than {run.config.learning_rate:g}"
-        + (", or mixed_precision bf16 or no" if run.config.mixed_precision == "fp16" else "")
-    )
+class Skips:
+    """Counts on the device how many updates in a row were skipped, so that it is seen later too."""
+
+    def __init__(self, device: torch.device):
+        self.in_a_row, self.most, self.last = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def update(self, finite: torch.Tensor, step: int) -> None:
+        self.in_a_row = (self.in_a_row + 1) * finite.logical_not()
+        self.last = torch.where(self.in_a_row > self.most, step, self.last)
+        self.most = torch.maximum(self.in_a_row, self.most)
+
+    def check(self, run: Run, checkpoints: Checkpoints) -> None:
+        """End a run in which too many in a row were skipped."""
+        most = int(self.most)
+        if most < SKIPPED_IN_A_ROW:
+            return
+        there = checkpoints.found()
+        raise FloatingPointError(
+            f"the loss or its gradient was not finite in {most} updates in a row, the last of them {int(self.last)}; "
+            f"they changed nothing, and {there[-1] if there else 'no checkpoint'} is whole. "
+            f"Try a smaller learning_rate than {run.config.learning_rate:g}"
+            + (", or mixed_precision bf16 or no" if run.config.mixed_precision == "fp16" else "")
+        )
 
 
 def _model(config: TrainConfig, images: ImageData | ImageStream):
@@ -534,6 +547,12 @@ def held_out_loss(run: Run) -> float:
     return accelerator.reduce(total, "sum").item() / n
 
 
+class UpdateError(ValueError):
+    """What made an update fail in this process, and perhaps in no other: each tells its own."""
+
+    of_each_process = True
+
+
 @contextlib.contextmanager
 def _explaining(config: TrainConfig) -> Iterator[None]:
     """Around an update: what settings would help where memory or the compiler fails."""
@@ -542,11 +561,11 @@ def _explaining(config: TrainConfig) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise ValueError(
+            raise UpdateError(
                 f"compile=True: torch.compile can't compile the network here ({reason}): it needs a C++ compiler such "
                 "as g++, on CUDA a C compiler and Triton; or leave out compile"
             ) from error
-        if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         batch, micros, help = config.train_batch_size, config.gradient_accumulation_steps, []
         if batch > 1:
@@ -557,7 +576,7 @@ def _explaining(config: TrainConfig) -> Iterator[None]:
             )
         if not config.gradient_checkpointing:
             help.append("--gradient_checkpointing true keeps fewer activations and takes more time")
-        raise ValueError(
+        raise UpdateError(
             f"train_batch_size={batch}: memory does not hold an update of so many images at once; "
             f"{', and '.join(help) or 'make the network or the images smaller'} ({reason})"
         ) from error
@@ -607,7 +626,7 @@ class StopSignals:
         accelerator = run.accelerator
         if accelerator.num_processes == 1:
             return self.name is not None
-        if not _may_look(accelerator.device) and run.step % LOG_EVERY:
+        if not _may_look(accelerator.device) and run.step % LOG_EVERY and run.step % run.config.checkpointing_steps:
             return False
         asked = torch.tensor(float(self.name is not None), device=accelerator.device)
         return accelerator.reduce(asked).item() > 0

@@ -558,3 +558,19 @@ def test_the_posterior_is_bayes_rule():
     found, log_variance = scheduler.posterior(x0, xt, t)
     assert_close(found[:, 0], mean, rtol=1e-9, atol=1e-9)
     assert_close(log_variance[:, 0], -precision.log(), rtol=1e-9, atol=1e-9)
+
+
+def test_one_image_takes_several_noises():
+    scheduler = LinearNoiseScheduler()
+    image, noise = torch.rand(1, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    noisy = scheduler.add_noise(image, noise, torch.tensor(500))
+    assert_close(noisy, scheduler.add_noise(image.expand(3, 1, 4, 4), noise, torch.tensor(500)), rtol=0, atol=0)
+    assert scheduler.add_noise(noise, image, 500).shape == noisy.shape
+
+
+def test_what_is_clamped_can_be_changed_as_diffusers_changes_it():
+    scheduler, x = LinearNoiseScheduler(), torch.full((1, 1, 2, 2), 30.0)
+    for changed, most in (({"clip_sample": False}, 30), ({"clip_sample": True, "clip_sample_range": 2.0}, 2)):
+        scheduler.register_to_config(**changed)
+        x0 = scheduler.step(torch.zeros_like(x), 0, x).pred_original_sample
+        assert_close(x0, torch.full_like(x, most), rtol=1e-3, atol=0)

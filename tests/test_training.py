@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, checkpoints, training
 from ddpm_hf.checkpoints import Checkpoints
+from ddpm_hf.cli import main
 from ddpm_hf.data import ImageData
 from ddpm_hf.ema import EMA
 from ddpm_hf.likelihood import bound_terms
@@ -733,7 +734,7 @@ def test_a_run_that_does_not_look_does_what_one_does_that_looks(tmp_path, monkey
 class Reads(TorchFunctionMode):
     """At which updates the loop brings a number to the host."""
 
-    NAMES = ("__bool__", "__int__", "__float__", "__index__", "item", "cpu")
+    NAMES = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "cpu")
 
     def __init__(self):
         super().__init__()
@@ -797,6 +798,7 @@ def test_no_part_of_an_update_waits_for_the_device(monkeypatch, settings):
         finite = training._all_finite(accelerator, loss, norm)
         ema.update(unet, 1, finite.float())
         progress.update(loss.detach(), [(t, errors.detach())], finite)
+        training.Skips(x.device).update(finite, 1)
     assert brought.operations == []
     with Brought() as brought:
         x + torch.ones(1).to("meta")
@@ -813,17 +815,28 @@ def test_a_run_that_does_not_look_gives_up_at_a_row_of_the_log(tmp_path, monkeyp
         train(tiny_config(tmp_path / "end", max_train_steps=25))
 
 
+def test_a_run_that_does_not_look_sees_later_that_too_many_were_skipped(tmp_path, monkeypatch):
+    """Between two rows of the log there are good updates again."""
+    as_on_cuda(monkeypatch)
+    poison(monkeypatch, {*range(1, 8), *range(11, 39), *range(40, 45)})
+    with pytest.raises(FloatingPointError, match=r"in 28 updates in a row, the last of them 39; "):
+        train(tiny_config(tmp_path / "many", max_train_steps=200))
+    poison(monkeypatch, {*range(11, 30), *range(31, 50)})
+    assert train(tiny_config(tmp_path / "fewer", max_train_steps=60)).finished
+
+
 def test_several_processes_that_do_not_look_ask_for_signals_at_a_row_of_the_log(monkeypatch):
     accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=lambda asked: 2 * asked)
-    run = SimpleNamespace(accelerator=accelerator, step=7)
+    run = SimpleNamespace(accelerator=accelerator, step=7, config=SimpleNamespace(checkpointing_steps=15))
     with training.StopSignals() as stop:
         assert not stop.received(run)
         stop.name = "SIGTERM"
         assert stop.received(run)
         as_on_cuda(monkeypatch)
         assert not stop.received(run)
-        run.step = 10
-        assert stop.received(run)
+        for step, asks in ((10, True), (14, False), (15, True), (16, False), (20, True)):
+            run.step = step
+            assert stop.received(run) == asks
 
 
 def test_a_run_gives_up_after_too_many_in_a_row(tmp_path, monkeypatch):
@@ -914,13 +927,37 @@ def test_what_the_compiler_says_is_told_in_one_line(tmp_path, monkeypatch, wrapp
         train(tiny_config(tmp_path, compile=True))
 
 
-def test_other_errors_are_told_as_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize("message", ["the sky is falling", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."])
+def test_other_errors_are_told_as_they_are(tmp_path, monkeypatch, message):
     def loss(*args):
-        raise RuntimeError("the sky is falling")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(training, "diffusion_loss", loss)
-    with pytest.raises(RuntimeError, match="^the sky is falling$"):
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
         train(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "message", ["CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "[enforce fail] can't allocate memory"]
+)
+def test_each_of_several_processes_tells_that_its_memory_ran_out(tmp_path, monkeypatch, capsys, rank, message):
+    def loss(*args):
+        monkeypatch.setenv("RANK", str(rank))  # as cli.main sees it: nothing of a launcher is here
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+    tiny_config(tmp_path).save(tmp_path / "config.json")
+    assert main(["train", "--config", str(tmp_path / "config.json")]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("ddpm-hf: error: train_batch_size=16: memory does not hold")
+    assert message in told
+
+
+def test_constants_of_the_network_are_not_sent_around(tmp_path):
+    """Its only buffers, which DistributedDataParallel would send to all processes before each forward."""
+    assert not training._accelerator(tiny_config(tmp_path)).ddp_handler.broadcast_buffers
+    assert {name.rpartition(".")[2] for name, _ in tiny_unet(upsample_type="nearest").named_buffers()} == {"adds_to"}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
