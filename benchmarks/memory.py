@@ -47,6 +47,7 @@ def main() -> None:
 
 
 def measure(config: str, precision: str, batch: int) -> int:
+    torch.set_num_threads(1)
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         keep_freed_memory()
     fake, shape = _network(config)

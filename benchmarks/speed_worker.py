@@ -459,26 +459,26 @@ def _weights_channels_last(network):
 
 
 def _one_time_product(network):
-    """All time projections as one product, of weights that are put together in each forward."""
+    """All time projections as one layer."""
     from ddpm_hf.unet import ResidualBlock
-
-    blocks = [module for module in network.modules() if isinstance(module, ResidualBlock)]
-    widths = [len(block.time_projection.weight) for block in blocks]
-    linears = [block.time_projection for block in blocks]
 
     class Part(nn.Module):
         def forward(self, time):
             return self.part
 
-    parts = [Part() for _ in blocks]
+    blocks = [module for module in network.modules() if isinstance(module, ResidualBlock)]
+    linears, parts = [block.time_projection for block in blocks], [Part() for _ in blocks]
     for block, part in zip(blocks, parts, strict=True):
         block.time_projection = part
-    embedding = network.time_embedding.forward
+    embedding, network.time_projections = network.time_embedding.forward, nn.Linear(1, 1)
+    for name in ("weight", "bias"):
+        together = torch.cat([getattr(linear, name).detach() for linear in linears])
+        setattr(network.time_projections, name, nn.Parameter(together))
 
     def forward(timesteps):
         time = embedding(timesteps)
-        weight, bias = torch.cat([each.weight for each in linears]), torch.cat([each.bias for each in linears])
-        for part, value in zip(parts, F.linear(F.silu(time), weight, bias).split(widths, dim=1), strict=True):
+        values = network.time_projections(F.silu(time)).split([linear.out_features for linear in linears], dim=1)
+        for part, value in zip(parts, values, strict=True):
             part.part = value
         return time
 
