@@ -43,7 +43,7 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: fl
     else:
         drawn_on = device if generator is None else generator.device
         drawn_as = torch.promote_types(dtype, torch.float32)
-        noise = torch.empty(shape, device=drawn_on, dtype=drawn_as).normal_(0.0, std, generator=generator)
+        noise = torch.normal(0.0, std, shape, generator=generator, dtype=drawn_as, device=drawn_on)
         if drawn_on == device and drawn_as == dtype:
             return noise
     return to_device(noise, device).to(dtype)
@@ -187,8 +187,8 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """
         model_output, share = self.split_output(model_output, sample)
         original = self.predicted_original(model_output, timesteps, sample)
-        if self.config.clip_sample:
-            original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if self._clip is not None:
+            original = original.clamp(-self._clip, self._clip)
         mean, smallest = self.posterior(original, sample, timesteps)
         largest = self._rows_at(self._posterior, timesteps, sample)[3]
         if share is not None:
@@ -295,6 +295,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
     def _make_walk(self) -> None:
         """Coefficients of each step of the walk, so that `step` is three affine maps and looks nothing up twice."""
+        self._clip = self.config.clip_sample_range if self.config.clip_sample else None
         timesteps = self.timesteps.cpu()
         abar = self._alphas_cumprod[timesteps]
         abar_prev = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])  # no noise is left after the last step
@@ -344,9 +345,8 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
         # 1. x_0 as the network sees it
         pred_original_sample = _plus(sample * from_sample, from_output, model_output)
-        if self.config.clip_sample:
-            most = self.config.clip_sample_range
-            pred_original_sample = pred_original_sample.clamp_(-most, most)
+        if self._clip is not None:
+            pred_original_sample = pred_original_sample.clamp_(-self._clip, self._clip)
         # 2. noise; `std` is 0 at the last step, and there alone
         if share is not None and (isinstance(std, torch.Tensor) or std > 0):
             learned = (0.5 * (share * largest + (1 - share) * smallest)).exp()
