@@ -1025,7 +1025,7 @@ def test_where_there_is_no_compiler_one_line_says_so(tmp_path):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.fullmatch(
-        r"ValueError: compile=True: torch.compile can't .*No working C.. compiler.*leave out compile", last
+        r"ddpm_hf.training.UpdateError: compile=True: torch.compile can't .*No working C.. compiler.*leave out compile", last
     )
 
 
