@@ -1024,7 +1024,9 @@ def test_where_there_is_no_compiler_one_line_says_so(tmp_path):
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(r"ddpm_hf.training.UpdateError: compile=True: .*No working C.. compiler.*leave out compile", last)
+    assert re.fullmatch(
+        r"ddpm_hf.training.UpdateError: compile=True: .*No working C.. compiler.*leave out compile", last
+    )
 
 
 def test_epochs(tmp_path):
