@@ -37,7 +37,7 @@ COLUMNS = (
 )  # fmt: skip
 TOLERANCE = 1e-5
 TURN = 0.4  # seconds, of what takes less
-ROUNDS, LONG = (3, 75), 40  # at least (one less where it takes so many seconds), at most
+ROUNDS, LONG = (3, 75), 25  # at least (one less where it takes so many seconds), at most
 LONGER = 2.5  # times as long, of floors alone
 
 
@@ -116,7 +116,7 @@ TABLE = [
     Task("ddpm-cifar10", "step", 16, SAMPLES, (Contestant("lucidrains", label="lucidrains, network of its own"),)),
     Task("", "scheduler step", 1, OURS, (DIFFUSERS,), (4,), 10, starts=5),
     Task("", "scheduler step", 64, OURS, (DIFFUSERS,), (1.6,), 24, starts=12),
-    Task("", "scheduler step", 64, SAMPLES, (ALIKE[0],), seconds=12, starts=6),
+    Task("", "scheduler step", 64, SAMPLES, (ALIKE[0],), seconds=9, starts=3),
     Task("", "add_noise", 1, OURS, (DIFFUSERS,), seconds=5),
     Task("", "add_noise", 64, OURS, (DIFFUSERS,), seconds=5),
     Task("ddpm-cifar10", "EMA", 1, OURS, (DIFFUSERS, Contestant("diffusers, foreach")), (2.3,), 10),
