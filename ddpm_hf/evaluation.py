@@ -51,6 +51,7 @@ from ddpm_hf.report import write_report
 from ddpm_hf.scheduler import NoiseScheduler
 from ddpm_hf.seeds import image_generators, seeded_generator
 from ddpm_hf.solvers import SOLVERS, plain_config, scheduler_class
+from ddpm_hf.sources import among_images
 
 METRICS = ("bpd", "fd", "kid", "prdc", "is", "memorization", "loss", "drift")
 OF_FEATURES, OF_SAMPLES = {"fd", "kid", "prdc", "is"}, {"fd", "kid", "prdc", "is", "memorization", "drift"}
@@ -123,7 +124,7 @@ def evaluate(
     steps = num_inference_steps
     if steps is None:  # some solvers can't visit every timestep
         steps = min(50, max(1, pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)))
-    config = data_config(model, pipeline, dataset_name, train_data_dir)
+    config = data_config(model, pipeline, dataset_name, train_data_dir, output)
     train, held_out = load_images(config, test_limit=None)
     if train.shape != pipeline.image_shape:
         raise ValueError(
@@ -178,8 +179,14 @@ def output_of(model: str) -> Path:
     return Path(model) / OUTPUT if Path(model).is_dir() else Path(OUTPUT)
 
 
-def data_config(model: str, pipeline, dataset_name: str | None, train_data_dir: str | None) -> TrainConfig:
-    """Where the images come from and how they are decoded: as the model's training did, where that is known."""
+def data_config(
+    model: str, pipeline, dataset_name: str | None, train_data_dir: str | None, output: Path | None = None
+) -> TrainConfig:
+    """Where the images come from and how they are decoded: as the model's training did, where that is known.
+
+    Args:
+        output: what is written, with pictures beside it, which must not lie among the images.
+    """
     path = _train_config(model)
     named = dataset_name is not None or train_data_dir is not None
     if path is None and not named:
@@ -194,9 +201,21 @@ def data_config(model: str, pipeline, dataset_name: str | None, train_data_dir: 
         flags |= {"channels": channels, "resolution": height if height == width else None}
         if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
             flags |= {"channels": None, "value_range": None, "resolution": None}
-    flags |= {"output_dir": str(Path.cwd()), "streaming": False, "max_train_steps": 1}
+    output = (output or output_of(model)).absolute()
+    flags |= {"output_dir": str(output.parent), "streaming": False, "max_train_steps": 1}
     config = resolve(flags)
-    if path is not None and json.loads(path.read_text()).get("streaming"):
+    folder = config.train_data_dir
+    if folder is not None and not named and not Path(folder).is_dir():
+        raise ValueError(
+            f"the folder {folder!r}, which model={model!r} was trained on, is not "
+            f"{'here' if Path(folder).is_absolute() else f'in {Path.cwd()}'}: give its path with --train_data_dir"
+        )
+    if folder is not None and among_images(Path(folder), output.parent):
+        raise ValueError(
+            f"output={str(output)!r} lies among the images of train_data_dir={folder!r}, and the report's picture would "
+            "be taken for one of them: name a file in another folder"
+        )
+    if path is not None and json.loads(path.read_text(encoding="utf-8")).get("streaming"):
         log.warning(
             "the model was trained on a stream: if its data set has no test split, some of the images that are held "
             "out here were trained on there"

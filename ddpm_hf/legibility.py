@@ -4,10 +4,11 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
+
+from ddpm_hf.seeds import image_generators
 
 CERTAIN = 0.8
 
@@ -75,7 +76,7 @@ def digits_legibility(
         warnings.simplefilter("ignore", FutureWarning)  # scikit-learn 1.11 drops it, and has nothing in its place
         classifier = SVC(probability=True, random_state=0).fit(digits.data[fitted], digits.target[fitted])
 
-    generators = [torch.Generator().manual_seed(seed * num_samples + k) for k in range(num_samples)]
+    generators = image_generators(seed, range(num_samples))
     asked = np.arange(num_samples) % 10 if pipeline.unet.config.get("num_classes") == 10 else None
     classes = {} if asked is None else {"class_labels": asked, "guidance_scale": guidance_scale}
     samples = pipeline(num_samples, generators, num_inference_steps, output_type="np", **classes).images

@@ -1,6 +1,7 @@
 """Where images are: folders of files, parquet files, data sets of the Hub. Nothing is decoded here."""
 
-import contextlib
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +9,14 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 from huggingface_hub import DatasetCard
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.decoding import is_image_file
+
+# What a folder in which this package keeps pictures has in it. Such pictures are no data, whoever made them and when.
+MARKS = {"train_config.json": "a run", "model_index.json": "a model", "sampling.json": "samples"}
+log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
@@ -49,16 +55,32 @@ def source_of(config: TrainConfig, streaming: bool = False):
 
 
 def _license_on_card(name: str) -> str | None:
-    with contextlib.suppress(Exception):  # no card, one that can't be read, no network: then nobody knows
-        licenses = DatasetCard.load(name).data.license
-        return licenses if isinstance(licenses, str) else ", ".join(licenses)
-    return None
+    """What the card of a data set says; None also where nobody knows, which is told unless there is no card."""
+    card = Path(name) / "README.md" if Path(name).is_dir() else name
+    if isinstance(card, Path) and not card.is_file():
+        return None
+    try:
+        licenses = DatasetCard.load(card).data.license or None
+    except RemoteEntryNotFoundError:  # the Hub has answered that there is no card
+        return None
+    except Exception as error:  # the Hub, the network, the cache and what is wrong in a card all raise their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning(f"dataset_name={name!r}: its licence is not known, because its card can't be read ({reason})")
+        return None
+    return licenses if isinstance(licenses, str | None) else ", ".join(map(str, licenses))
 
 
 def _folder(config: TrainConfig, streaming: bool):
     path, folder = config.train_data_dir, Path(config.train_data_dir)
     if not folder.is_dir():
         raise ValueError(f"train_data_dir={path!r} is not a folder; it must be one that holds images or train*.parquet")
+    mark = _mark(folder)
+    if mark in ("train_config.json", "model_index.json"):  # samples alone may be what somebody wants to train on
+        raise ValueError(
+            f"train_data_dir={path!r} is the folder of {MARKS[mark]} (it has {mark}): name a folder that holds images "
+            "alone"
+        )
+    _check_output(config, [folder])
     parquet = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in ("train", "test")}
     if parquet["train"]:
         import datasets
@@ -72,16 +94,15 @@ def _folder(config: TrainConfig, streaming: bool):
         return _rows_of(loaded, "test" if "test" in loaded else None, path)
     if streaming:
         raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} holds none: leave it out")
-    splits = (folder / "train", folder / "test") if (folder / "train").is_dir() else (folder,)
-    ours = Path(config.output_dir).resolve()  # whose pictures are no data
-
-    def belongs(file: Path) -> bool:
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        return is_image_file(file) and not hidden and ours not in file.resolve().parents
-
-    found = [[f for f in sorted(s.rglob("*")) if belongs(f)] for s in splits]
+    splits = _splits(folder)
+    found = [sorted(f for here, files in _walk(s) for f in files if is_image_file(f)) for s in splits]
     if not found[0]:
-        raise ValueError(f"train_data_dir={path!r} holds no image and no train*.parquet")
+        raise ValueError(
+            f"train_data_dir={path!r} holds no image and no train*.parquet; hidden files, and images in the folders of "
+            "runs, of models and of samples, are left out"
+        )
+    folders = {file.parent for files in found for file in files}
+    _check_output(config, {up for f in folders for up in (f, *f.parents) if any(up.is_relative_to(s) for s in splits)})
     names = _classes(found[0], splits[0])
     labels = {name: k for k, name in enumerate(names or [])}
     items = [
@@ -89,6 +110,41 @@ def _folder(config: TrainConfig, streaming: bool):
         for files, split in zip(found, splits, strict=True)
     ]
     return items[0], items[1] if len(items) > 1 else [], names
+
+
+def _mark(folder: Path) -> str | None:
+    """The file that tells that this package wrote the folder, if there is one."""
+    return next((name for name in MARKS if (folder / name).is_file()), None)
+
+
+def _splits(folder: Path) -> list[Path]:
+    """`train` and, if there is one, `test`; or the whole folder."""
+    splits = [s for s in (folder / "train", folder / "test") if s.is_dir() and not _mark(s)]
+    return splits if folder / "train" in splits else [folder]
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """`folder` and those below it whose pictures are data, each with its files. The hidden ones are left out, and what
+    has a mark of `MARKS`, with all below: what is data must not depend on which run or evaluation asks."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _mark(Path(here, name))]
+        yield Path(here), [Path(here, name) for name in files if not name.startswith(".")]
+
+
+def among_images(folder: Path, place: Path) -> bool:
+    """Whether pictures put into `place`, which need not be there yet, would lie among the images of a data folder."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir()).resolve()
+    return any(there == here.resolve() for here in (folder, *(here for s in _splits(folder) for here, _ in _walk(s))))
+
+
+def _check_output(config: TrainConfig, folders) -> None:
+    """A run marks its folder as no data, so that one of those with images in it or below would lose them."""
+    output = Path(config.output_dir).resolve()
+    if any(output == folder.resolve() for folder in folders):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} holds images of train_data_dir={config.train_data_dir!r}, which would "
+            "no longer be data once it is the folder of a run: name a folder of its own for the run"
+        )
 
 
 def _classes(files: list[Path], folder: Path) -> list[str] | None:
