@@ -151,14 +151,13 @@ class NearestUpsample(nn.Conv2d):
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
-        adds_to = torch.zeros(3, 3, 4, 4)
-        for i in range(3):
-            for j in range(3):
-                adds_to[2 - i, 2 - j, i : i + 2, j : j + 2] = 1
-        self.register_buffer("adds_to", adds_to.reshape(9, 16), persistent=False)
 
     def forward(self, x):
-        kernel = (self.weight.flatten(2) @ self.adds_to).unflatten(2, (4, 4)).transpose(0, 1)  # (in, out, 4, 4)
+        # Made anew each time, not kept as a buffer: no checkpoint holds one, so it would be garbage wherever a network
+        # is built without storage (the meta device) and then filled from a checkpoint.
+        adds_to = self.weight.new_ones(3, 4).triu().tril(1).flip(0)  # of one axis: weight i, mirrored, to i and i + 1
+        kernel = (self.weight.flatten(2) @ torch.kron(adds_to, adds_to)).unflatten(2, (4, 4))
+        kernel = kernel.transpose(0, 1)  # (in, out, 4, 4)
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 

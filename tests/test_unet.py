@@ -4,14 +4,14 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_unet
+from conftest import TINY_UNET, tiny_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.config import resolve
-from ddpm_hf.conversion import SOURCES, to_diffusers
+from ddpm_hf.config import recipe_names, resolve
+from ddpm_hf.conversion import SOURCES, _diffusers_settings, to_diffusers
 from ddpm_hf.unet import NearestUpsample, sinusoids
 
 
@@ -335,6 +335,57 @@ def test_the_nearest_upsampling_is_pixels_doubled_and_a_convolution(size):
     for ours, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), parts), strict=True):
         assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert set(upsample.state_dict()) == {"weight", "bias"}
+
+
+# ---------------------------------------------------------------- a network is its state dict
+
+
+def every_network() -> dict[str, dict]:
+    """Settings by name: of each recipe (one of those that are the same), of diffusers' defaults, of what they lack."""
+    recipes = {repr(resolve({"config": name}).unet): name for name in recipe_names()}
+    networks = {name: {"sample_size": 8, **resolve({"config": name}).unet} for name in recipes.values()}
+    theirs = {"norm_num_groups": 8, "block_out_channels": (16, 32, 32, 32), "layers_per_block": 1}
+    networks["diffusers"] = _diffusers_settings(dict(diffusers.UNet2DModel(**theirs).config))
+    networks["table"] = {**TINY_UNET, "time_table_size": 20, "upsample_type": "nearest"}
+    networks["classes"] = {**TINY_UNET, "num_classes": 3, "skip_connections": "layer"}
+    return networks
+
+
+def filled(settings: dict, weights: dict) -> DDPMUNet:
+    """The network made on the meta device and filled with these weights; whatever else it has is not a number."""
+    with torch.device("meta"):
+        network = DDPMUNet(**settings)
+    network.to_empty(device="cpu")
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data.fill_(torch.nan)
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", every_network())
+@torch.no_grad()
+def test_a_network_is_its_state_dict(name):
+    torch.manual_seed(0)
+    settings = every_network()[name]
+    made = DDPMUNet(**settings).eval()
+    assert set(dict(made.named_buffers())) <= set(made.state_dict())
+    x, labels = noisy(2, made.config.in_channels, made.size_factor, 2 * made.size_factor), None
+    if made.config.num_classes is not None:
+        labels = torch.tensor([0, 3])
+    again = filled(settings, made.state_dict())
+    assert torch.equal(again(x, torch.tensor([0, 17]), labels).sample, made(x, torch.tensor([0, 17]), labels).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_a_network_has_the_type_of_its_state_dict(dtype):
+    settings = {**TINY_UNET, "upsample_type": "nearest"}
+    made, x = DDPMUNet(**settings).eval().to(dtype), noisy(2, 1, 8, 8).to(dtype)
+    assert torch.equal(filled(settings, made.state_dict())(x, 5).sample, made(x, 5).sample)
+    with torch.device("meta"):
+        empty = DDPMUNet(**settings).eval()
+    again = torch.func.functional_call(empty, made.state_dict(), (x, 5)).sample
+    assert torch.equal(again, made(x, 5).sample)
 
 
 def test_a_pipeline_takes_a_network_whose_weights_are_cast_layer_by_layer():
