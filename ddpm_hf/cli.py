@@ -5,12 +5,15 @@ import os
 import sys
 
 import torch
+from safetensors import SafetensorError
 
 import ddpm_hf
+from ddpm_hf.allocator import is_out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a mistake in what was asked for, told in one line on stderr."""
+    """Exit status: 0 done; 2 something can't be done, with one line on stderr that says what; 143 and 130: stopped by
+    SIGTERM and Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="ddpm-hf", description=ddpm_hf.__doc__)
     parser.add_argument("--version", action="version", version=f"ddpm-hf {ddpm_hf.__version__}")
@@ -24,14 +27,36 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands.add_parser("demo", help="a page to try a model in the browser", add_help=False)
     commands.add_parser("plan", help="what a training run will cost, before it is begun", add_help=False)
+    commands.add_parser("recipes", help="list the recipes of `ddpm-hf train --config`", add_help=False)
     try:
         command = parser.parse_args(argv[:1]).command
         run = {"train": train, "sample": sample, "evaluate": evaluate, "push": push, "convert": convert}
-        return (run | {"demo": demo, "plan": plan})[command](argv[1:])
-    except (ValueError, FloatingPointError, PermissionError) as error:
+        return (run | {"demo": demo, "plan": plan, "recipes": recipes})[command](argv[1:])
+    except KeyboardInterrupt as stopped:
+        print(f"ddpm-hf: {str(stopped) or 'stopped by SIGINT'}", file=sys.stderr)
+        return getattr(stopped, "status", 130)
+    except Exception as error:
+        if not _is_explained(error):
+            raise
         if os.environ.get("RANK", "0") == "0" or hasattr(error, "of_each_process"):  # else of several one speaks
-            print(f"ddpm-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"ddpm-hf: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _is_explained(error: BaseException) -> bool:
+    """Whether an error is of what was asked for or of the machine, and its message says so; else it is a fault of ours,
+    and the traceback is wanted."""
+    kinds = (ValueError, FloatingPointError, OSError, RecursionError, SafetensorError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error))
+
+
+def _in_one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        message = f"this machine's memory does not suffice{': ' if message else ''}{message}"
+    if isinstance(error, RecursionError):
+        message = f"something is nested too deeply: {message}"
+    return message or type(error).__name__
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,14 +68,14 @@ def train(args: list[str]) -> int:
     try:
         from huggingface_hub.utils import disable_progress_bars
 
-        from ddpm_hf import cards, hub, pictures, training
-        from ddpm_hf.config import parse_train_config
+        from ddpm_hf import cards, hub, pictures, recipe_choice, training
+        from ddpm_hf.config import parse_flags
         from ddpm_hf.data import has_embedded_digits
     except ImportError as error:
         raise ValueError(f"{error}: training needs more packages, `pip install ddpm-hf[train]`") from error
 
-    config = parse_train_config(args)
-    on_start, on_save = [announce, pictures.draw_data], [cards.keep_card]
+    config = recipe_choice.for_training(parse_flags(args))
+    on_start, on_save = [announce], [cards.keep_card]
     if config.push_to_hub:
         pushing = hub.PushInBackground()
         disable_progress_bars()  # beside that of the training
@@ -58,10 +83,12 @@ def train(args: list[str]) -> int:
         on_save.append(pushing)
     if has_embedded_digits(config):  # before the card
         on_save.insert(0, tell_legibility)
-    run = training.train(config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures)
-    if config.push_to_hub and run.accelerator.is_main_process:
+    run = training.train(
+        config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures, on_begin=[pictures.draw_data]
+    )
+    if config.push_to_hub and run.accelerator.is_main_process and not run.stopped_by:
         pushing.finish(run)
-    return 0
+    return run.exit_status
 
 
 def sample(args: list[str]) -> int:
@@ -240,7 +267,8 @@ def demo(args: list[str]) -> int:
 def plan(args: list[str]) -> int:
     try:
         from ddpm_hf import plan as planning
-        from ddpm_hf.config import parse_train_config
+        from ddpm_hf import recipe_choice
+        from ddpm_hf.config import parse_flags
     except ImportError as error:
         raise ValueError(f"{error}: planning needs more packages, `pip install ddpm-hf[train]`") from error
 
@@ -254,7 +282,19 @@ def plan(args: list[str]) -> int:
     parser.add_argument("--device", default="h100", help=f"one of {', '.join(planning.DEVICES)}; default: %(default)s")
     parser.add_argument("--num_images", type=int, help="to train on; default: of the data sets of the recipes")
     given, settings = parser.parse_known_args(args)
-    print("\n".join(planning.plan(parse_train_config(settings), **vars(given))))
+    config = recipe_choice.for_planning(parse_flags(settings))
+    print("\n".join(planning.plan(config, **vars(given))))
+    return 0
+
+
+def recipes(args: list[str]) -> int:
+    try:
+        from ddpm_hf import recipe_choice
+    except ImportError as error:
+        raise ValueError(f"{error}: recipes need more packages, `pip install ddpm-hf[train]`") from error
+
+    _Parser(prog="ddpm-hf recipes", description="List the recipes of `ddpm-hf train --config`.").parse_args(args)
+    print("\n".join(recipe_choice.listing()))
     return 0
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -14,6 +15,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from ddpm_hf import files
 from ddpm_hf.scheduler import PREDICTION_TYPES
 
 EMBEDDED_DIGITS = "digits"
@@ -33,8 +35,14 @@ class TrainConfig:
     A wrong value is a ValueError that says what would be right.
     """
 
-    config: str = _setting("recipe: a packaged one by its name, or the path of a YAML or JSON file", "digits")
-    output_dir: str | None = _setting("where everything is written; runs/<recipe> by default")
+    config: str = _setting(
+        "recipe: a packaged one by its name (`ddpm-hf recipes` lists them), or the path of a YAML or JSON file; "
+        "default: digits, or with --train_data_dir or --dataset_name the recipe for images of their size",
+        "digits",
+    )
+    output_dir: str | None = _setting(
+        "where everything is written; default: runs/<recipe>, or runs/<name of the data> for data of your own"
+    )
     overwrite_output_dir: bool = _setting("start afresh in a folder that holds an unfinished run", False)
     # data
     dataset_name: str | None = _setting(
@@ -123,9 +131,11 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("unet", "scheduler"):
             setattr(self, name, _as_dict(name, getattr(self, name)))
-        if self.output_dir is None:
-            self.output_dir = str(Path("runs") / Path(self.config).stem)
         self._check_types()
+        if self.output_dir is None:
+            data = self.train_data_dir or self.dataset_name
+            name = Path(os.path.abspath(data)).name if data else ""  # of the folder that `.` and `photos/` mean
+            self.output_dir = str(Path("runs", name or Path(self.config).stem))
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_epochs", "checkpointing_steps"):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("checkpoints_total_limit", "eval_batch_size", "ddpm_num_inference_steps"):
@@ -194,20 +204,28 @@ class TrainConfig:
     def save(self, path) -> None:
         """As JSON that runs again as it stands: from the beginning, however this run came to be."""
         again = dataclasses.replace(self, resume_from_checkpoint=None, overwrite_output_dir=False)
-        Path(path).write_text(json.dumps(dataclasses.asdict(again), indent=2) + "\n")
+        files.write(path, json.dumps(dataclasses.asdict(again), indent=2) + "\n")
 
 
 def recipe_names() -> list[str]:
     return sorted(path.name[: -len(".yaml")] for path in resources.files("ddpm_hf").joinpath("recipes").iterdir())
 
 
+def recipe_text(name: str) -> str:
+    """The YAML file of a packaged recipe; its first line is a comment that says what the recipe is for."""
+    return resources.files("ddpm_hf").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_recipe(name_or_path: str) -> dict:
     """Settings of a packaged recipe or of a YAML or JSON file, as a dict of some of `TrainConfig`'s fields."""
     names = recipe_names()
     if name_or_path in names:
-        text = resources.files("ddpm_hf").joinpath("recipes", f"{name_or_path}.yaml").read_text()
+        text = recipe_text(name_or_path)
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config={name_or_path!r} must be a text file in UTF-8: {error}") from error
     else:
         raise ValueError(f"config={name_or_path!r} is neither a file nor one of the recipes {', '.join(names)}")
     try:
@@ -227,6 +245,11 @@ def load_recipe(name_or_path: str) -> dict:
 
 def parse_train_config(args: list[str]) -> TrainConfig:
     """Flags over recipe over defaults. `unet` and `scheduler` are merged key by key."""
+    return resolve(parse_flags(args))
+
+
+def parse_flags(args: list[str]) -> dict:
+    """The settings that are given on the command line, and no others."""
     parser = _Parser([TrainConfig], prog="train", allow_abbrev=False)
     for action in parser._actions:
         if action.dest != "help":
@@ -235,11 +258,14 @@ def parse_train_config(args: list[str]) -> TrainConfig:
     flags = {name: value for name, value in vars(given).items() if value is not None}
     if unknown:
         parser.error(f"there is no flag {unknown[0]!r}")
-    return resolve(flags)
+    return flags
 
 
 def resolve(flags: dict) -> TrainConfig:
-    """The configuration that these settings make on top of the recipe that `flags["config"]` names."""
+    """The configuration that these settings make on top of the recipe that `flags["config"]` names.
+
+    The recipe is `digits` if it names none, whatever the data: `recipe_choice` chooses by the size of the images.
+    """
     recipe = load_recipe(flags.get("config", "digits"))
     if "pretrained_model_name_or_path" in flags:
         recipe.update(unet={}, scheduler={}, prediction_type=None)  # they come with the weights
@@ -251,6 +277,10 @@ def resolve(flags: dict) -> TrainConfig:
         if "beta_schedule" in flag:  # the recipe's ends are those of its own schedule
             recipes = {key: value for key, value in recipes.items() if key not in ("beta_start", "beta_end")}
         merged[name] = {**recipes, **flag}
+    own = {"train_data_dir": None, "dataset_name": EMBEDDED_DIGITS, **recipe}  # the data of the recipe itself
+    trains_on_own = all(flags.get(name, own[name]) == own[name] for name in ("train_data_dir", "dataset_name"))
+    if merged.get("output_dir") is None and trains_on_own:
+        merged["output_dir"] = str(Path("runs", Path(str(recipe["config"])).stem))  # many recipes have the same data
     return TrainConfig(**merged)
 
 

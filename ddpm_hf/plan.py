@@ -88,21 +88,27 @@ def image_shape(config: TrainConfig) -> tuple[int, int, int]:
     sides = config.resolution or (known and known[0][1:]) or unet.get("sample_size")
     for name, value in (("resolution", sides), ("channels", channels)):
         if value is None:
-            raise ValueError(f"{name}=None: config={config.config!r} leaves it to the images; give --{name}")
+            raise ValueError(f"{name}=None: the images decide it, and no image is read to plan a run; give --{name}")
     return (channels, sides, sides) if isinstance(sides, int) else (channels, sides[0], sides[-1])
 
 
-def network(config: TrainConfig, shape: tuple[int, int, int]) -> DDPMUNet | UNet2DModel:
-    """The network that `config` trains, of fake tensors; diffusers' if that is what is to be trained on."""
+def network(config: TrainConfig, shape: tuple[int, int, int], classes: int | None = None) -> DDPMUNet | UNet2DModel:
+    """The network that `config` trains, of fake tensors; diffusers' if that is what is to be trained on.
+
+    Args:
+        shape: (C, H, W) of the images.
+        classes: of the data, for `class_conditional`; None: those of a data set that is known.
+    """
     channels, height, width = shape
     pretrained = _pretrained(config)
     settings = {"sample_size": (height, width), "in_channels": channels, **config.unet}
     if config.learned_variance:
         settings.setdefault("out_channels", 2 * channels)
     if pretrained is None and config.class_conditional and settings.get("num_classes") is None:
-        if not _known(config):
+        known = _known(config)
+        if classes is None and known is None:
             raise ValueError("class_conditional=True: give the number of classes, as --unet '{\"num_classes\": 10}'")
-        settings["num_classes"] = _known(config)[2]
+        settings["num_classes"] = known[2] if classes is None else classes
     try:
         with FakeTensorMode():
             unet = DDPMUNet(**settings) if pretrained is None else type(pretrained).from_config(pretrained.config)
@@ -301,10 +307,11 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
         f"parameters         {parameters / 1e6:.2f} M",
         f"FLOPs an image     forward {forward:.4g} G, with backward {with_backward:.4g} G; 2 a multiply-add",
         f"images an update   {images_an_update:,} = batch {batch} x {micros} micro-batches x {gpus} devices",
-        f"memory at rest     {_size(at_rest(unet) + buckets)} a device: weights, AdamW's two moments, their average"
-        + (", buckets of the all-reduce" if buckets else ""),
+        f"memory at rest     {bytes_in_words(at_rest(unet) + buckets)} a device: "
+        "weights, AdamW's two moments, their average" + (", buckets of the all-reduce" if buckets else ""),
         *(
-            f"memory at batch    {n}: {_size(memory.peak + buckets)}, of which activations {_size(memory.activations)}"
+            f"memory at batch    {n}: {bytes_in_words(memory.peak + buckets)}, of which activations "
+            f"{bytes_in_words(memory.activations)}"
             for n, memory in counted.items()
         ),
         f"                   {CHECKED}",
@@ -347,7 +354,7 @@ def _run(config: TrainConfig, seconds: float, images_an_update: int, num_images:
     return [*lines, f"the run            estimate: {_time(updates * seconds)}, {updates:,} updates: {what}"]
 
 
-def _size(size: float) -> str:
+def bytes_in_words(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
