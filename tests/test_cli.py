@@ -144,11 +144,12 @@ def test_digits_of_another_size_are_not_read(tmp_path, monkeypatch, capfd):
 
 IMAGES_OF_THEIR_KIND = {  # what stands in for what can't be downloaded
     "cifar10": "cifar10", "course-butterflies": "flowers17_64", "ddpm-cifar10": "cifar10",
-    "explainingai-mnist": "mnist", "explainingai-textures": "dtd10_64", "labml-celeba": "flowers17_64",
+    "explainingai-mnist": "mnist", "explainingai-textures": "dtd10_64", "images-128": "flowers17_64",
+    "images-32": "cifar10", "images-64": "flowers17_64", "labml-celeba": "flowers17_64",
     "labml-mnist": "mnist", "learnopencv-cifar10": "cifar10", "learnopencv-flowers": "flowers17_64",
     "learnopencv-mnist": "mnist", "mnist": "mnist",
 }  # fmt: skip
-LARGE = ("explainingai", "labml", "learnopencv", "ddpm", "course")
+LARGE = ("explainingai", "labml", "learnopencv", "ddpm", "course", "images-64", "images-128")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +166,14 @@ def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkey
     argv = ["train", "--config", name, "--train_data_dir", str(shared / "data" / IMAGES_OF_THEIR_KIND[name])]
     argv += ["--train_batch_size", "2", "--max_train_steps", "2", "--eval_batch_size", "1"]
     assert main([*argv, "--ddpm_num_inference_steps", "2"]) == 0
-    assert Image.open(f"runs/{name}/samples.png").mode == ("L" if name.endswith("mnist") else "RGB")
-    losses = [row["loss"] for row in read_log(f"runs/{name}/log.csv")]
+    out = tmp_path / "runs" / IMAGES_OF_THEIR_KIND[name]
+    assert Image.open(out / "samples.png").mode == ("L" if name.endswith("mnist") else "RGB")
+    losses = [row["loss"] for row in read_log(out / "log.csv")]
     assert 0.3 < losses[0] < 5  # of an untrained network: about the noise's variance
     shutil.rmtree("runs")  # gigabytes
 
 
-@pytest.mark.parametrize("name", ["explainingai-textures", "labml-celeba", "learnopencv-flowers"])
+@pytest.mark.parametrize("name", ["explainingai-textures", "images-64", "labml-celeba", "learnopencv-flowers"])
 def test_a_recipe_without_a_data_set_asks_for_one(tmp_path, monkeypatch, capfd, name):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--config", name]) == 2

@@ -1,9 +1,13 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from ddpm_hf.config import TrainConfig, load_recipe, parse_train_config, recipe_names, resolve
+from ddpm_hf.recipe_choice import LARGEST_SIDE, OF_GRAY
 
 
 def test_flags_over_recipe_over_defaults(tmp_path):
@@ -31,6 +35,62 @@ def test_recipes_say_only_what_differs_from_the_defaults(name):
     recipe.pop("config")
     same = [key for key, value in recipe.items() if defaults[key] == value]
     assert not same
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ({"train_data_dir": "photos"}, "photos"),
+        ({"train_data_dir": "some/photos/"}, "photos"),
+        ({"train_data_dir": "."}, "here"),
+        ({"train_data_dir": "photos/.."}, "here"),
+        ({"train_data_dir": "/"}, "digits"),  # a folder without a name
+        ({"dataset_name": "user/flowers"}, "flowers"),
+        ({"config": "mnist", "dataset_name": "user/flowers"}, "flowers"),
+        ({"config": "labml-celeba", "train_data_dir": "photos"}, "photos"),
+        ({"config": "learnopencv-mnist", "dataset_name": "ylecun/mnist"}, "learnopencv-mnist"),  # its own
+        ({"config": "digits-classes"}, "digits-classes"),
+        ({"config": "mine.yaml"}, "mine"),  # which names the folder itself
+        ({"config": "mine.yaml", "train_data_dir": "others"}, "others"),
+        ({"config": "mine.yaml", "train_data_dir": "others", "output_dir": "models/a"}, None),
+    ],
+)
+def test_the_output_is_named_after_the_data_that_is_not_the_recipes_own(tmp_path, monkeypatch, flags, folder):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "mine.yaml").write_text("train_data_dir: photos\n", encoding="utf-8")
+    assert resolve(flags).output_dir == (f"runs/{folder}" if folder else "models/a")
+
+
+def test_a_configuration_without_a_recipe_is_named_after_its_data_too():
+    assert TrainConfig(train_data_dir="some/photos").output_dir == "runs/photos"
+    assert TrainConfig(dataset_name="user/flowers").output_dir == "runs/flowers"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_that_images_choose_count_updates_and_mirror_nothing(name):
+    config = resolve({"config": name})
+    if name in {*LARGEST_SIDE, *OF_GRAY.values()}:
+        assert config.max_train_steps
+        assert not config.random_flip
+    if name.startswith("images-"):
+        assert config.dataset_name is None
+
+
+def test_settings_are_utf_8_whatever_the_machines_encoding(tmp_path):
+    """As of a machine whose locale is C, which reads and writes ASCII."""
+    (tmp_path / "mine.yaml").write_text("train_data_dir: Blüten\n", encoding="utf-8")
+    code = "from ddpm_hf.config import resolve; resolve({'config': 'mine.yaml'}).save('again.json')\n"
+    code += "assert resolve({'config': 'again.json'}).train_data_dir == 'Bl\\xfcten'"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "photo.yaml").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match="config='.*photo.yaml' must be a text file in UTF-8"):
+        load_recipe(str(tmp_path / "photo.yaml"))
 
 
 def test_the_flags_are_frozen():

@@ -23,6 +23,7 @@ from ddpm_hf.plan import (
     ring,
     time_of_update,
 )
+from ddpm_hf.recipe_choice import listing
 from ddpm_hf.training import train
 
 IMAGENET = str(Path(__file__).parent.parent / "benchmarks/imagenet-64.yaml")  # the script's network at 64x64
@@ -219,6 +220,26 @@ def test_the_command(capsys):
     assert all(re.search(said, " ".join(words)) for words in constants)
 
 
+@pytest.mark.parametrize(
+    ("argv", "recipe"),
+    [
+        ([], "digits"),
+        (["--train_data_dir", "my", "--resolution", "64", "--channels", "3"], "images-64"),
+        (["--train_data_dir", "my", "--resolution", "28", "--channels", "1"], "mnist"),
+        (["--dataset_name", "uoft-cs/cifar10"], "images-32"),
+        (["--dataset_name", "uoft-cs/cifar10", "--resolution", "128"], "images-128"),
+        (["--config", "cifar10", "--train_data_dir", "my", "--resolution", "64"], None),
+    ],
+)
+def test_the_recipe_of_own_images_is_planned(capsys, argv, recipe):
+    assert main(["plan", "--device", "cpu", *argv]) == (0 if recipe else 2)  # cifar10 leaves the channels open
+    printed = capsys.readouterr()
+    if recipe:
+        assert printed.out.startswith(f"{recipe}: 1 x cpu, ")
+        (told,) = re.findall(rf"^{recipe} .* ([\d.]+) M ", "\n".join(listing()), re.M)
+        assert f"parameters         {told} M" in printed.out
+
+
 def test_more_images_need_more_memory_than_there_is(capsys):
     """The largest batch is the one whose peak fills the device."""
     unet, shape = made(config="mnist")
@@ -231,8 +252,12 @@ def test_more_images_need_more_memory_than_there_is(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--config", "labml-celeba"], "channels=None: config='labml-celeba' leaves it to the images; give --channels"),
-        (["--train_data_dir", "my"], "resolution=None: config='digits' leaves it to the images; give --resolution"),
+        (
+            ["--config", "labml-celeba"],
+            "channels=None: the images decide it, and no image is read to plan a run; give --channels",
+        ),
+        (["--train_data_dir", "my"], "resolution=None: the images decide it, and no image is read to plan a run; give"),
+        (["--train_data_dir", "my", "--resolution", "64"], "channels=None: the images decide it, and no image is read"),
         (["--device", "tpu"], "device='tpu' must be one of cpu, a100, h100, h200"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),
         (["--num_images", "0"], "num_images=0 must be at least 1"),
