@@ -1,5 +1,6 @@
 """What is said of a model: the facts of its training, kept as run.json, and the card that is made of them."""
 
+import functools
 import html
 import json
 import logging
@@ -7,6 +8,7 @@ import math
 import os
 import platform
 import shlex
+from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -248,13 +250,26 @@ def model_card(
     Raises:
         ValueError: facts that are not as `facts_of` gives them.
     """
+    return card_maker(pipeline, facts, folder, repo_id, self_contained)(license)
+
+
+def card_maker(
+    pipeline: DDPMCustomPipeline,
+    facts: dict,
+    folder: Path,
+    repo_id: str | None = None,
+    self_contained: bool = False,
+) -> Callable[[str | None], ModelCard]:
+    """What makes the `model_card` for a licence that is known later. All else is as it is at the time of this call."""
     try:
-        return _model_card(pipeline, facts, folder, repo_id, license, self_contained)
+        make = _card_maker(pipeline, facts, folder, repo_id, self_contained)
+        make(None)  # what is wrong with the facts is wrong with every licence
     except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:  # of another version, or edited
         raise ValueError(f"{folder / FACTS} is not as training writes it: {type(error).__name__} {error}") from error
+    return make
 
 
-def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> ModelCard:
+def _card_maker(pipeline, facts, folder, repo_id, self_contained) -> Callable[[str | None], ModelCard]:
     unet, classes = pipeline.unet, _classes(pipeline.unet)
     data, training = facts.get("data", {}), facts.get("training", {})
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
@@ -278,7 +293,6 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation" if classes is None else None,  # the Hub has none for classes
-        license=license,
         base_model=base if base and "/" in base else None,
         tags=["ddpm", "ddpm_hf", "pytorch", *(["class-conditional"] if classes else [])],
         datasets=[data["name"]] if data.get("on_hub") else None,
@@ -294,7 +308,8 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
     words = ["ddpm-hf", "sample", source, "--num_images", "16", "--num_inference_steps", str(steps)]
     words += [] if channels in PIL_MODES else ["--format", "npy"]
     words += ["--class_labels", *classes[:4]] if classes else []
-    return ModelCard.from_template(
+    make = functools.partial(
+        ModelCard.from_template,
         card_data,
         template_str=resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text(),
         mark=MARK,
@@ -303,7 +318,6 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
         command=shlex.join(words),
         call=call,
         self_contained=self_contained,
-        model_license=license,
         data=_cells(data),
         training=_cells(training),
         base_model=base,
@@ -321,6 +335,12 @@ def _model_card(pipeline, facts, folder, repo_id, license, self_contained) -> Mo
         parameters=sum(p.numel() for p in unet.parameters()),
         flops=forward_flops(unet),
     )
+
+    def licensed(license: str | None) -> ModelCard:
+        card_data.license = license
+        return make(model_license=license)
+
+    return licensed
 
 
 def _cells(value):

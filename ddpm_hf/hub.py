@@ -11,20 +11,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash
 
 from ddpm_hf.cards import (
     CARD,
@@ -32,10 +27,10 @@ from ddpm_hf.cards import (
     FACTS,
     MARK,
     PICTURES,
+    card_maker,
     evaluation_of,
     is_hub_id,
     is_ours,
-    model_card,
     read_facts,
 )
 from ddpm_hf.loading import INDEX, OURS, check_inside, root_of
@@ -50,8 +45,15 @@ UPLOADED = [*MODEL, CARD, FACTS, CONFIG, EVALUATION, "log.csv", *PICTURES]
 # names that they have for one another: diffusers copies the code of all repositories into one folder.
 MODULES = ("images", "loading", "scheduler", "solvers", "unet")
 SHIPPED = ["pipeline.py", "ddpm_hf_*.py", "unet/ddpm_hf_*.py", "scheduler/ddpm_hf_*.py"]
+# The file of a repository in which a push lists what it wrote, so that a later one deletes nothing else.
+MANIFEST = "pushed.json"
+ABOUT = (
+    "What ddpm_hf last pushed here, each file with its checksums by the rules of git and of Git LFS. Of files that a "
+    "later push does not bring any more, it deletes those that are listed here and are still as listed."
+)
 WAITS = (1, 5, 20)  # seconds before an upload that broke off is continued
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that another time may be others
+CHANGED = 412  # the answer to a commit that builds on another revision than the branch has by now
+PASSING = (408, CHANGED, 425, 429, 500, 502, 503, 504)  # answers that another time may be others
 log = logging.getLogger(__name__)
 
 
@@ -67,8 +69,8 @@ def push(
     """Upload a pipeline folder, in one commit, and give its address once it has been seen to be there.
 
     The repository is made if it is not there. Of the folder goes what `UPLOADED` names, with a model card made of
-    run.json unless somebody has edited it, here or on the Hub. Files of the kind that an earlier push left there, and
-    that the folder does not have, are deleted.
+    run.json unless somebody has edited it, here or on the Hub. What an earlier push wrote there and the folder does
+    not have any more is deleted, unless somebody has changed it since; of everything else nothing is deleted.
 
     Args:
         repo_id: user/name, or the name alone.
@@ -96,20 +98,24 @@ def push(
     again += ["--revision", revision] if revision else []
     again += ["--create-pr"] * create_pr + (["--license", license] if license else [])
     again = shlex.join(again)
-    license = license or _license_there(repo_id, revision, again)
-    files = files_of(folder, pipeline, repo_id, license, self_contained)
-    return _upload(files, repo_id, "Upload a DDPM", again, private, revision, create_pr)
+    files = files_of(folder, pipeline, repo_id, self_contained)
+    return _upload(
+        lambda licensed: files(license or licensed), repo_id, "Upload a DDPM", again, private, revision, create_pr
+    )
 
 
 def push_space(repo_id: str, private: bool = False) -> str:
-    """Make a Space of the model's name, which shows the page of `ddpm-hf demo`, and give its commit's address."""
+    """Make a Space of the model's name, which shows the page of `ddpm-hf demo`, and give its commit's address.
+
+    Files of an earlier push that somebody has changed on the Hub stay as they are.
+    """
     try:
         from ddpm_hf.demo import space_files
     except ImportError as error:
         raise ValueError(f"{error}: a Space needs more packages, `pip install ddpm-hf[demo]`") from error
     repo_id = check_right_to_push(repo_id)
     files = {name: text.encode() for name, text in space_files(repo_id).items()}
-    return _upload(files, repo_id, "Show a DDPM", "the same command", private, repo_type="space")
+    return _upload(lambda _: files, repo_id, "Show a DDPM", "the same command", private, repo_type="space")
 
 
 def check_right_to_push(repo_id: str, private: bool = False, only_to_propose: bool = False) -> str:
@@ -125,8 +131,12 @@ def check_right_to_push(repo_id: str, private: bool = False, only_to_propose: bo
     except Exception as error:  # no token, a wrong one, no network: each has an error of its own
         raise ValueError(f"uploading needs a login (`hf auth login`): {error}") from error
     repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
+    try:
+        there = _or_none(lambda: api.repo_info(repo_id))
+    except Exception as error:
+        raise ValueError(f"{repo_id!r} can't be looked at on the Hub: {error}") from error
     if only_to_propose:
-        if not api.repo_exists(repo_id):
+        if there is None:
             raise ValueError(f"{repo_id!r} is not on the Hub, or not to be seen by {me['name']}: nothing to propose to")
         return repo_id
     owner, token = repo_id.split("/")[0], me.get("auth", {}).get("accessToken", {})
@@ -141,42 +151,26 @@ def check_right_to_push(repo_id: str, private: bool = False, only_to_propose: bo
     fine = any(name in (owner, repo_id) and "repo.write" in permissions for name, permissions in scoped)
     if token.get("role") == "read" or (token.get("role") == "fineGrained" and not fine):
         raise ValueError(f"{repo_id!r}: the token of this login may only read; log in with one that may write")
+    if there is None:  # it will be made
+        return repo_id
     try:
         api.auth_check(repo_id, write=True)
-        public = not api.repo_info(repo_id).private
-    except RepositoryNotFoundError:  # it will be made
-        return repo_id
     except Exception as error:
         raise ValueError(f"{repo_id!r}: {me['name']} may not write to it: {error}") from error
-    if private and public:
+    if private and not there.private:
         raise ValueError(
             f"{repo_id!r} is there and public: make it private on the Hub, or do not ask for a private one"
         )
     return repo_id
 
 
-def _license_there(repo_id: str, revision: str | None, again: str) -> str | None:
-    """What the card on the Hub has: it was said once."""
-    where = {"repo_id": repo_id, "repo_type": "model", "revision": revision}
-    try:
-        card = _with_patience(lambda: _card_there(HfApi(), **where))
-    except Exception as error:
-        raise _failure(repo_id, again, error) from error
-    return card and ModelCard(card, ignore_metadata_errors=True).data.license
-
-
-def _card_there(api: HfApi, **where) -> str | None:
-    try:
-        return Path(api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8", errors="replace")
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
-        return None
-
-
 class PushInBackground:
     """Uploads a `Run` while its training goes on: `check` before, the object itself after each save, `finish` behind.
 
-    A save that comes while an upload is under way is left to the next. An upload that fails is told and does nothing
-    to the run; only when the last one fails, the training being done, is that a ValueError.
+    After a save the training waits for the disk only: whatever asks the Hub does so in a thread of its own, which
+    reads nothing that the training goes on to change. A save that comes while an upload is under way is left to the
+    next. An upload that fails is told and does nothing to the run; only when the last one fails, the training being
+    done, is that a ValueError.
     """
 
     def __init__(self):
@@ -219,7 +213,7 @@ class PushInBackground:
             raise ValueError(f"the model is trained and saved in {run.output_dir}, but {error}") from error
 
     def _staged(self, run) -> Callable[[], str]:
-        """What uploads the run as it is now, whatever becomes of its folder."""
+        """What uploads the run as it is now, whatever becomes of it and of its folder. Here nothing asks the Hub."""
         from ddpm_hf.checkpoints import SAVING  # of packages that only training needs
 
         # What is uploaded must not change meanwhile: weights are replaced when they are saved, so that a link to the
@@ -231,7 +225,7 @@ class PushInBackground:
             _link_or_copy(source, folder / path)
         message, private = f"Train for {run.step} updates", run.config.hub_private_repo
         again = shlex.join(["ddpm-hf", "push", str(run.output_dir), self.repo_id, *["--private"] * private])
-        files = files_of(folder, run.pipeline, self.repo_id, _license_there(self.repo_id, None, again))
+        files = files_of(folder, run.pipeline, self.repo_id)
 
         def upload() -> str:
             with staged:
@@ -241,19 +235,18 @@ class PushInBackground:
 
 
 def files_of(
-    folder: Path,
-    pipeline: DDPMCustomPipeline,
-    repo_id: str,
-    license: str | None = None,
-    self_contained: bool = False,
-) -> dict[str, Path | bytes]:
-    """What goes into the repository: by its name there, a file of `folder` or a content."""
+    folder: Path, pipeline: DDPMCustomPipeline, repo_id: str, self_contained: bool = False
+) -> Callable[[str | None], dict[str, Path | bytes]]:
+    """What gives, for a licence of the model, all that goes into the repository.
+
+    That is, by its name there, a file of `folder` or a content. `pipeline` is not looked at any more afterwards.
+    """
     files = dict(_belonging(folder))
     if not evaluation_of(pipeline, folder):  # none, or one from before the last training
         files.pop(EVALUATION, None)
+    card = None
     if is_ours(folder / CARD):
-        card = model_card(pipeline, read_facts(folder), folder, repo_id, license, self_contained)
-        files[CARD] = str(card).encode()
+        card = card_maker(pipeline, read_facts(folder), folder, repo_id, self_contained)
     else:
         try:
             files[CARD].read_text(encoding="utf-8")
@@ -261,11 +254,9 @@ def files_of(
             raise ValueError(f"{files[CARD]} must be UTF-8: {error}") from error
     code = code_of(folder) if self_contained else {}
     jsons = [name for name in files if name.endswith(".json") and ".safetensors.index" not in name]
-    return (
-        files
-        | {name: _without_paths(name, code.get(name, files[name])) for name in jsons}
-        | {name: content for name, content in code.items() if name not in jsons}
-    )
+    files |= {name: _without_paths(name, code.get(name, files[name])) for name in jsons}
+    files |= {name: content for name, content in code.items() if name not in jsons}
+    return lambda license: files | ({CARD: str(card(license)).encode()} if card else {})
 
 
 def _belonging(folder: Path) -> dict[str, Path]:
@@ -337,36 +328,171 @@ def _link_or_copy(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- the upload
 
 
-def _upload(
-    files, repo_id: str, message: str, again: str, private=False, revision=None, create_pr=False, repo_type="model"
-) -> str:
-    """Address of the commit, which is there. A ValueError that has `again`, the command to try again with."""
-    api, adds, where = HfApi(), [], {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+@dataclass(frozen=True)
+class _There:
+    """A revision of a repository as the Hub has it.
 
-    def commit() -> CommitInfo:
-        # Anew at each try: the client then sees what is there, should the answer have been lost and nothing else.
-        card = None if repo_type != "model" else _card_there(api, **where)
-        theirs = {CARD} if card is not None and MARK not in card and MARK.encode() in files[CARD] else set()
-        adds[:] = [
+    Args:
+        commit: its full name.
+        files: by their names.
+        card: README.md, or None if there is none.
+        listed: checksums of what an earlier push wrote, by file; None if there was none that lists them.
+    """
+
+    commit: str
+    files: dict[str, RepoFile]
+    card: str | None
+    listed: dict[str, dict[str, str]] | None
+
+    def has(self, name: str, checksums: dict[str, dict[str, str]] | None) -> bool:
+        """Whether a file is there with the content that `checksums` has for it."""
+        return name in self.files and _checksum(self.files[name]) in (checksums or {}).get(name, {}).values()
+
+
+def _upload(
+    files_for: Callable[[str | None], dict[str, Path | bytes]],
+    repo_id: str,
+    message: str,
+    again: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    repo_type: str = "model",
+) -> str:
+    """Address of the commit, which is there.
+
+    Args:
+        files_for: gives the files for the licence that the card on the Hub has.
+        again: the command to try again with.
+
+    Raises:
+        ValueError: it failed; the message has `again`.
+    """
+    api, repo = HfApi(), {"repo_id": repo_id, "repo_type": repo_type}
+
+    def commit(there: _There) -> tuple[CommitInfo, dict, list[str]]:
+        ours = there.card is not None and MARK in there.card
+        files = files_for(ModelCard(there.card, ignore_metadata_errors=True).data.license if ours else None)
+        theirs = _theirs(files, there, repo_type)
+        adds = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()
             if name not in theirs
         ]
-        there = api.list_repo_files(**where)
-        carried_code = any(_matches(name, ["ddpm_hf_*.py"]) for name in there)  # else a pipeline.py is somebody's own
-        ours = UPLOADED + SHIPPED[0 if carried_code else 1 :] if repo_type == "model" else []
-        stale = [CommitOperationDelete(name) for name in there if name not in files and _matches(name, ours)]
-        return api.create_commit(operations=[*adds, *stale], commit_message=message, create_pr=create_pr, **where)
+        written = {add.path_in_repo: _checksums(add) for add in adds}
+        listed = there.listed or {}
+        manifest = {"about": ABOUT, "files": written | {name: listed[name] for name in theirs if name in listed}}
+        adds.append(CommitOperationAdd(MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()))
+        written[MANIFEST] = _checksums(adds[-1])
+        others = there.files.keys() - files.keys() - {MANIFEST}
+        stale = sorted(name for name in others if there.has(name, listed))
+        notes = _notes(others.difference(stale), theirs, written, there, repo_type)
+        for add in adds:  # each alone: of several the client makes threads, for which a stopped run would wait
+            api.preupload_lfs_files(**repo, additions=[add], revision=revision, create_pr=create_pr, free_memory=False)
+        operations = [*adds, *map(CommitOperationDelete, stale)]
+        how = {"commit_message": message, "revision": revision, "create_pr": create_pr, "parent_commit": there.commit}
+        try:
+            return api.create_commit(**repo, operations=operations, **how), written, notes
+        except HfHubHTTPError as error:
+            if error.response.status_code != CHANGED:
+                raise
+            raise ValueError("somebody else keeps changing it at the same time") from error
 
     try:
-        _with_patience(lambda: _make_repository(api, private, **where))
-        made = commit() if create_pr else _with_patience(commit)  # of pull requests there would be two
-        if create_pr and made.pr_url is None:
-            raise ValueError("nothing in it differs from what is there, so there is nothing to propose")
-        _with_patience(lambda: _check_there(api, adds, **{**where, "revision": made.oid}))
+        _with_patience(lambda: _make_repository(api, private, revision=revision, **repo))
+        if create_pr:  # tried once: of pull requests there would be two
+            made, written, notes = commit(_with_patience(lambda: _look(api, revision=revision, **repo)))
+            if made.pr_url is None:
+                raise ValueError("nothing in it differs from what is there, so there is nothing to propose")
+        else:  # looking anew at each try: only the answer may have been lost, or somebody else was faster
+            made, written, notes = _with_patience(lambda: commit(_look(api, revision=revision, **repo)))
+        _with_patience(lambda: _check_there(api, written, revision=made.oid, **repo))
     except Exception as error:  # the Hub, its client, the network and the disk all raise their own
         raise _failure(repo_id, again, error) from error
+    for note in notes:
+        log.warning(note)
     return made.pr_url or made.commit_url
+
+
+def _look(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> _There:
+    commit = api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha
+    where = {"repo_id": repo_id, "repo_type": repo_type, "revision": commit}
+    entries = api.list_repo_tree(**where, recursive=True)
+    files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def read(name: str) -> bytes | None:
+        if name not in files:
+            return None
+        with tempfile.TemporaryDirectory() as cache:  # not the usual one, which answers when the Hub does not
+            return Path(api.hf_hub_download(filename=name, cache_dir=cache, **where)).read_bytes()
+
+    card, manifest = read(CARD), read(MANIFEST)
+    return _There(commit, files, card and card.decode(errors="replace"), _listed(manifest))
+
+
+def _listed(manifest: bytes | None) -> dict[str, dict[str, str]] | None:
+    try:
+        listed = json.loads(manifest or "")["files"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # also one that somebody has edited: then nobody knows
+        return None
+    return listed if isinstance(listed, dict) and all(isinstance(sums, dict) for sums in listed.values()) else None
+
+
+def _theirs(files: dict[str, Path | bytes], there: _There, repo_type: str) -> set[str]:
+    """What somebody has made theirs: of a model the card, of a Space whatever was changed since it was pushed."""
+    if repo_type == "model":
+        made_here = isinstance(files[CARD], bytes)  # else it is a file that somebody has edited
+        return {CARD} if made_here and there.card is not None and MARK not in there.card else set()
+    known = files.keys() & there.files.keys() & (there.listed or {}).keys()
+    return {name for name in known if not there.has(name, there.listed)}
+
+
+def _notes(others: set[str], theirs: set[str], written: dict, there: _There, repo_type: str) -> list[str]:
+    """What is to be told of files that no push is known to have written as they are there.
+
+    Args:
+        others: those that stay and are not among the pushed ones.
+    """
+    if there.listed is not None:
+        left = others & there.listed.keys()
+    else:
+        left = {name for name in others if repo_type == "model" and _matches(name, UPLOADED + SHIPPED)}
+    replaced = {name for name in written.keys() & there.files.keys() - {MANIFEST} if not there.has(name, written)}
+    replaced = {name for name in replaced if not there.has(name, there.listed)}
+    unknown = "no push is known to have written"
+    told = {
+        f"stay on the Hub, although the folder does not have them: {unknown} them as they are": left,
+        f"were replaced on the Hub; {unknown} what was there, which its history keeps": replaced,
+        "stay as somebody has edited them on the Hub": theirs,
+    }
+    return [f"{', '.join(sorted(names))} {what}" for what, names in told.items() if names]
+
+
+def _checksums(add: CommitOperationAdd) -> dict[str, str]:
+    """By git's and by Git LFS's rule: the Hub decides which files it keeps how, and has one of the two."""
+    git = hashlib.sha1(b"blob %d\0" % add.upload_info.size, usedforsecurity=False)
+    with add.as_file() as file:
+        while part := file.read(1 << 20):
+            git.update(part)
+    return {"git": git.hexdigest(), "sha256": add.upload_info.sha256.hex()}
+
+
+def _checksum(file: RepoFile) -> str:
+    return file.lfs.sha256 if file.lfs else file.blob_id
+
+
+def _or_none(call):
+    """Its result, or None if the Hub says that there is no such repository or revision.
+
+    Other answers, and none at all, stay errors: the client calls a repository "not found" also for a login that has
+    ended (401) and for one that must be asked for (403).
+    """
+    try:
+        return call()
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        if error.response.status_code != 404:
+            raise
+        return None
 
 
 def _failure(repo_id: str, again: str, error: Exception) -> ValueError:
@@ -375,7 +501,7 @@ def _failure(repo_id: str, again: str, error: Exception) -> ValueError:
 
 
 def _make_repository(api: HfApi, private: bool, repo_id: str, repo_type: str, revision: str | None) -> None:
-    if not api.repo_exists(repo_id, repo_type=repo_type):
+    if _or_none(lambda: api.repo_info(repo_id, repo_type=repo_type)) is None:
         sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **sdk)  # if by now it is there
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
@@ -383,24 +509,16 @@ def _make_repository(api: HfApi, private: bool, repo_id: str, repo_type: str, re
     if revision is None or revision.startswith("refs/pr/"):
         return
     branches = [branch.name for branch in api.list_repo_refs(repo_id, repo_type=repo_type).branches]
-    if revision not in branches and api.revision_exists(repo_id, revision, repo_type=repo_type):
+    if revision not in branches and _or_none(lambda: api.repo_info(repo_id, revision=revision, repo_type=repo_type)):
         raise ValueError(f"revision={revision!r} is a tag or a commit; what changes is a branch")
     api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
 
 
-def _check_there(api: HfApi, adds: list[CommitOperationAdd], **where) -> None:
-    there = {info.path: info for info in api.get_paths_info(paths=[add.path_in_repo for add in adds], **where)}
-    for add in adds:
-        info = there.get(add.path_in_repo)
-        if info is None or info.size != add.upload_info.size:
-            raise ValueError(f"{add.path_in_repo} is not in the repository as it was sent")
-        if info.lfs is not None:
-            same = info.lfs.sha256 == add.upload_info.sha256.hex()
-        else:
-            with add.as_file() as file:
-                same = info.blob_id == git_hash(file.read())
-        if not same:
-            raise ValueError(f"{add.path_in_repo} is not in the repository as it was sent")
+def _check_there(api: HfApi, written: dict[str, dict[str, str]], **where) -> None:
+    there = {info.path: info for info in api.get_paths_info(paths=list(written), **where)}
+    for name, sums in written.items():
+        if name not in there or _checksum(there[name]) not in sums.values():
+            raise ValueError(f"{name} is not in the repository as it was sent")
 
 
 def _with_patience(call):

@@ -144,6 +144,7 @@ class HubServer:
         self.quota: int | None = None  # bytes
         self.page_size = 1000
         self.faults: list[Fault] = []
+        self.held, self.released = None, threading.Event()
         self.connections: set[socket.socket] = set()
         self.lock = threading.RLock()
 
@@ -154,6 +155,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_):
+        self.release()
         self._server.shutdown()
         self._server.server_close()
         # Clients keep connections open: without this a server that is gone would go on answering them.
@@ -192,6 +194,18 @@ class HubServer:
         is carried out and only its answer is lost.
         """
         self.faults.append(Fault(pattern, times, status, after_bytes))
+
+    def hold(self, pattern: str = ""):
+        """Give requests whose "METHOD path" matches no answer until `release`."""
+        self.held, self.released = pattern, threading.Event()
+
+    def release(self):
+        self.held = None
+        self.released.set()
+
+    def wait_for_release(self, line: str):
+        if self.held is not None and re.search(self.held, line):
+            self.released.wait()
 
     def next_fault(self, line: str) -> Fault | None:
         with self.lock:
@@ -461,8 +475,10 @@ class HubServer:
             path = value.get("path", "")
             if key == "header":
                 header = value
-                if value.get("parentCommit", parent) != parent:
+                wanted = repo.sha(value.get("parentCommit", parent))
+                if wanted != parent and not propose:
                     raise RefusedError(412, "A commit has happened since. Please refresh and try again.")
+                parent, files = wanted, dict(repo.files(wanted))
             elif any(part in ("", ".", "..", ".git") for part in path.removesuffix("/").split("/")):
                 raise RefusedError(400, f"Invalid path: {path}")
             elif key == "file":
@@ -573,6 +589,7 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self):
         hub, url, sends = self.server.hub, urlsplit(self.path), self.command not in READ
         hub.requests.append((self.command, self.path))
+        hub.wait_for_release(f"{self.command} {self.path}")
         fault = hub.next_fault(f"{self.command} {self.path}")
         breaks = fault is not None and fault.status is None
         cut = fault.after_bytes if breaks else None

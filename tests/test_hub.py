@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import torch
 from conftest import TINY_UNET, tiny_config, tiny_unet
 from huggingface_hub import HfApi, ModelCard
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cards, training
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cards, demo, training
 from ddpm_hf import hub as sharing
 from ddpm_hf.cards import MARK
 from ddpm_hf.cli import main
@@ -30,8 +31,9 @@ from ddpm_hf.solvers import plain_config
 MODEL = {
     "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv", "run.json",
     "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors", "loss.png",
-    "samples.png", "first_samples.png", "denoising.gif", "train_config.json", ".gitattributes",
+    "samples.png", "first_samples.png", "denoising.gif", "train_config.json", ".gitattributes", "pushed.json",
 }  # fmt: skip
+WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors")
 TRAIN = ["train", "--max_train_steps", "3", "--unet", json.dumps(TINY_UNET), "--train_batch_size", "8",
          "--eval_batch_size", "16", "--ddpm_num_inference_steps", "2"]  # fmt: skip
 PUSH = ["--push_to_hub", "--hub_private_repo", "--hub_model_id", "digits-model"]
@@ -74,7 +76,7 @@ def test_what_belongs_there_is_uploaded_and_its_address_comes_last(hub, run, cap
     assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/me/digits/commit/{sha}"
     there = hub.files("me/digits")
     assert set(there) == MODEL
-    made = {"README.md", "train_config.json", ".gitattributes"}
+    made = {"README.md", "train_config.json", ".gitattributes", "pushed.json"}
     assert all(there[name] == (run / name).read_bytes() for name in MODEL - made)
     card = there["README.md"].decode()
     assert 'from_pretrained("me/digits")' in card
@@ -148,6 +150,61 @@ def test_what_is_there_and_nobody_elses_is_deleted(hub, run):
     assert set(hub.files("me/digits")) == (MODEL | kept) - {"run.json", "log.csv", "samples.png"}
 
 
+def test_what_others_put_there_stays(hub, run, caplog):
+    push(run, "me/digits", self_contained=True)
+    mine = {"unet/diffusion_pytorch_model.fp16.safetensors": b"half", "ddpm_hf_mine.py": b"1", "log.csv": b"mine\n"}
+    for name, content in mine.items():
+        HfApi().upload_file(repo_id="me/digits", path_in_repo=name, path_or_fileobj=content)
+    assert not caplog.records
+    for name in ("log.csv", "samples.png"):
+        (run / name).unlink()
+    push(run, "me/digits")
+    there = hub.files("me/digits")
+    assert set(there) == (MODEL | mine.keys()) - {"samples.png"}
+    assert mine.items() <= there.items()
+    assert [r.getMessage() for r in caplog.records] == [
+        "log.csv stay on the Hub, although the folder does not have them: no push is known to have written them as "
+        "they are"
+    ]
+    caplog.clear()
+    (run / "log.csv").write_text("anew\n")
+    push(run, "me/digits")
+    assert hub.files("me/digits")["log.csv"] == b"anew\n"
+    assert [r.getMessage() for r in caplog.records] == [
+        "log.csv were replaced on the Hub; no push is known to have written what was there, which its history keeps"
+    ]
+
+
+@pytest.mark.parametrize("manifest", [None, b"[1]", b"{", b'{"files": {"samples.png": 3}}', b"[" * 100_000])
+def test_where_no_manifest_is_nothing_is_deleted(hub, run, caplog, manifest):
+    push(run, "me/digits")
+    repo = hub.repo("me/digits")
+    there = hub.files("me/digits") | {"unet/diffusion_pytorch_model.fp16.safetensors": b"half", "NOTES.md": b"mine"}
+    there |= {"pushed.json": manifest}
+    if manifest is None:  # of the version before
+        del there["pushed.json"]
+    repo.commit("main", there, "", "me")
+    (run / "samples.png").unlink()
+    push(run, "me/digits")
+    assert set(hub.files("me/digits")) == {*there, "pushed.json"}
+    (told,) = (r.getMessage() for r in caplog.records if "stay on the Hub" in r.getMessage())
+    assert told.startswith("samples.png, unet/diffusion_pytorch_model.fp16.safetensors stay on the Hub")
+    caplog.clear()
+    (run / "loss.png").unlink()
+    push(run, "me/digits")
+    assert set(hub.files("me/digits")) == {*there, "pushed.json"} - {"loss.png"}
+    assert not caplog.records
+
+
+def test_the_manifest_has_the_checksums_of_the_hub(hub, run):
+    push(run, "me/digits")
+    listed = json.loads(hub.files("me/digits")["pushed.json"])["files"]
+    assert set(listed) == MODEL - {".gitattributes", "pushed.json"}
+    for file in HfApi().list_repo_tree("me/digits", recursive=True):
+        if file.path in listed:
+            assert (file.lfs.sha256 if file.lfs else file.blob_id) == listed[file.path]["sha256" if file.lfs else "git"]
+
+
 def test_a_card_that_was_edited_on_the_hub_is_theirs(hub, run):
     push(run, "me/digits", license="mit")
     push(run, "me/digits")
@@ -162,6 +219,62 @@ def test_a_card_that_was_edited_on_the_hub_is_theirs(hub, run):
     push(run, "me/digits")
     assert hub.files("me/digits")["README.md"] == theirs
     assert hub.files("me/digits")["log.csv"] == b"other\n"
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_a_hub_that_does_not_answer_has_not_said_that_there_is_no_card(hub, run, monkeypatch, in_cache):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # of the client, which tries again itself
+    push(run, "me/digits")
+    if in_cache:  # from before it was edited
+        HfApi().hf_hub_download("me/digits", "README.md")
+    theirs = hub.files("me/digits")["README.md"].decode().replace(MARK, "Grace wrote this").encode()
+    hub.plant("me/digits", {"README.md": theirs})
+    (run / "log.csv").write_text("other\n")
+    hub.fail("README.md", times=100, status=503)
+    with pytest.raises(ValueError, match=r"its upload to me/digits failed \(.*503.*tries again"):
+        push(run, "me/digits")
+    assert hub.files("me/digits")["log.csv"] != b"other\n"
+    hub.faults.clear()
+    hub.fail("README.md", status=503)
+    push(run, "me/digits")
+    assert hub.files("me/digits")["log.csv"] == b"other\n"
+    assert hub.files("me/digits")["README.md"] == theirs
+
+
+def test_what_somebody_commits_between_the_look_and_the_commit_is_looked_at_too(hub, run, monkeypatch):
+    push(run, "me/digits")
+    theirs = hub.files("me/digits")["README.md"].decode().replace(MARK, "Grace wrote this").encode()
+    commit, times = HfApi.create_commit, [1]
+
+    def after_another(*args, **kwargs):
+        if times[0]:
+            times[0] -= 1
+            hub.plant("me/digits", {"README.md": theirs, "samples.png": b"%d" % times[0]})
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", after_another)
+    for name in ("log.csv", "samples.png"):
+        (run / name).unlink()
+    push(run, "me/digits")
+    there = hub.files("me/digits")
+    assert there["README.md"] == theirs
+    assert there["samples.png"] == b"0"
+    assert "log.csv" not in there
+    (run / "log.csv").write_text("other\n")
+    times[0] = 100
+    with pytest.raises(ValueError, match=r"failed \(somebody else keeps changing it at the same time: .*412"):
+        push(run, "me/digits")
+    assert "log.csv" not in hub.files("me/digits")
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_only_the_hub_says_that_a_repository_is_not_there(hub, run, status):
+    HfApi().create_repo("digits")
+    for settings in ({"private": True}, {"only_to_propose": True}):
+        hub.fail("GET /api/models/me/digits", times=2, status=status)
+        with pytest.raises(ValueError, match=f"'me/digits' can't be looked at on the Hub: .*{status}"):
+            check_right_to_push("digits", **settings)
+        hub.faults.clear()
 
 
 def test_licences_that_can_not_be(hub, run):
@@ -189,9 +302,11 @@ def test_a_link_to_elsewhere_is_not_followed(hub, run, tmp_path):
 def test_a_card_that_somebody_has_edited_is_theirs(hub, run):
     card = (run / "README.md").read_text()
     assert MARK in card
-    (run / "README.md").write_text(card.replace(MARK, "") + "\nGrace made this.\n")
-    push(run, "me/digits")
-    assert "Grace made this." in hub.files("me/digits")["README.md"].decode()
+    (run / "README.md").write_text(card.replace(MARK, ""))
+    for line in ("Grace made this.", "And she made it again."):
+        (run / "README.md").write_text((run / "README.md").read_text() + f"\n{line}\n")
+        push(run, "me/digits")
+        assert line in hub.files("me/digits")["README.md"].decode()
 
 
 # ---------------------------------------------------------------- private, branches, pull requests
@@ -309,9 +424,9 @@ def test_a_folder_that_is_no_pipeline(hub, tmp_path, capsys):
         lambda hub: hub.fail(r"/commit/", times=2, status=503),
         lambda hub: hub.fail(r"repos/create", after_bytes=10**9),
         lambda hub: hub.fail(r"paths-info"),
-        lambda hub: hub.fail(r"HEAD .*README"),
+        lambda hub: hub.fail(r"/tree/"),
     ],
-    ids=["weights", "commit", "answer", "unavailable", "create", "check", "card"],
+    ids=["weights", "commit", "answer", "unavailable", "create", "check", "look"],
 )
 def test_a_connection_that_breaks_is_gone_on_with(hub, run, break_it):
     break_it(hub)
@@ -393,6 +508,59 @@ def test_a_run_is_uploaded_at_each_save_and_at_its_end(hub, tmp_path, monkeypatc
     assert "3 updates, 24 images seen" in last.files["README.md"].decode()
     assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/me/digits-model/commit/{repo.sha('main')}"
     assert not list(Path("runs/digits").glob(".saving-*"))
+
+
+def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub, tmp_path):
+    hub.plant("me/digits-model", {"README.md": f"---\nlicense: mit\n---\n{MARK}\n".encode()})
+    pushing, folder, waited, saved = sharing.PushInBackground(), tmp_path / "out", [], {}
+
+    def save(run):
+        if run.step == 1:
+            hub.hold()
+            model = {"sha256": weights_sha256(run.pipeline.unet), "scheduler": plain_config(run.pipeline.scheduler)}
+            metrics = {"fd_train": {"name": "Fréchet distance", "value": 4.0, "stderr": 0.5, "n": 2000}}
+            evaluation = json.dumps({"protocol": {"model": model}, "metrics": metrics})
+            (folder / "evaluation.json").write_text(evaluation)
+            saved.update({name: (folder / name).read_bytes() for name in ("log.csv", *WEIGHTS)})
+        begun = time.monotonic()
+        pushing(run)
+        waited.append(time.monotonic() - begun)
+
+    config = tiny_config(folder, max_train_steps=3, checkpointing_steps=1, hub_model_id="digits-model")
+    run = training.train(config, on_start=[pushing.check], on_save=[cards.keep_card, save])
+    assert len(hub.repo("me/digits-model").commits) == 1
+    hub.release()
+    pushing.finish(run)
+    first, last = list(hub.repo("me/digits-model").commits.values())[1:]
+    assert max(waited) < 5, waited  # the client itself waits for an answer for 10 s and more
+    assert saved.items() <= first.files.items()
+    card = ModelCard(first.files["README.md"].decode())
+    assert card.data.license == "mit"
+    assert "1 updates of 3" in card.content
+    assert "Fréchet distance" in card.content
+    assert "evaluation.json" in first.files
+    assert "evaluation.json" not in last.files  # it is of the weights then
+    assert "3 updates" in last.files["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_a_stopped_run_does_not_wait_for_its_upload(hub, tmp_path):
+    hub.hold("PUT /lfs/")
+    command = [sys.executable, "-m", "ddpm_hf", *TRAIN, "--max_train_steps", "100000", "--checkpointing_steps", "5"]
+    env = hub.env(tmp_path / "home", token="hf_secret")
+    process = subprocess.Popen([*command, *PUSH], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        while not any(method == "PUT" for method, _ in hub.requests):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "stopped by SIGTERM" in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "runs/digits").glob(".saving-*"))
 
 
 def test_an_upload_that_fails_neither_loses_nor_ends_a_run(hub, tmp_path, monkeypatch, capsys, caplog):
@@ -701,8 +869,8 @@ def test_a_model_that_began_with_another_says_so(tmp_path, run):
 
 def test_a_run_that_is_resumed_behind_its_end_elsewhere_has_a_card(tmp_path, run):
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
-    settings = {"resume_from_checkpoint": str(run / "checkpoint-3"), "max_train_steps": 3, "scheduler": scheduler}
-    training.train(tiny_config(tmp_path / "out", **settings), on_save=[cards.keep_card])
+    settings = {"resume_from_checkpoint": str(run / "checkpoint-3"), "max_train_steps": 3, "train_batch_size": 8}
+    training.train(tiny_config(tmp_path / "out", scheduler=scheduler, **settings), on_save=[cards.keep_card])
     assert "| wall time | not known |" in (tmp_path / "out/README.md").read_text()
 
 
@@ -712,5 +880,24 @@ def test_a_space_with_the_page(hub, run, capsys):
     assert page.startswith(f"{hub.url}/spaces/me/digits/commit/")
     assert model.startswith(f"{hub.url}/me/digits/commit/")
     there = hub.files("me/digits", repo_type="space")
-    assert set(there) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    assert set(there) == {".gitattributes", "README.md", "app.py", "requirements.txt", "pushed.json"}
     assert b"from_pretrained('me/digits')" in there["app.py"]
+
+
+def test_a_space_that_somebody_has_edited_stays_so(hub, monkeypatch, caplog):
+    sharing.push_space("me/digits")
+    hub.plant("me/digits", {"app.py": b"mine\n", "notes.txt": b"mine too\n"}, repo_type="space")
+    files = demo.space_files("me/digits")
+    for words in ("newer", "newest"):
+        monkeypatch.setattr(demo, "space_files", lambda repo_id, words=words: {"app.py": words, "README.md": words})
+        sharing.push_space("me/digits")
+        there = hub.files("me/digits", repo_type="space")
+        assert set(there) == {".gitattributes", "pushed.json", "README.md", "app.py", "notes.txt"}
+        assert there["app.py"] == b"mine\n"
+        assert there["README.md"] == words.encode()
+        assert "app.py stay as somebody has edited them on the Hub" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr(demo, "space_files", lambda repo_id: files)
+    hub.plant("me/digits", {"app.py": files["app.py"].encode()}, repo_type="space")  # which they take back
+    sharing.push_space("me/digits")
+    assert not caplog.records

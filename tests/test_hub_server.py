@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx2
@@ -112,6 +113,17 @@ def test_branches_tags_and_pull_requests(hub, api, folder, tmp_path):
         api.repo_info("me/model", revision="v2")
     with pytest.raises(HfHubHTTPError, match="412"):
         api.upload_file(repo_id="me/model", path_in_repo="a", path_or_fileobj=b"a", revision="a/b", parent_commit=first)
+    proposed = api.upload_file(
+        repo_id="me/model", path_in_repo="a", path_or_fileobj=b"a", parent_commit=first, create_pr=True
+    )
+    api.upload_file(repo_id="me/model", path_in_repo="b", path_or_fileobj=b"b")
+    later = api.upload_file(
+        repo_id="me/model", path_in_repo="c", path_or_fileobj=b"c", parent_commit=first, create_pr=True
+    )
+    assert [set(hub.files("me/model", pr.pr_revision)) for pr in (proposed, later)] == [
+        {".gitattributes", "a"},
+        {".gitattributes", "c"},
+    ]
     api.delete_folder(repo_id="me/model", path_in_repo="unet", revision="a/b")
     assert "unet/model.safetensors" not in hub.files("me/model", "a/b")
 
@@ -139,6 +151,18 @@ def test_transfers_that_break_are_repeated_or_said(hub, api, folder, tmp_path):
     with pytest.raises(httpx2.RemoteProtocolError):
         api.upload_file(repo_id="me/model", path_in_repo="e", path_or_fileobj=b"e")
     assert hub.files("me/model")["e"] == b"e"
+
+
+def test_answers_that_are_held_come_once_they_are_released(hub, api):
+    hub.hold("/refs")
+    assert api.repo_exists("me/model")
+    asked = threading.Thread(target=api.list_repo_refs, args=["me/model"])
+    asked.start()
+    asked.join(0.3)
+    assert asked.is_alive()
+    hub.release()
+    asked.join(10)
+    assert not asked.is_alive()
 
 
 def test_what_is_planted_is_served_as_it_is(hub, tmp_path):
