@@ -3,6 +3,13 @@
 import contextlib
 import ctypes
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # on CUDA, on a CPU, in cuBLAS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the device or of the machine does not suffice."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
 
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory: by default each update gives its activations back and faults them in again."""

@@ -7,16 +7,29 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.ema import EMA
+from ddpm_hf.files import clear_parts, free_name, remove_tree, save_tensors, set_aside, sync_folder, write, writing_tree
 
 WEIGHTS = ("unet", "ema", "optimizer")
 SAVING = ".saving-"
+REPLACED, SUPERSEDED = ".replaced", "superseded"
+TRAIN_CONFIG, LOG = "train_config.json", "log.csv"
+# What a run writes before its first checkpoint, and what it writes besides
+EARLY = (TRAIN_CONFIG, LOG, "data.png", "first_samples.png")
+LATER = ("samples.png", "denoising.gif", "forward.png", "loss.png", "neighbours.png", "run.json")
+INDEX = "model_index.json"
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 log = logging.getLogger(__name__)
+
+
+OTHERWISE = "choose another output_dir, or give --overwrite_output_dir to replace it"
 
 
 class Damaged(Exception):  # noqa: N818
@@ -28,7 +41,8 @@ class Checkpoints:
 
     All else that a run goes on from is a function of that number (but the scale of float16's losses and the place in a
     stream, which stand beside it). No file is a pickle. A folder is written beside and renamed, and renamed before it
-    is removed: one that bears the name is whole, unless the disk has lost something, which its checksums tell.
+    is removed: one that bears the name is whole, unless the disk has lost something, which its checksums tell. Nothing
+    that was there before a run is removed until the run has a whole checkpoint of its own.
     """
 
     def __init__(self, folder: Path, limit: int):
@@ -44,73 +58,107 @@ class Checkpoints:
     def _step(path: Path) -> int:
         return int(path.name.split("-")[1])
 
-    def _remove(self, path: Path) -> None:
-        aside = self.folder / f".removed-{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        shutil.rmtree(aside)
+    def find(self, config: TrainConfig) -> list[Path]:
+        """The checkpoint that `resume_from_checkpoint` names, or of `latest` all, newest first; [] for a fresh start.
 
-    def restore(self, config: TrainConfig, unet, ema: EMA, optimizer) -> dict:
-        """Load what `resume_from_checkpoint` names, or of `latest` the newest that is whole; what else was saved.
-
-        `step` in it is the update to go on from, 0 for a fresh start, and `kept` the one up to which what is in the
-        folder belongs to this run.
+        Raises:
+            ValueError: there is no such checkpoint; or the folder holds a model that this run would replace, and
+                `overwrite_output_dir` is not set.
         """
         wanted, found = config.resume_from_checkpoint, self.found()
-        if wanted == "latest":
-            for path in reversed(found):
-                try:
-                    state = self._load(path, unet, ema, optimizer)
-                    return {**state, "kept": state["step"]}
-                except Damaged as error:
-                    log.warning(f"{path} is damaged ({error}): taking the one before")
-            if found:
-                raise ValueError(
-                    f"all checkpoints in {self.folder} are damaged; start anew with --overwrite_output_dir"
-                )
-            log.warning(f"{self.folder} holds no checkpoint yet: starting from the beginning")
-            return {"step": 0, "kept": 0}
-        path = None
-        if wanted is not None:
-            path = Path(wanted) if Path(wanted).is_dir() else self.folder / wanted
-            if not (path / "state.json").is_file():
+        if wanted == "latest" and found:
+            return found[::-1]
+        paths = []
+        if wanted not in (None, "latest"):
+            here = self.folder / wanted  # before a folder of that name in the working directory
+            paths = [here if (here / "state.json").is_file() else Path(wanted)]
+            if not (paths[0] / "state.json").is_file():
                 there = ", ".join(f.name for f in found) or "none"
                 raise ValueError(
                     f"resume_from_checkpoint={wanted!r} is no checkpoint; in {self.folder} there is {there}"
                 )
-        elsewhere = path is None or path.resolve().parent != self.folder.resolve()
-        if elsewhere and found and not config.overwrite_output_dir:
-            self._check_finished(config, found[-1])
-        try:
-            state = {"step": 0} if path is None else self._load(path, unet, ema, optimizer)
-        except Damaged as error:
-            raise ValueError(f"{path} is damaged ({error}); name an earlier checkpoint") from error
-        return {**state, "kept": 0 if elsewhere else state["step"]}
+        if not config.overwrite_output_dir and not any(self._is_here(path) for path in paths):
+            self._check_free()
+        if wanted == "latest":
+            log.warning(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+        return paths
 
-    def _check_finished(self, config: TrainConfig, newest: Path) -> None:
-        try:
-            state = self._state(newest)
-            of, finished = state["total_steps"], state["step"] >= state["total_steps"]
-        except Damaged:
-            of, finished = "an unknown number", False
-        if not finished:
-            raise ValueError(
-                f"output_dir={config.output_dir!r} holds an unfinished run ({newest.name} of {of}): go on with "
-                "--resume_from_checkpoint latest, choose another folder, or give --overwrite_output_dir"
-            )
+    def _is_here(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
+
+    def restore(
+        self, config: TrainConfig, paths: list[Path], check: Callable[[dict], None], unet, ema: EMA, optimizer
+    ) -> dict:
+        """Load the first of `paths`, as `find` gives them, that is whole; returns what was saved beside the weights.
+
+        `step` in it is the update to go on from, 0 for a fresh start, and `kept` the same if the checkpoint is of this
+        folder, whose files then belong to this run; None otherwise.
+
+        Args:
+            check: called with what was saved beside the weights, before they are loaded: raises ValueError if this run
+                can't go on from it.
+
+        Raises:
+            ValueError: all are damaged, or of another run.
+        """
+        for path, before in zip_longest(paths, paths[1:]):
+            try:
+                state = self._load(path, unet, ema, optimizer, check)
+                return {**state, "kept": state["step"] if self._is_here(path) else None}
+            except Damaged as error:
+                if before is None and len(paths) == 1 and config.resume_from_checkpoint != "latest":
+                    raise ValueError(f"{path} is damaged ({error}); name an earlier checkpoint") from error
+                log.warning(f"{path} is damaged ({error}){': taking the one before' if before else ''}")
+        if paths and not config.overwrite_output_dir:
+            raise ValueError(f"all checkpoints in {self.folder} are damaged; start anew with --overwrite_output_dir")
+        return {"step": 0, "kept": None}
+
+    def _check_free(self) -> None:
+        """A ValueError if a run that begins here would replace a model or the files of somebody else."""
+        found = self.found()
+        if found:
+            try:
+                state = self._state(found[-1])
+                finished, of = state["step"] >= state["total_steps"], state["total_steps"]
+            except Damaged:
+                finished, of = False, "an unknown number"
+            what = f"a finished run ({found[-1].name})" if finished else f"an unfinished run ({found[-1].name} of {of})"
+            advice = "go on with --resume_from_checkpoint latest, "
+            raise ValueError(f"output_dir={str(self.folder)!r} holds {what}: {advice}{OTHERWISE}")
+        if held := self._model_file():
+            raise ValueError(f"output_dir={str(self.folder)!r} holds a model ({held}): {OTHERWISE}")
+        if not (self.folder / TRAIN_CONFIG).exists():  # else a run that ended before its first checkpoint wrote them
+            for name in (*EARLY, *LATER):
+                if (self.folder / name).exists():
+                    raise ValueError(
+                        f"output_dir={str(self.folder)!r} holds {name}, which training would replace: {OTHERWISE}"
+                    )
+
+    def _model_file(self) -> str | None:
+        """The name of a file that tells that the folder holds a model, of whatever kind."""
+        if (self.folder / INDEX).exists():
+            return INDEX
+        weights = (
+            path
+            for pattern in ("*", "*/*")
+            for path in sorted(self.folder.glob(pattern))
+            if path.suffix in WEIGHT_FILES and not path.relative_to(self.folder).parts[0].startswith(".")
+        )
+        return next((path.relative_to(self.folder).as_posix() for path in weights), None)
 
     def _state(self, path: Path) -> dict:
         try:
-            state = json.loads((path / "state.json").read_text())
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             seal = state.pop("seal")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise Damaged(f"state.json can't be read: {error}") from error
         if seal != _seal(state):
             raise Damaged("state.json is not as it was written")
         return state
 
-    def _load(self, path: Path, unet, ema: EMA, optimizer) -> dict:
+    def _load(self, path: Path, unet, ema: EMA, optimizer, check: Callable[[dict], None]) -> dict:
         state, weights = self._state(path), []
+        check(state)
         for name in WEIGHTS:
             file = f"{name}.safetensors"
             try:
@@ -129,14 +177,40 @@ class Checkpoints:
                 optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
         return state
 
-    def clear_after(self, step: int) -> None:
-        """Remove the checkpoints that this run is going to write anew, and what killed ones left half done."""
-        for path in self.found():
-            if self._step(path) > step:
-                self._remove(path)
+    def roll_back(self) -> None:
+        """Put back what a run replaced that ended before its first checkpoint."""
+        replaced = self.folder / REPLACED
+        if replaced.is_dir() and not self.found():
+            for path in sorted(replaced.iterdir()):
+                os.replace(path, self.folder / path.name)
+            replaced.rmdir()
+
+    def make_room(self, kept: int | None) -> None:
+        """Before a run begins (`kept` is None) or goes on at update `kept`: clear away what killed runs left half done.
+
+        What this run replaces waits in a folder of its own until the first new checkpoint is whole. Checkpoints of
+        later updates than `kept` are never removed: they are moved to the folder `superseded`, with the log.
+        """
         for pattern in (".checkpoint-*", ".removed-*", f"{SAVING}*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path)
+        clear_parts(self.folder)
+        later = [path for path in self.found() if kept is None or self._step(path) > kept]
+        if kept is None:
+            early = [self.folder / name for name in EARLY if (self.folder / name).exists()]
+            if later or self._model_file():
+                (self.folder / REPLACED).mkdir(exist_ok=True)
+                for path in (*early, *later):
+                    os.replace(path, self.folder / REPLACED / path.name)
+        elif later:
+            superseded = self.folder / SUPERSEDED
+            superseded.mkdir(exist_ok=True)
+            if (self.folder / LOG).exists():
+                shutil.copyfile(self.folder / LOG, free_name(superseded / LOG))
+            for path in later:
+                aside = free_name(superseded / path.name)
+                os.replace(path, aside)
+                log.warning(f"{path} is of a later update than {kept}, from which this run goes on: moved to {aside}")
 
     def save(self, step: int, total_steps: int, unet, ema: EMA, optimizer, **more) -> None:
         """Write `checkpoint-<step>` and remove the oldest ones over the limit.
@@ -150,6 +224,8 @@ class Checkpoints:
         target = self.folder / f"checkpoint-{step}"
         if target in self.found():  # stopped just after a save, or resumed behind the end
             return
+        if target.exists():
+            set_aside(target, "it is no checkpoint of ours")
         for name, weight in unet.named_parameters():
             if not weight.isfinite().all():
                 kept = ", ".join(path.name for path in self.found()) or "none was saved before"
@@ -164,27 +240,17 @@ class Checkpoints:
         }
         sums = {}
         for name, tensors in zip(WEIGHTS, (unet.state_dict(), ema.model.state_dict(), moments), strict=True):
-            save_file(tensors, beside / f"{name}.safetensors")
+            save_tensors(tensors, beside / f"{name}.safetensors")
             with open(beside / f"{name}.safetensors", "rb") as file:
-                os.fsync(file.fileno())
                 sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
         state = {"step": step, "total_steps": total_steps, "sha256": sums, **more}
-        with open(beside / "state.json", "w") as file:
-            file.write(json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write(beside / "state.json", json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
         os.replace(beside, target)
-        _sync_folder(self.folder)  # before an older one goes
+        sync_folder(self.folder)  # before an older one goes
+        if (self.folder / REPLACED).is_dir():
+            remove_tree(self.folder / REPLACED)
         for path in self.found()[: -self.limit]:
-            self._remove(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the disk know the names in it."""
-    if hasattr(os, "O_DIRECTORY"):
-        number = os.open(folder, os.O_DIRECTORY)
-        os.fsync(number)
-        os.close(number)
+            remove_tree(path)
 
 
 def _seal(state: dict) -> str:
@@ -208,8 +274,14 @@ def save_pipeline(run) -> None:
     It is written beside and moved file by file, so a reader never meets half a file.
     """
     with tempfile.TemporaryDirectory(dir=run.output_dir, prefix=SAVING) as folder:
-        run.pipeline.save_pretrained(folder)
-        run.unet.save_pretrained(Path(folder) / "unet", variant="raw")
+        with writing_tree(folder):
+            run.pipeline.save_pretrained(folder)
+            run.unet.save_pretrained(Path(folder) / "unet", variant="raw")
         for path in sorted(Path(folder).rglob("*")):
             target = run.output_dir / path.relative_to(folder)
             target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
+        for name in ("safetensors.index.json", "safetensors.index.raw.json"):
+            # Of a model in several files that was here before: diffusers would load that one in place of this
+            (run.output_dir / "unet" / f"diffusion_pytorch_model.{name}").unlink(missing_ok=True)
+        for each in (run.output_dir, run.output_dir / "unet", run.output_dir / "scheduler"):
+            sync_folder(each)

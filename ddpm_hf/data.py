@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig
 from ddpm_hf.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
 from ddpm_hf.seeds import seeded_generator
+from ddpm_hf.signals import raise_if_stopped
 from ddpm_hf.sources import Item, Part, source_of
 
 HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
@@ -220,6 +221,7 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
     """
     items = iter(items)
     for item in items:
+        raise_if_stopped()
         result = _decode(decoder, item)
         yield item, result
         if isinstance(result, Decoded):
@@ -227,16 +229,20 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
                 decoder.channels, decoder.channels_are_inferred = len(result.pixels), True
             break
     if not workers:
-        yield from ((item, _decode(decoder, item)) for item in items)
+        for item in items:
+            raise_if_stopped()
+            yield item, _decode(decoder, item)
         return
     pool, ahead = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker), collections.deque()
     try:
         while chunk := list(islice(items, CHUNK)):
             ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
+            raise_if_stopped()
             if len(ahead) > 2 * workers:
                 chunk, results = ahead.popleft()
                 yield from zip(chunk, results.result())
         for chunk, results in ahead:
+            raise_if_stopped()
             yield from zip(chunk, results.result())
     except BrokenProcessPool as error:
         raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps for want of memory") from error

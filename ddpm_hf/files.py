@@ -46,10 +46,10 @@ def writing(path: str | Path) -> Iterator[Path]:
         os.replace(beside, path)
         sync_folder(path.parent)
     except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # not the name beside it, which nobody knows
         with contextlib.suppress(OSError):
             beside.unlink()
+        if isinstance(error, OSError) and error.errno is not None:  # of the name that the caller knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -129,6 +129,26 @@ def _sync(number: int) -> None:
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what processes that were killed left half written in a folder."""
+    for path in folder.glob(f"{PART}*"):
+        owner = path.name.removeprefix(PART).partition("-")[0]
+        if not (owner.isdigit() and _is_running(int(owner))):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def set_aside(path: Path, reason: str) -> Path:

@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from ddpm_hf.images import to_output
 from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.seeds import image_generators
+from ddpm_hf.signals import Stopped, StopSignals, stop_requested
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class Previews:
         began = time.monotonic()
         try:
             self.draw(run)
+        except Stopped as stopped:
+            log.warning(f"no preview of update {run.step}: {stopped}")
         except Exception as error:
             reason = " ".join(str(error).split())
             log.warning(f"the preview of update {run.step} failed ({type(error).__name__}: {reason}); training goes on")
@@ -85,16 +88,19 @@ def sample_together(
 
     Raises:
         RuntimeError: a process could not; all of them raise it.
+        Stopped: a process was asked to stop; all of them raise it.
     """
     mine = list(range(accelerator.process_index, num_images, accelerator.num_processes))
     classes = None if class_labels is None else ([class_labels[k] for k in mine], guidance_scale)
     try:
         made = list(zip(mine, _sample(pipeline, mine, num_inference_steps, seed, frame_steps, classes)))
-    except Exception as error:  # the others wait for what this one has, so it gives the reason
-        made = [(None, f"{type(error).__name__}: {error}")]
+    except Stopped as stopped:  # the others wait for what this one has, so it gives the reason
+        made = [(None, stopped)]
+    except Exception as error:
+        made = [(None, RuntimeError(f"{type(error).__name__}: {error}"))]
     made = dict(gather_object(made))
     if None in made:
-        raise RuntimeError(made[None])
+        raise made[None]
     return np.stack([made[k] for k in range(num_images)], axis=1)
 
 
@@ -108,6 +114,8 @@ def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps, cl
         frames = []
 
         def keep(_, i, timestep, tensors, frames=frames):
+            if stop_requested():
+                raise Stopped(StopSignals.active.name)
             if i in frame_steps:
                 frames.append(to_output(tensors["sample"], "np"))
 

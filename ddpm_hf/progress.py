@@ -1,7 +1,6 @@
 """What a person sees of a run while it lasts: the progress bar, log.csv and, if they want one, a tracker."""
 
 import csv
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+
+from ddpm_hf.files import set_aside, write
 
 LOG_EVERY = 10  # updates a row of log.csv
 PARTS = 10  # of 0 ... T-1, for each of which the loss is logged
@@ -36,7 +37,7 @@ class Progress:
         self.path = run.output_dir / "log.csv"
         self._begin_row()
         self.before = 0.0  # seconds that the run took before it was resumed
-        self.images_per_second = 0.0
+        self.images_per_second, self.loss = 0.0, None
         if self.accelerator.is_main_process:
             self._cut_back(kept)
         self.started = time.monotonic()
@@ -44,17 +45,15 @@ class Progress:
 
     def _cut_back(self, step: int) -> None:
         """Leave the rows of log.csv up to this update, as they are."""
-        header = ",".join(self.COUNTED + self.CLOCKED)
-        lines = _whole_lines(self.path) if step and self.path.exists() else []
-        if lines and lines[0] != header:  # of a version that had other columns
-            rows, columns = csv.DictReader(lines), header.split(",")
-            lines = [header, *(",".join(row.get(column) or "" for column in columns) for row in rows)]
-        lines = [line for line in lines[1:] if int(line.split(",")[0]) <= step]
-        beside = self.path.with_name(".log.csv")
-        beside.write_text("".join(f"{line}\n" for line in [header, *lines]))
-        os.replace(beside, self.path)
-        if lines:
-            self.before = read_log(self.path)[-1]["seconds"]
+        columns = self.COUNTED + self.CLOCKED  # a version before this one had others
+        rows, odd = _rows(self.path) if step and self.path.exists() else ([], None)
+        if odd is not None:
+            set_aside(self.path, f"line {odd} is no row of numbers")
+        rows = [row for row in rows if int(row["step"]) <= step]
+        lines = [",".join(columns), *(",".join(row.get(column) or "" for column in columns) for row in rows)]
+        write(self.path, "".join(f"{line}\n" for line in lines))
+        if rows:
+            self.before = float(rows[-1].get("seconds") or 0)
 
     def __enter__(self):
         self.bar = tqdm(
@@ -114,13 +113,13 @@ class Progress:
             counted = torch.stack([errors, torch.ones_like(errors)]).masked_fill(skipped, 0.0)
             self.by_timestep.index_add_(1, parts, counted)
 
-    def write_row(self, learning_rate: float, held_out: float | None = None) -> None:
-        """A row of log.csv, if there was an update since the last one."""
+    def write_row(self, learning_rate: float, held_out: float | None = None) -> float | None:
+        """A row of log.csv, if there was an update since the last one; returns the loss in the last row."""
         run = self.run
         if run.step == self.logged_step:  # stopped just now, or resumed behind the end
-            return
+            return self.loss
         total, done = self.accelerator.reduce(self.counted, "mean").tolist()
-        loss = total / done if done else None
+        self.loss = loss = total / done if done else None
         sums, counts = self.accelerator.reduce(self.by_timestep, "sum").cpu()
         by_timestep = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist(), strict=True)]
         taken = time.monotonic() - self.logged_at  # now that the device has done it
@@ -140,18 +139,41 @@ class Progress:
         shown = {"loss": f"{loss:.4f}" if loss is not None else "-", "images/s": f"{self.images_per_second:.0f}"}
         self.bar.set_postfix({**shown, "loader": f"{self.loaded / taken:.1%}"})
         if self.accelerator.is_main_process:
-            with open(self.path, "a", newline="") as file:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, row, lineterminator="\n").writerow(row)
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
         self._begin_row()
         self.restart_clock()
+        return loss
 
 
 def read_log(path) -> list[dict]:
-    """Rows of log.csv, numbers as floats and empty cells as None. A last row that is half written is left out."""
-    return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(_whole_lines(path))]
+    """Rows of log.csv, numbers as floats and empty cells as None. What is no row of numbers is left out."""
+    rows, _ = _rows(Path(path))
+    return [{name: float(value) if value else None for name, value in row.items()} for row in rows]
 
 
-def _whole_lines(path) -> list[str]:
-    text = Path(path).read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
+def _rows(path: Path) -> tuple[list[dict[str, str]], int | None]:
+    """The rows as text, and the number of the first line that is none (None: all are).
+
+    A last line without an end is what a process that was killed had begun to write, and is left out without a word.
+    """
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    columns, rows, odd = header.split(","), [], None
+    if "step" not in columns:
+        return [], 1
+    for number, line in enumerate(lines, start=2):
+        row = dict(zip(columns, line.split(",")))
+        if len(row) == len(columns) == line.count(",") + 1 and _are_numbers(row):
+            rows.append(row)
+        else:
+            odd = odd or number
+    return rows, odd
+
+
+def _are_numbers(row: dict[str, str]) -> bool:
+    try:
+        return [float(value) for value in row.values() if value] and float(row["step"]).is_integer()
+    except ValueError:
+        return False

@@ -55,6 +55,7 @@ class ImageStream:
         self.dataset = split_dataset_by_node(shuffled, process_index, num_processes)
         self.label_names, self.reasons, self.seen = names, dict(bad), 0
         self.position = (0, 0)  # epoch and row of the next image
+        self._keep_state()
         self.images = None
         self.shape = self.held_out.shape if self.held_out else None
         self.shape = self.shape or tuple(self.first(1, config.seed).shape[1:])
@@ -67,6 +68,7 @@ class ImageStream:
         batch = list(islice(self.images, len(rows)))
         self.position = batch[-1][0].position
         labels = torch.tensor([-1 if item.label is None else item.label for item, _ in batch])
+        self._keep_state()
         return torch.stack([image for _, image in batch]), labels
 
     def first(self, n: int, seed: int) -> torch.Tensor:
@@ -84,13 +86,17 @@ class ImageStream:
         return list(self.reasons.items())
 
     def state(self) -> dict:
-        """What `go_to` needs: JSON."""
-        return {"position": list(self.position), "seen": self.seen, "bad": self.bad}
+        """What `go_to` needs, as it was after the last whole batch: JSON."""
+        return self.kept
+
+    def _keep_state(self) -> None:
+        self.kept = {"position": list(self.position), "seen": self.seen, "bad": self.bad}
 
     def go_to(self, state: dict) -> None:
         """Have the next images be those after the one at which `state` was taken."""
         self.position, self.seen, self.reasons = tuple(state["position"]), state["seen"], dict(state["bad"])
         self.images = None
+        self._keep_state()
 
     def _is_aside(self, item: Item) -> bool:
         content = item.source if isinstance(item.source, bytes) else str(item.source).encode()

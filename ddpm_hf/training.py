@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import dataclasses
 import importlib.util
 import inspect
+import io
+import json
 import logging
 import math
 import os
-import signal
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,25 +18,26 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 
-from ddpm_hf.allocator import keep_freed_memory
-from ddpm_hf.checkpoints import Checkpoints, save_pipeline
+from ddpm_hf.allocator import is_out_of_memory, keep_freed_memory
+from ddpm_hf.checkpoints import TRAIN_CONFIG, Checkpoints, save_pipeline
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData, mirrored
 from ddpm_hf.ema import EMA
+from ddpm_hf.files import Lock, write
 from ddpm_hf.likelihood import bound_terms
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
 from ddpm_hf.scheduler import NoiseScheduler, to_device
 from ddpm_hf.seeds import seeded_generator, stream_seed
+from ddpm_hf.signals import Stopped, StopSignals, exit_status, stop_requested
 from ddpm_hf.solvers import scheduler_class
 from ddpm_hf.streaming import ImageStream, open_images
 from ddpm_hf.unet import DDPMUNet
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # on CUDA, on a CPU, in cuBLAS
 FEW_IMAGES = 500
 VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:2102.09672, equation 16)
 # Seconds. With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets
@@ -42,7 +45,17 @@ VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:21
 GLOO_LETS_GO = 0.3
 QUARANTINE = "quarantine.csv"
 OBJECTIVE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
-             "rescale_betas_zero_snr")  # fmt: skip
+             "rescale_betas_zero_snr", "variance_type")  # fmt: skip
+# Of the network's configuration, what changes neither its weights nor what they compute
+NOT_THE_NETWORK = ("sample_size", "class_names", "dropout", "dropout_channels")
+# Settings that a checkpoint does not keep: where a run writes, and what is kept as network, objective and batch
+NOT_KEPT = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logger", "push_to_hub",
+            "hub_model_id", "hub_private_repo", "unet", "scheduler", "train_batch_size",
+            "gradient_accumulation_steps")  # fmt: skip
+# A training has diverged when the held-out loss is so many times its lowest, and the training loss so many times what
+# it was then. Of a network that learns a few images by heart the first grows and the second falls.
+HELD_OUT_GROWN, TRAINING_GROWN = 3.0, 2.0
+HELD_OUT_AT_A_STOP = 32  # images: a process that was asked to stop has few seconds
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +73,8 @@ class Run:
         step: updates done.
         metrics: what has been measured of the model as it is now, for the model card: each a dict of `type`, `name`,
             `value`, `split` and `protocol`.
+        best: of the save with the lowest held-out loss so far, `step`, `held_out_loss` and `loss`; {} before the first.
+        stopped_by: the signal that ended it before its time, or None.
     """
 
     config: TrainConfig
@@ -71,6 +86,13 @@ class Run:
     accelerator: Accelerator
     step: int = 0
     metrics: list[dict] = field(default_factory=list)
+    best: dict = field(default_factory=dict)
+    stopped_by: str | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """Of a process that does nothing else: 0, or 128 + the signal's number if one was received."""
+        return exit_status(self.stopped_by) if self.stopped_by else 0
 
     @property
     def output_dir(self) -> Path:
@@ -111,28 +133,58 @@ def train(
     on_start: Iterable[Callable[[Run], None]] = (),
     on_save: Iterable[Callable[[Run], None]] = (),
     preview: Callable[[Run], None] | None = None,
+    on_begin: Iterable[Callable[[Run], None]] = (),
 ) -> Run:
     """Train as `config` says (Ho et al. 2020, algorithm 1) and leave a pipeline folder in `config.output_dir`.
 
     Order, noise, timesteps, flips and hidden classes are functions of (seed, update, position in the global batch),
     dropout of (seed, update, position of the micro-batch), so a resumed run continues as if it had not been
     interrupted, and several processes do what one does. SIGTERM and Ctrl-C save a checkpoint and the pipeline and end
-    the run before its time.
+    the run before its time; `stopped_by` of the result tells of it.
 
     Args:
         on_start: called with the `Run` by the main process once all has been checked and before anything is written.
         on_save: called with the `Run` by the main process after each save, the last one included.
         preview: called with the `Run` by all processes after saves, as often as `preview_time_share` allows and at the
             end; if it fails, the run goes on.
+        on_begin: called with the `Run` by the main process after train_config.json was written, before the first
+            update.
 
     Raises:
         ValueError: something in `config` can't be; nothing has been written then (but quarantine.csv, if that is it).
             Or memory, or the compiler, fails in an update; the checkpoints from before it are whole.
-        FloatingPointError: losses or gradients were not finite too many times in a row.
+        FloatingPointError: losses or gradients were not finite too many times in a row, or the training has diverged.
+        Stopped: SIGTERM or Ctrl-C came before the first update; nothing has been written then.
     """
-    if Path(config.output_dir).is_file():
+    folder = Path(config.output_dir)
+    if folder.is_file():
         raise ValueError(f"output_dir={config.output_dir!r} is a file; it must be a folder or not be there yet")
     accelerator = _accelerator(config)
+    with StopSignals() as stop, contextlib.ExitStack() as stack:
+        _by_main(accelerator, lambda: stack.enter_context(Lock(folder, "train")))
+        checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
+        _by_main(accelerator, checkpoints.roll_back)
+        paths = checkpoints.find(config)
+        accelerator.wait_for_everyone()
+        return _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on_save, preview)
+
+
+def _by_main(accelerator: Accelerator, work: Callable) -> None:
+    """Have the main process do something, and all raise its error."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+    reason = broadcast_object_list([error and str(error)])[0]
+    if error is not None:
+        raise error
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on_save, preview) -> Run:
     images, held_out = _images(config, accelerator)
     unet, scheduler = _model(config, images)
     ema = EMA(unet, config.ema_max_decay)
@@ -149,107 +201,131 @@ def train(
     global_batch = micro_batch * processes * micros
     total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
     run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
-    checkpoints = Checkpoints(run.output_dir, config.checkpoints_total_limit)
-    state = checkpoints.restore(config, unet, ema, optimizer)
-    run.step = state["step"]
+    state = checkpoints.restore(config, paths, lambda saved: _check_same(saved, run), unet, ema, optimizer)
+    run.step, run.best = state["step"], state.get("best", {})
     _go_on(state, run)
     accelerator.wait_for_everyone()  # until all have read what is now written over
     if accelerator.is_main_process:
         for callback in on_start:
             callback(run)
-        checkpoints.clear_after(state["kept"])
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(run.output_dir / "train_config.json")
+        checkpoints.make_room(state["kept"])
+        config.save(run.output_dir / TRAIN_CONFIG)  # first: it marks what is in the folder as that of a run
         _write_quarantine(run.output_dir, images.bad)
+        for callback in on_begin:
+            callback(run)
     network, optimizer = accelerator.prepare(unet.train(), optimizer)
     device, may_look = accelerator.device, _may_look(accelerator.device)
     ema.model.to(device)
     compiling = Compiling(run)
     _start_trackers(run)
-    progress, previews = Progress(run, global_batch, state["kept"]), Previews(preview, config.preview_time_share)
+    progress, previews = Progress(run, global_batch, state["kept"] or 0), Previews(preview, config.preview_time_share)
     # Of the global batch, micro-batch by micro-batch, what this process does
     micro_numbers = range(accelerator.process_index, micros * processes, processes)
     rows = (torch.tensor(micro_numbers)[:, None] * micro_batch + torch.arange(micro_batch)).flatten()
 
-    def save(with_previews=True):
+    def save():
+        """What belongs to a save: the held-out loss, a row of the log, checkpoint, pipeline, previews, callbacks."""
         run.metrics.clear()
+        measured = None
         with progress.pause():
-            held_out = held_out_loss(run) if with_previews else None
-        progress.write_row(learning_rate(config, run.step - 1, total_steps), held_out)
+            if not run.stopped_by:
+                measured = held_out_loss(run)
+            held_out = held_out_loss(run, HELD_OUT_AT_A_STOP) if measured is None else measured
+        loss = progress.write_row(learning_rate(config, run.step - 1, total_steps), measured)
+        why = _diverged(run, checkpoints, held_out, loss)
+        if why is not None and run.finished:
+            raise FloatingPointError(why)
+        if why is None:
+            write_down(measured, loss)
+        elif accelerator.is_main_process:
+            log.error(why)
+        if not run.stopped_by and (accelerator.num_processes > 1 or not stop_requested()):
+            previews.after_save(run, progress.images_per_second)
+        if why is None and accelerator.is_main_process:
+            for callback in on_save:
+                with contextlib.suppress(Stopped):  # what one of them leaves undone is nothing to the others
+                    callback(run)
+        accelerator.wait_for_everyone()
+        progress.restart_clock()
+
+    def write_down(measured, loss):
+        if measured is not None and measured <= run.best.get("held_out_loss", math.inf):
+            run.best = {"step": run.step, "held_out_loss": measured, "loss": loss}
         streams = gather_object([images.state()]) if config.streaming else None
         if accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            more = {"images": _identity(run), "objective": _objective(run), "streams": streams, "scaler": scaler}
+            more = {"images": _identity(run), **_recorded(run), "best": run.best, "streams": streams, "scaler": scaler}
             checkpoints.save(run.step, total_steps, unet, ema, optimizer, **more)
             if streams:
                 _write_quarantine(run.output_dir, [bad for stream in streams for bad in stream["bad"]])
             save_pipeline(run)
-        if with_previews:
-            previews.after_save(run, progress.images_per_second)
-        if accelerator.is_main_process:
-            for callback in on_save:
-                callback(run)
-        accelerator.wait_for_everyone()
-        progress.restart_clock()
 
     skips = Skips(device)
-    with progress, StopSignals() as stop:
-        if run.finished:  # resumed behind its end
-            save()
-        while not run.finished and not stop.received(run):
-            # On CUDA the host comes here while the device still computes the update before: nothing in this loop waits
-            # for it but the reading for a row of log.csv, and copies go from pinned memory. No thread has to prefetch.
-            with progress.loading(), _quarantining(config):
-                of_all = draw(config, scheduler, (global_batch, *images.shape), run.step)
-                noise, timesteps, flips, hidden = (d[rows] for d in of_all)
-                batch, labels = images.of_update(config.seed, run.step, global_batch, rows)
-                batch = mirrored(batch, flips.flatten())
-                labels = _labels(run, labels, hidden)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, run.step, total_steps)
-            with _explaining(config):
-                loss, seen = 0.0, []
-                for micro, number in enumerate(micro_numbers):
-                    this = slice(micro * micro_batch, (micro + 1) * micro_batch)
-                    x, z, t = (to_device(d[this], device) for d in (batch, noise, timesteps))
-                    y = None if labels is None else to_device(labels[this], device)
-                    torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
-                    synced = accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext()
-                    with synced, compiling.told_once():
-                        errors, bounds = diffusion_loss(network, scheduler, x, z, t, y, images.levels)
-                        weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
-                        losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
-                        micro_loss = losses.mean() / micros
-                        accelerator.backward(micro_loss)
-                    loss = loss + micro_loss.detach()
-                    seen.append((t, errors.detach()))
-                norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                finite = _all_finite(accelerator, loss, norm)
-                _step(accelerator, optimizer, finite)
-                optimizer.zero_grad()
-                run.step += 1
-                if not may_look:
-                    ema.update(unet, run.step, finite.float())
-                elif finite:
-                    ema.update(unet, run.step)
-
-            progress.update(loss, seen, finite)
-            skips.update(finite, run.step)
-            to_save = run.finished or run.step % config.checkpointing_steps == 0
-            to_log = run.step % LOG_EVERY == 0
-            if to_save or to_log or may_look:
-                skips.check(run, checkpoints)
-            if to_save:
+    began_at = run.step
+    with progress:
+        with contextlib.suppress(Stopped):
+            stop.may_raise = accelerator.num_processes == 1  # else the others would wait for this one
+            if run.finished:  # resumed behind its end
                 save()
-            elif to_log:
-                progress.write_row(learning_rate(config, run.step - 1, total_steps))
+            while not run.finished and not _stop_asked(run):
+                # On CUDA the host comes here while the device still computes the update before: nothing in this loop
+                # waits for it but the reading for a row of log.csv, and copies go from pinned memory. No thread has to
+                # prefetch.
+                with progress.loading(), _quarantining(config):
+                    of_all = draw(config, scheduler, (global_batch, *images.shape), run.step)
+                    noise, timesteps, flips, hidden = (d[rows] for d in of_all)
+                    batch, labels = images.of_update(config.seed, run.step, global_batch, rows)
+                    batch = mirrored(batch, flips.flatten())
+                    labels = _labels(run, labels, hidden)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, run.step, total_steps)
+                with _explaining(config):
+                    loss, seen = 0.0, []
+                    for micro, number in enumerate(micro_numbers):
+                        this = slice(micro * micro_batch, (micro + 1) * micro_batch)
+                        x, z, t = (to_device(d[this], device) for d in (batch, noise, timesteps))
+                        y = None if labels is None else to_device(labels[this], device)
+                        torch.manual_seed(stream_seed(config.seed, "dropout", run.step * micros * processes + number))
+                        synced = accelerator.no_sync(network) if micro < micros - 1 else contextlib.nullcontext()
+                        with synced, compiling.told_once():
+                            errors, bounds = diffusion_loss(network, scheduler, x, z, t, y, images.levels)
+                            weights = 1.0 if config.snr_gamma is None else scheduler.min_snr_weight(t, config.snr_gamma)
+                            losses = weights * errors if bounds is None else weights * errors + VLB_WEIGHT * bounds
+                            micro_loss = losses.mean() / micros
+                            accelerator.backward(micro_loss)
+                        loss = loss + micro_loss.detach()
+                        seen.append((t, errors.detach()))
+                    norm = accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+                    finite = _all_finite(accelerator, loss, norm)
+                    _step(accelerator, optimizer, finite)
+                    optimizer.zero_grad()
+                    run.step += 1
+                    if not may_look:
+                        ema.update(unet, run.step, finite.float())
+                    elif finite:
+                        ema.update(unet, run.step)
+
+                progress.update(loss, seen, finite)
+                skips.update(finite, run.step)
+                to_save = run.finished or run.step % config.checkpointing_steps == 0
+                to_log = run.step % LOG_EVERY == 0
+                if to_save or to_log or may_look:
+                    skips.check(run, checkpoints)
+                if to_save:
+                    save()
+                elif to_log:
+                    progress.write_row(learning_rate(config, run.step - 1, total_steps))
+        stop.may_raise = False
         if not run.finished:
-            save(with_previews=False)
-    if not run.finished and accelerator.is_main_process:
+            run.stopped_by = stop.name or "SIGTERM"  # of another process
+            if run.step > began_at:
+                save()
+    if run.stopped_by and accelerator.is_main_process:
         log.warning(
             f"stopped by {stop.name or 'a signal to another process'} after update {run.step} of {total_steps}; "
             "the same command with --resume_from_checkpoint latest goes on from there"
         )
+    run.stopped_by = run.stopped_by or stop.name
     accelerator.end_training()
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         time.sleep(GLOO_LETS_GO)
@@ -320,8 +396,9 @@ def _quarantining(config: TrainConfig) -> Iterator[None]:
 
 def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
     if bad:
-        with open(folder / QUARANTINE, "w", newline="") as file:
-            csv.writer(file).writerows([("path", "reason"), *dict(bad).items()])
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("path", "reason"), *dict(bad).items()])
+        write(folder / QUARANTINE, text.getvalue())
     else:
         (folder / QUARANTINE).unlink(missing_ok=True)  # of a run before this one
 
@@ -329,11 +406,6 @@ def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
 def _go_on(state: dict, run: Run) -> None:
     """From what a checkpoint holds beside weights."""
     accelerator, streams = run.accelerator, state.get("streams")
-    if run.step and state.get("objective", _objective(run)) != _objective(run):
-        raise ValueError(
-            f"the network of the checkpoint learnt {state['objective']}, and this run is to learn {_objective(run)}: "
-            "resume with the settings that it began with"
-        )
     if run.step and state["images"] != _identity(run) and accelerator.is_main_process:
         log.warning(
             f"the images ({_identity(run)}) are not those of the checkpoint ({state['images']}): "
@@ -359,9 +431,94 @@ def _identity(run: Run) -> str:
     return f"{images.fingerprint}, classes {checksum:08x}"
 
 
-def _objective(run: Run) -> dict:
-    """The settings that say what the network learns, as JSON gives them back."""
-    return {name: run.pipeline.scheduler.config.get(name) for name in OBJECTIVE}
+def _recorded(run: Run) -> dict:
+    """What a checkpoint keeps of the settings of its run, as JSON gives it back."""
+    config = run.config
+    network = {name: value for name, value in run.unet.config.items() if name[:1] != "_"}
+    objective = {name: run.pipeline.scheduler.config.get(name) for name in OBJECTIVE} | {"snr_gamma": config.snr_gamma}
+    batch = {
+        "train_batch_size": config.train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "processes": run.accelerator.num_processes,
+    }
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_KEPT}
+    return json.loads(json.dumps({"settings": settings, "network": network, "objective": objective, "batch": batch}))
+
+
+def _check_same(state: dict, run: Run) -> None:
+    """Raise ValueError if a checkpoint is of another network, objective, global batch or seed; log what else differs.
+
+    Checkpoints of versions that did not record something are not compared in it.
+    """
+    here = _recorded(run)
+    for what, ignored in (("network", NOT_THE_NETWORK), ("objective", ())):
+        before = {name: state[what][name] for name in here[what] if name in state.get(what, ())}
+        changed = _differences({k: v for k, v in here[what].items() if k in before and k not in ignored}, before)
+        if changed:
+            raise ValueError(
+                f"resume_from_checkpoint: this run has another {what} than the checkpoint: {changed}; "
+                "resume with the settings that it began with"
+            )
+    before = state.get("batch", here["batch"])
+    sizes = [math.prod(batch.values()) for batch in (here["batch"], before)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"resume_from_checkpoint: an update of this run sees {sizes[0]} images and one of the checkpoint's saw "
+            f"{sizes[1]} ({_differences(here['batch'], before)}): their product must stay, or the order of the data "
+            "changes"
+        )
+    settings = state.get("settings", here["settings"])
+    if settings["seed"] != run.config.seed:
+        raise ValueError(
+            f"resume_from_checkpoint: seed={run.config.seed}, and the checkpoint's run had seed={settings['seed']}: "
+            "the order of the data and the noise would change; resume with that seed"
+        )
+    changed = [
+        _differences(now, then)
+        for now, then in (
+            (here["settings"], settings),
+            ({name: v for name, v in here["network"].items() if name.startswith("dropout")}, state.get("network", {})),
+            (here["batch"], before),
+        )
+    ]
+    if any(changed) and run.accelerator.is_main_process:
+        log.warning(f"resuming with changed settings: {', '.join(filter(None, changed))}")
+
+
+def _differences(now: dict, before: dict) -> str:
+    """The settings of `now` that `before` has with another value, in words."""
+    return ", ".join(f"{name}={v!r} was {before[name]!r}" for name, v in now.items() if before.get(name, v) != v)
+
+
+def _diverged(run: Run, checkpoints: Checkpoints, held_out: float | None, loss: float | None) -> str | None:
+    """Why the network as it is now must not take the place of an earlier one; None if it may.
+
+    Args:
+        held_out: the held-out loss now, the same in all processes; None if nothing was held out.
+        loss: the training loss since the last row of the log, weighted as it is trained.
+
+    Raises:
+        FloatingPointError: the held-out loss is not finite.
+    """
+    if held_out is None:
+        return None
+    best, there = run.best, checkpoints.found()
+    good = f"{there[-1]} is from before it" if there else "no checkpoint was saved before it"
+    advice = f"try a smaller learning_rate than {run.config.learning_rate:g}"
+    if not math.isfinite(held_out):
+        raise FloatingPointError(
+            f"after update {run.step} the held-out loss is {held_out}, though the weights are finite: the training has "
+            f"diverged, and nothing is saved of it; {good}; {advice}"
+        )
+    if not best or held_out <= HELD_OUT_GROWN * best["held_out_loss"]:
+        return None
+    if loss is not None and best["loss"] is not None and loss <= TRAINING_GROWN * best["loss"]:
+        return None
+    return (
+        f"after update {run.step} the held-out loss is {held_out:.4g}, more than {HELD_OUT_GROWN:g} times its lowest "
+        f"({best['held_out_loss']:.4g} after update {best['step']}), and the training loss has grown too: the training "
+        f"has diverged. No checkpoint is made and the pipeline stays as it was; {good}; {advice}"
+    )
 
 
 def _start_trackers(run: Run) -> None:
@@ -523,28 +680,41 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(run: Run) -> float:
+def held_out_loss(run: Run, most: int | None = None) -> float | None:
     """L_simple of the averaged network on the held-out images, at timesteps spread evenly over 0 ... T-1.
 
     It is not weighted, and held-out images without a class are predicted without one. Noise and timesteps are the same
     each time and in every run, so that only the network makes the difference.
+
+    Args:
+        most: images to take, evenly spread; None: all, unless a stop is asked for meanwhile.
+
+    Returns:
+        None if there are no held-out images, or a process was asked to stop before all were seen.
     """
     if run.held_out is None:
-        return math.nan
+        return None
     unet, scheduler, accelerator = run.pipeline.unet, run.pipeline.scheduler, run.accelerator
-    n = len(run.held_out)
+    images = torch.arange(len(run.held_out))
+    if most is not None and most < len(images):
+        images = torch.linspace(0, len(images) - 1, most).round().long()
+    n = len(images)
     generator = seeded_generator(0, "held-out loss", n)
     timesteps = (torch.arange(n) * len(scheduler) // n)[torch.randperm(n, generator=generator)]
-    total = torch.zeros((), device=unet.device)
-    for k, indices in enumerate(torch.arange(n).split(run.config.train_batch_size)):
-        z = torch.randn((len(indices), *run.held_out.shape), generator=generator)
+    total = torch.zeros(2, device=unet.device)  # of the losses, and of processes that were asked to stop
+    for k, numbers in enumerate(torch.arange(n).split(run.config.train_batch_size)):
+        z = torch.randn((len(numbers), *run.held_out.shape), generator=generator)
+        if most is None and stop_requested():
+            total[1] = 1
+            break
         if k % accelerator.num_processes == accelerator.process_index:
-            x, z, t = (d.to(unet.device) for d in (run.held_out.batch(indices), z, timesteps[indices]))
+            x, z, t = (d.to(unet.device) for d in (run.held_out.batch(images[numbers]), z, timesteps[numbers]))
             y = None
             if run.config.class_conditional:
-                y = _labels(run, run.held_out.labels[indices], torch.tensor(False)).to(unet.device)
-            total += diffusion_loss(unet, scheduler, x, z, t, y)[0].sum()
-    return accelerator.reduce(total, "sum").item() / n
+                y = _labels(run, run.held_out.labels[images[numbers]], torch.tensor(False)).to(unet.device)
+            total[0] += diffusion_loss(unet, scheduler, x, z, t, y)[0].sum()
+    loss, stopped = accelerator.reduce(total, "sum").tolist()
+    return None if stopped else loss / n
 
 
 class UpdateError(ValueError):
@@ -565,7 +735,7 @@ def _explaining(config: TrainConfig) -> Iterator[None]:
                 f"compile=True: torch.compile can't compile the network here ({reason}): it needs a C++ compiler such "
                 "as g++, on CUDA a C compiler and Triton; or leave out compile"
             ) from error
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         batch, micros, help = config.train_batch_size, config.gradient_accumulation_steps, []
         if batch > 1:
@@ -602,31 +772,12 @@ class Compiling:
             log.warning(f"compiled the network in {time.monotonic() - began:.0f} seconds")
 
 
-class StopSignals:
-    """Notes SIGTERM and Ctrl-C instead of dying of them. A second one has its usual effect."""
-
-    def __enter__(self):
-        self.name = None
-        try:
-            self.usual = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread, where signals do not arrive either
-            self.usual = {}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.usual[number])
-
-    def received(self, run: Run) -> bool:
-        """Whether any process has been asked to stop. Several on CUDA ask one another where they wait anyway."""
-        accelerator = run.accelerator
-        if accelerator.num_processes == 1:
-            return self.name is not None
-        if not _may_look(accelerator.device) and run.step % LOG_EVERY and run.step % run.config.checkpointing_steps:
-            return False
-        asked = torch.tensor(float(self.name is not None), device=accelerator.device)
-        return accelerator.reduce(asked).item() > 0
+def _stop_asked(run: Run) -> bool:
+    """Whether any process has been asked to stop. Several on CUDA ask one another where they wait anyway."""
+    accelerator = run.accelerator
+    if accelerator.num_processes == 1:
+        return stop_requested()
+    if not _may_look(accelerator.device) and run.step % LOG_EVERY and run.step % run.config.checkpointing_steps:
+        return False
+    asked = torch.tensor(float(stop_requested()), device=accelerator.device)
+    return accelerator.reduce(asked).item() > 0
