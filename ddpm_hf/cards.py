@@ -5,7 +5,6 @@ import html
 import json
 import logging
 import math
-import os
 import platform
 import shlex
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf.comparison import number, read_evaluation
 from ddpm_hf.extractor import weights_sha256
+from ddpm_hf.files import set_aside, write
 from ddpm_hf.images import PIL_MODES
 from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.solvers import plain_config
@@ -43,10 +43,17 @@ def keep_card(run) -> None:
     What fails of it is told and does not end the run.
     """
     try:
+        for name, read in ((FACTS, lambda path: read_facts(path.parent)), (EVALUATION, read_evaluation)):
+            path = run.output_dir / name
+            try:
+                if path.exists():
+                    read(path)
+            except ValueError as error:  # not the model itself, so the run does not depend on it
+                set_aside(path, str(error))
         facts = facts_of(run)
-        _write(run.output_dir / FACTS, json.dumps(facts, indent=2) + "\n")
+        write(run.output_dir / FACTS, json.dumps(facts, indent=2) + "\n")
         if is_ours(run.output_dir / CARD):
-            _write(run.output_dir / CARD, str(model_card(run.pipeline, facts, run.output_dir)))
+            write(run.output_dir / CARD, str(model_card(run.pipeline, facts, run.output_dir)))
     except Exception as error:
         log.warning(f"training goes on, but update {run.step} has no card: {type(error).__name__} {error}")
 
@@ -89,7 +96,7 @@ def facts_of(run) -> dict:
             "seconds": log[-1]["seconds"] if log else None,
             "seed": config.seed,
             # of a run that was resumed, each that it ran on
-            "hardware": list(dict.fromkeys([*before.get("hardware", []), hardware(run.accelerator)])),
+            "hardware": list(dict.fromkeys([*map(str, before.get("hardware") or ()), hardware(run.accelerator)])),
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "metrics": [*_held_out_loss(run, log), *run.metrics],
@@ -132,7 +139,11 @@ def _of_process(device: torch.device) -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        named = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
+        named = [
+            line.split(":", 1)[1]
+            for line in info.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("model name")
+        ]
         model = named[0].strip() if named else model
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''} of {model}"
@@ -158,10 +169,11 @@ def read_facts(folder: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        facts = json.loads(path.read_text())
-    except ValueError as error:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
-    if not isinstance(facts, dict) or not {"data", "training", "versions", "metrics"} <= facts.keys():
+    kinds = {"data": dict, "training": dict, "versions": dict, "metrics": list}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} can't be read: it is not as training writes it")
     return facts
 
@@ -311,7 +323,7 @@ def _card_maker(pipeline, facts, folder, repo_id, self_contained) -> Callable[[s
     make = functools.partial(
         ModelCard.from_template,
         card_data,
-        template_str=resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text(),
+        template_str=resources.files("ddpm_hf").joinpath("templates/model_card.md").read_text(encoding="utf-8"),
         mark=MARK,
         name=name,
         source=json.dumps(source, ensure_ascii=False),
@@ -359,10 +371,3 @@ def _duration(seconds: float | None) -> str | None:
         return None
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 300 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _write(path: Path, text: str) -> None:
-    """A reader never meets half a file."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text)
-    os.replace(beside, path)

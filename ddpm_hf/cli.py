@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 import ddpm_hf
 from ddpm_hf.allocator import is_out_of_memory
+from ddpm_hf.files import save_picture
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,7 +139,7 @@ def sample(args: list[str]) -> int:
     picture = sampling.compare_solvers(pipeline, solvers, steps, seed=given.seed, **settings)
     os.makedirs(given.output, exist_ok=True)
     path = os.path.join(given.output, sampling.COMPARISON)
-    picture.save(path)
+    save_picture(picture, path)
     print(path)
     return 0
 

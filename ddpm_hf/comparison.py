@@ -18,7 +18,7 @@ def read_evaluation(path: str | Path) -> dict:
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: can't be read: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("protocol", "metrics")):
         raise ValueError(f'{path}: is no evaluation, {{"protocol": ..., "metrics": ...}}')

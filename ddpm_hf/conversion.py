@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ddpm_hf.config import YamlLoader
+from ddpm_hf.files import PART, sync_folder, write, writing_tree
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.solvers import scheduler_class
@@ -552,24 +552,26 @@ def convert_back(source, output) -> list[str]:
     return [f"UNet2DModel: {sum(p.numel() for p in unet.parameters()):,} parameters -> {output}"]
 
 
-def write_whole(output: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder beside and name it `output` when it is whole."""
+def write_whole(output: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` fill a folder beside and name it `output` when it is whole."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+        beside = output.with_name(f"{PART}{os.getpid()}-{output.name}")
+        beside.mkdir()
     except OSError as error:
         raise ValueError(f"output {str(output)!r} can't be written: {error}") from error
     try:
-        write(beside)
-        os.chmod(beside, 0o755)
+        with writing_tree(beside):
+            fill(beside)
         os.replace(beside, output)
+        sync_folder(output.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(pipeline, folder: Path, card: str) -> None:
     pipeline.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
+    write(folder / "README.md", card)
 
 
 def _from_tutorial(path: Path, kind, source_config):
@@ -638,7 +640,7 @@ def _from_diffusers(folder: Path):
     if not (unet_folder / "config.json").is_file():
         raise ValueError(f"source {str(folder)!r} has neither unet/config.json nor config.json")
     try:
-        stored = json.loads((unet_folder / "config.json").read_text())
+        stored = json.loads((unet_folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{unet_folder / 'config.json'} is not JSON: {error}") from error
     if not isinstance(stored, dict) or stored.get("_class_name", "UNet2DModel") != "UNet2DModel":
@@ -672,7 +674,7 @@ def _from_diffusers(folder: Path):
 def _scheduler_of(file: Path):
     """Ours where it can do what the file says, else diffusers' `DDPMScheduler`; and what to know about it."""
     try:
-        theirs = json.loads(file.read_text())
+        theirs = json.loads(file.read_text(encoding="utf-8"))
         name = theirs.get("_class_name", "DDPMScheduler")
         try:
             scheduler = scheduler_class(theirs).from_config(theirs)
@@ -731,7 +733,7 @@ def read_source_config(path) -> dict:
     if path is None:
         return {}
     try:
-        content = YamlLoader(Path(path).read_text()).get_single_data()
+        content = YamlLoader(Path(path).read_text(encoding="utf-8-sig")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"source_config={str(path)!r} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -4,6 +4,7 @@
 `comparison` puts several side by side if their protocols agree.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ from ddpm_hf.fidelity import (
     nearest_neighbours,
     precision_recall_density_coverage,
 )
+from ddpm_hf.files import Lock, write
 from ddpm_hf.films import grid, with_caption
 from ddpm_hf.images import to_output
 from ddpm_hf.likelihood import (
@@ -117,46 +119,48 @@ def evaluate(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were launched and each would do all of the work: use "
             "`accelerate launch`, or set ACCELERATE_USE_CPU=true where there is no other device"
         )
-    pipeline = load_pipeline(model, "model", "raw" if weights == "raw" else None)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(accelerator.device)
-    pipeline.unet.eval().requires_grad_(False)
-    steps = num_inference_steps
-    if steps is None:  # some solvers can't visit every timestep
-        steps = min(50, max(1, pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)))
-    config = data_config(model, pipeline, dataset_name, train_data_dir, output)
-    train, held_out = load_images(config, test_limit=None)
-    if train.shape != pipeline.image_shape:
-        raise ValueError(
-            f"the images of {config.train_data_dir or config.dataset_name!r} are {train.shape} (channels, height, "
-            f"width), and those of the model {pipeline.image_shape}: evaluate it on images of its own kind"
-        )
-    run = _Evaluation(
-        pipeline, accelerator, train, held_out, set(metrics), seed, batch_size, num_samples, steps, scheduler,
-        guidance_scale, bpd_images, Path(cache) if cache else Path(HF_HOME) / "ddpm_hf" / "features",
-    )  # fmt: skip
-    run.check()
-    if run.metrics & OF_FEATURES or features is not None:
-        channels = train.shape[0]
-        default = "digits" if has_embedded_digits(config) and train.shape[1:] == (8, 8) else None
-        run.extractor = make_extractor(features or default, channels, accelerator.device)
-        run.check_extractor()
-    found = run.measured()
-    protocol = {
-        "model": {
-            "name": Path(model).resolve().name if Path(model).exists() else model,
-            "sha256": weights_sha256(pipeline.unet),
-            "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
-            "scheduler": plain_config(pipeline.scheduler),
-        },
-        "weights": weights if weights == "raw" or _train_config(model) else "as saved",
-        **run.protocol(config),
-    }
-    protocol["reference"]["as_trained"] = dataset_name is None and train_data_dir is None
-    evaluation = {"protocol": protocol, "metrics": found}
-    if accelerator.is_main_process:
-        _keep(output, evaluation, run)
-    return evaluation
+    # Two at once would do the same work and mix their reports
+    with Lock(output.parent, output.name) if accelerator.is_main_process else contextlib.nullcontext():
+        pipeline = load_pipeline(model, "model", "raw" if weights == "raw" else None)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(accelerator.device)
+        pipeline.unet.eval().requires_grad_(False)
+        steps = num_inference_steps
+        if steps is None:  # some solvers can't visit every timestep
+            steps = min(50, max(1, pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)))
+        config = data_config(model, pipeline, dataset_name, train_data_dir, output)
+        train, held_out = load_images(config, test_limit=None)
+        if train.shape != pipeline.image_shape:
+            raise ValueError(
+                f"the images of {config.train_data_dir or config.dataset_name!r} are {train.shape} (channels, height, "
+                f"width), and those of the model {pipeline.image_shape}: evaluate it on images of its own kind"
+            )
+        run = _Evaluation(
+            pipeline, accelerator, train, held_out, set(metrics), seed, batch_size, num_samples, steps, scheduler,
+            guidance_scale, bpd_images, Path(cache) if cache else Path(HF_HOME) / "ddpm_hf" / "features",
+        )  # fmt: skip
+        run.check()
+        if run.metrics & OF_FEATURES or features is not None:
+            channels = train.shape[0]
+            default = "digits" if has_embedded_digits(config) and train.shape[1:] == (8, 8) else None
+            run.extractor = make_extractor(features or default, channels, accelerator.device)
+            run.check_extractor()
+        found = run.measured()
+        protocol = {
+            "model": {
+                "name": Path(model).resolve().name if Path(model).exists() else model,
+                "sha256": weights_sha256(pipeline.unet),
+                "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+                "scheduler": plain_config(pipeline.scheduler),
+            },
+            "weights": weights if weights == "raw" or _train_config(model) else "as saved",
+            **run.protocol(config),
+        }
+        protocol["reference"]["as_trained"] = dataset_name is None and train_data_dir is None
+        evaluation = {"protocol": protocol, "metrics": found}
+        if accelerator.is_main_process:
+            _keep(output, evaluation, run)
+        return evaluation
 
 
 def _keep(output: Path, evaluation: dict, run: "_Evaluation") -> None:
@@ -166,9 +170,9 @@ def _keep(output: Path, evaluation: dict, run: "_Evaluation") -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in (CURVES, *REPORT):  # of an evaluation before this one
         (output.parent / f"{prefix}{name}").unlink(missing_ok=True)
-    _write(output, text)
+    write(output, text)
     if run.by_timestep:
-        _write(output.parent / f"{prefix}{CURVES}", _csv(run.by_timestep))
+        write(output.parent / f"{prefix}{CURVES}", _csv(run.by_timestep))
     try:
         write_report(output.parent, evaluation, run.pictures, run.by_timestep, prefix)
     except Exception as error:
@@ -212,8 +216,8 @@ def data_config(
         )
     if folder is not None and among_images(Path(folder), output.parent):
         raise ValueError(
-            f"output={str(output)!r} lies among the images of train_data_dir={folder!r}, and the report's picture would "
-            "be taken for one of them: name a file in another folder"
+            f"output={str(output)!r} lies among the images of train_data_dir={folder!r}, and the picture of its report "
+            "would be taken for one of them: name a file in another folder"
         )
     if path is not None and json.loads(path.read_text(encoding="utf-8")).get("streaming"):
         log.warning(
@@ -732,10 +736,3 @@ def _csv(rows: list[dict]) -> str:
     lines = [",".join(rows[0])]
     lines += [",".join("" if value is None else f"{value:.9g}" for value in row.values()) for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """A reader never meets half a file."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -1,9 +1,7 @@
 """What is kept of images as an extractor sees them: statistics of all of them, features of some, on disk if asked."""
 
-import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ddpm_hf.data import ImageData
 from ddpm_hf.extractor import Extractor
+from ddpm_hf.files import save_tensors, writing
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +87,7 @@ class FeatureStats:
 
     def save(self, path: str | Path) -> None:
         """As .npz, with `count`, and `mu` and `sigma` as other tools name them."""
-        with open(path, "wb") as file:
+        with writing(path) as beside, open(beside, "wb") as file:
             np.savez(file, count=self.count, mu=self.mean.numpy(), sigma=self.covariance.numpy())
 
     @classmethod
@@ -231,15 +229,11 @@ def _write(path: Path, measured: Measured) -> None:
     stats = measured.stats
     tensors = {"count": torch.tensor(stats.count), "mean": stats.mean, "scatter": stats.scatter}
     tensors |= {"features": measured.features} | ({} if measured.logits is None else {"logits": measured.logits})
-    partial = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
-        partial.replace(path)  # a reader finds all of it or nothing
-    except (OSError, SafetensorError) as error:  # the numbers are there, and can be had again
+        save_tensors({key: value.contiguous() for key, value in tensors.items()}, path)
+    except OSError as error:  # the numbers are there, and can be had again
         log.warning(f"{path.parent}: can't keep the statistics of features: {error}")
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def checked(name: str, features, least: int = 2) -> torch.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ddpm_hf.files import writing
 from ddpm_hf.images import PIL_MODES, to_output, to_pil, to_unit
 from ddpm_hf.scheduler import draw_noise
 
@@ -70,11 +71,13 @@ def save_film(frames: list[Image.Image], path, seconds: float = 4.0, hold: float
     if suffix not in FILMS:
         raise ValueError(f"{str(path)!r} is no film: its name must end with {', '.join(FILMS)}")
     if suffix == ".mp4":
-        return _save_mp4(frames, path, seconds, hold)
+        with writing(path) as beside:
+            return _save_mp4(frames, beside, seconds, hold)
     durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
     durations[-1] += round(1000 * hold)
     exact = {"lossless": True} if suffix == ".webp" else {}
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, **exact)
+    with writing(path) as beside:
+        frames[0].save(beside, save_all=True, append_images=frames[1:], duration=durations, loop=0, **exact)
 
 
 def _save_mp4(frames: list[Image.Image], path, seconds: float, hold: float) -> None:

@@ -296,7 +296,7 @@ def code_of(folder: Path) -> dict[str, bytes]:
     don't meet.
     """
     package = resources.files("ddpm_hf")
-    sources = {name: package.joinpath(f"{name}.py").read_text() for name in ("pipeline", *MODULES)}
+    sources = {name: package.joinpath(f"{name}.py").read_text(encoding="utf-8") for name in ("pipeline", *MODULES)}
     checksum = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:12]
 
     def shipped(name: str) -> bytes:
@@ -306,7 +306,7 @@ def code_of(folder: Path) -> dict[str, bytes]:
         return relative.encode()
 
     files = {f"ddpm_hf_{checksum}_{name}.py": shipped(name) for name in MODULES} | {"pipeline.py": shipped("pipeline")}
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     for component in ("unet", "scheduler"):
         if index[component][1] in OURS:
             module = f"ddpm_hf_{checksum}_{component}"

@@ -8,6 +8,10 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
+class NotFiniteError(ValueError):
+    """Samples hold NaN or infinities, so they are no images."""
+
+
 def to_unit(name: str, images, channels: int) -> torch.Tensor:
     """One or several `PIL.Image`s, an array (B, H, W, C) or a tensor (B, C, H, W) -> (B, C, H, W) in [0, 1].
 
@@ -54,7 +58,14 @@ def to_mask(mask, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def to_output(sample: torch.Tensor, output_type: str):
-    """(B, C, H, W) as the network sees images, [-1, 1] -> what `DDPMCustomPipeline` returns for `output_type`."""
+    """(B, C, H, W) as the network sees images, [-1, 1] -> what `DDPMCustomPipeline` returns for `output_type`.
+
+    Raises:
+        NotFiniteError: images hold NaN or infinities, which clamping and rounding would make black and white pixels.
+    """
+    bad = int((~sample.isfinite()).flatten(1).any(dim=1).sum())  # the only wait for the device
+    if bad:
+        raise NotFiniteError(f"the samples are not finite: {bad} of {len(sample)} images hold NaN or infinities")
     return sample if output_type == "latent" else from_unit((sample / 2 + 0.5).clamp(0, 1), output_type)
 
 

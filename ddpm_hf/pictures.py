@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ddpm_hf.data import ImageData, batch_indices
+from ddpm_hf.files import save_picture, writing
 from ddpm_hf.films import grid, save_film, with_caption, with_row_names
 from ddpm_hf.images import to_output
 from ddpm_hf.pipeline import DDPMCustomPipeline
@@ -63,7 +64,8 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
     by_timestep.set(xlabel="timestep / T", yscale="log", title=f"of the last {len(lately)} rows of log.csv")
     for each in (axes, by_timestep):
         each.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
+    with writing(path) as beside:
+        figure.savefig(beside, dpi=120)
 
 
 def draw_data(run: Run) -> None:
@@ -88,10 +90,9 @@ def draw_data(run: Run) -> None:
         numbers, parts = shown, [shown]
     for c, (least, most, mean, std) in enumerate(_moments(parts)):
         lines.append(f"channel {c} of {len(numbers):,}: {least:.3f} ... {most:.3f}, mean {mean:.3f}, std {std:.3f}")
-    run.output_dir.mkdir(parents=True, exist_ok=True)
     if not run.step:
         (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of a run before this one
-    with_caption(picture, lines).save(run.output_dir / "data.png")
+    save_picture(with_caption(picture, lines), run.output_dir / "data.png")
 
 
 def _moments(parts: Iterable[torch.Tensor]) -> list[tuple[float, float, float, float]]:
@@ -166,7 +167,7 @@ def draw_pictures(run: Run) -> None:
         return with_row_names(picture, [names[label] for label in labels[::columns]])
 
     picture = arranged(samples)
-    picture.save(run.output_dir / "samples.png")
+    save_picture(picture, run.output_dir / "samples.png")
     show(run, "samples", picture)
     weighted = config.snr_gamma is not None
     loss_curve(read_log(run.output_dir / "log.csv"), run.output_dir / "loss.png", weighted)
@@ -178,12 +179,12 @@ def draw_pictures(run: Run) -> None:
         both = Image.new("RGB", (halves[0].width + 8 + halves[1].width, halves[0].height), "white")
         both.paste(halves[0], (0, 0))
         both.paste(halves[1], (halves[0].width + 8, 0))
-        both.save(first)
+        save_picture(both, first)
     if run.finished:
         save_film([arranged(frame) for frame in [*frames, samples]], run.output_dir / "denoising.gif")
         shown = run.images.first(4, config.seed)
         row = forward_process(shown, run.pipeline.scheduler)
-        grid(row, len(row) // len(shown), scale).save(run.output_dir / "forward.png")
+        save_picture(grid(row, len(row) // len(shown), scale), run.output_dir / "forward.png")
         if isinstance(run.images, ImageData):
             x = torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1
             found, distances = nearest(x, run.images, NEIGHBOURS)
@@ -238,7 +239,7 @@ def _draw_neighbours(run: Run, samples: torch.Tensor, found: torch.Tensor, scale
     for k, half in enumerate(halves):
         picture.paste(half, (k * (halves[0].width + gap), 0))
     caption = [f"first of each row: a sample; the others: the {found.shape[1]} most similar images of the data"]
-    with_caption(picture, caption).save(run.output_dir / "neighbours.png")
+    save_picture(with_caption(picture, caption), run.output_dir / "neighbours.png")
 
 
 def show(run: Run, name: str, picture: Image.Image) -> None:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, PNDMSc
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
-from ddpm_hf.images import OUTPUT_TYPES, PIL_MODES, from_unit, to_mask, to_output, to_unit
+from ddpm_hf.images import OUTPUT_TYPES, PIL_MODES, NotFiniteError, from_unit, to_mask, to_output, to_unit
 from ddpm_hf.loading import load_components
 from ddpm_hf.scheduler import CosineNoiseScheduler, LinearNoiseScheduler, draw_noise
 from ddpm_hf.solvers import CLAMPING, make_solver, set_walk
@@ -118,6 +118,10 @@ class DDPMCustomPipeline(DiffusionPipeline):
 
         Returns:
             `ImagePipelineOutput` with `images`, or the tuple of it.
+
+        Raises:
+            ValueError: an argument that can't be, or samples that are not finite (`NotFiniteError`), of any
+                `output_type`: it names a weight that is not finite, or what else the likely cause is.
         """
         if image is not None and latents is not None:
             raise ValueError("image, latents: give one of them to begin with")
@@ -143,7 +147,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         else:
             sample = draw_noise((batch_size, *self.image_shape), generator, device, dtype) * solver.init_noise_sigma
         sample = self._denoise(solver, timesteps, sample, generator, labels, guidance_scale, callback_on_step_end)
-        return self._output(sample, output_type, return_dict)
+        return self._output(sample, output_type, return_dict, solver)
 
     @torch.no_grad()
     def inpaint(
@@ -206,10 +210,14 @@ class DDPMCustomPipeline(DiffusionPipeline):
             if self.interrupt:
                 break
         sample = torch.where(mask, sample, image)
-        if output_type == "latent":
-            return self._output(sample, output_type, return_dict)
-        unit = torch.where(mask, to_output(sample, "pt"), given)  # the same bits, which [-1, 1] and back would not give
-        return self._output(unit, output_type, return_dict, from_unit)
+
+        def convert(sample, output_type):
+            if output_type == "latent":
+                return to_output(sample, output_type)
+            # the same bits as given, which [-1, 1] and back would not give
+            return from_unit(torch.where(mask, to_output(sample, "pt"), given), output_type)
+
+        return self._output(sample, output_type, return_dict, solver, convert)
 
     @torch.no_grad()
     def interpolate(
@@ -297,7 +305,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
             sample = slerp(a, b, weights) * solver.init_noise_sigma
         alike = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in range(steps)]
         sample = self._denoise(solver, timesteps, sample, alike, labels, guidance_scale, callback_on_step_end)
-        return self._output(sample, output_type, return_dict)
+        return self._output(sample, output_type, return_dict, solver)
 
     @torch.no_grad()
     def invert(
@@ -330,8 +338,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         )
         sample = image.expand(batch_size, -1, -1, -1)
         sample = self._invert(sample, solver.timesteps, iterations, labels, guidance_scale, callback_on_step_end)
-        self.maybe_free_model_hooks()
-        return sample
+        return self._output(sample, "latent", False, solver)[0]
 
     def _invert(self, sample, timesteps, iterations, labels, guidance_scale, callback) -> torch.Tensor:
         ours = make_solver("ddpm", self.scheduler)
@@ -439,10 +446,32 @@ class DDPMCustomPipeline(DiffusionPipeline):
         changed = {} if callback is None else callback(self, i, timestep, tensors) or {}
         return changed.get("sample", tensors["sample"])
 
-    def _output(self, sample, output_type: str, return_dict: bool, convert=to_output):
+    def _output(self, sample, output_type: str, return_dict: bool, solver, convert=to_output):
+        """The end of every walk; a `NotFiniteError` tells why too."""
         self.maybe_free_model_hooks()
-        images = convert(sample, output_type)
+        try:
+            images = convert(sample, output_type)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}; {self._why_not_finite(solver)}") from None
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _why_not_finite(self, solver) -> str:
+        weights = [*self.unet.named_parameters(), *self.unet.named_buffers()]
+        for name, weight in weights:
+            if not weight.is_meta and not weight.float().isfinite().all():
+                kind = str(weight.dtype).removeprefix("torch.")
+                return (
+                    f"the network's weight {name} ({kind}) is not finite: load weights that are, in a torch_dtype "
+                    "that holds them"
+                )
+        offloaded = any(weight.is_meta for _, weight in weights)  # such weights have no values here
+        finite = f"all weights{' that are not offloaded' if offloaded else ''} are finite"
+        device = self._execution_device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.unet.dtype
+        if dtype == torch.float16:
+            return f"{finite}, so something in the network exceeds 65504, the most of float16: use bfloat16 or float32"
+        steps = f"{type(solver).__name__} in {len(solver.timesteps)} steps"
+        return f"{finite}, so {steps} diverged: use another scheduler or another num_inference_steps"
 
     def _predict(self, sample, timestep, labels, guidance_scale: float, dtype) -> torch.Tensor:
         """The network's output in `dtype`, guided.
@@ -451,15 +480,19 @@ class DDPMCustomPipeline(DiffusionPipeline):
         is made; the scheduler clamps the x_0 of the mixture. A learned variance is that of the class.
         """
         if labels is None:
-            return self.unet(sample, timestep).sample.to(dtype)
-        if guidance_scale == 1:
-            return self.unet(sample, timestep, class_labels=labels).sample.to(dtype)
-        null = torch.full_like(labels, self.unet.config.num_classes)
-        both = self.unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
-        of_class, of_none = both.to(dtype).chunk(2)
-        C = sample.shape[1]
-        guided = of_none[:, :C] + guidance_scale * (of_class[:, :C] - of_none[:, :C])
-        return torch.cat([guided, of_class[:, C:]], dim=1)
+            output = self.unet(sample, timestep).sample.to(dtype)
+        elif guidance_scale == 1:
+            output = self.unet(sample, timestep, class_labels=labels).sample.to(dtype)
+        else:
+            null = torch.full_like(labels, self.unet.config.num_classes)
+            both = self.unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
+            of_class, of_none = both.to(dtype).chunk(2)
+            C = sample.shape[1]
+            guided = of_none[:, :C] + guidance_scale * (of_class[:, :C] - of_none[:, :C])
+            output = torch.cat([guided, of_class[:, C:]], dim=1)
+        # A solver that clamps x_0 would make a finite sample, black or white, of an infinity; NaN gets through to the
+        # check at the end, and nobody waits for the device here.
+        return torch.nan_to_num(output, nan=math.nan, posinf=math.nan, neginf=math.nan)
 
     def _labels(self, class_labels, batch_size: int | None, guidance_scale) -> torch.Tensor | None:
         """int64 (batch_size,) on the device, or None for an unconditional network."""
@@ -508,6 +541,8 @@ class DDPMCustomPipeline(DiffusionPipeline):
         if not isinstance(latents, torch.Tensor) or latents.ndim != 4 or latents.shape[1] != channels:
             what = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"latents: is {what}; it must be a tensor of shape (B, {channels}, H, W)")
+        if not latents.isfinite().all():
+            raise ValueError("latents: holds NaN or infinities; it must be noise to begin with, such as invert gives")
         return latents.to(self._execution_device, self._state_dtype)
 
     def _check_inputs(self, batch_size, num_inference_steps, output_type) -> None:

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 import re
 import textwrap
 import warnings
@@ -33,6 +32,7 @@ from ddpm_hf.charts import (
     panels_of,
 )
 from ddpm_hf.comparison import number
+from ddpm_hf.files import write
 
 PAGE, POSTER = "report.html", "report.png"
 PANELS_A_ROW = 4  # of the poster
@@ -85,15 +85,8 @@ def write_report(
             prefix + POSTER: _poster(content, pictures, panels),
         }
     folder.mkdir(parents=True, exist_ok=True)
-    beside = {name: folder / f".{name}" for name in files}
-    try:
-        for name, data in files.items():
-            beside[name].write_bytes(data)
-        for name, path in beside.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+    for name, data in files.items():
+        write(folder / name, data)
 
 
 # ---------------------------------------------------------------- words

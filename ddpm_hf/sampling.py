@@ -1,5 +1,6 @@
 """Samples by the thousand into a folder, and solvers side by side: what `ddpm-hf sample` does."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ddpm_hf.files import Lock, write
 from ddpm_hf.films import grid, with_caption, with_row_names
-from ddpm_hf.images import PIL_MODES, to_pil
+from ddpm_hf.images import PIL_MODES, NotFiniteError, to_pil
 from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.seeds import image_generators
 from ddpm_hf.solvers import SOLVERS
@@ -54,7 +56,8 @@ def sample_to_folder(
         guidance_scale, scheduler (a name), num_inference_steps, clip_sample: as the pipeline has them.
 
     Raises:
-        ValueError: an argument that can't be, or a folder that holds samples of other settings.
+        ValueError: an argument that can't be, a folder that holds samples of other settings, or samples that are not
+            finite, of whose batch nothing is written.
     """
     output, channels = Path(output), pipeline.unet.config.in_channels
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -74,31 +77,46 @@ def sample_to_folder(
     of_call = {"guidance_scale": float(guidance_scale), "scheduler": scheduler, "clip_sample": clip_sample}
     of_call["num_inference_steps"] = num_inference_steps
     pipeline.check_call(class_labels=labels, **of_call)  # before anything is written
-    model = _checksum(pipeline)
-    _keep_settings(output, {"model": model, "seed": seed, "format": format, "class_labels": labels, **of_call})
+    settings = {"model": _checksum(pipeline), "seed": seed, "format": format, "class_labels": labels, **of_call}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    _check_settings(output, settings)
+    kept = False
+
+    def keep(path: Path, content: bytes) -> None:
+        nonlocal kept
+        if not kept:  # not before there is an image: a model that makes none leaves nothing behind
+            output.mkdir(parents=True, exist_ok=True)
+            write(output / SETTINGS, json.dumps(settings, indent=2) + "\n")
+            kept = True
+        write(path, content)
 
     def make(numbers: list[int]) -> np.ndarray:
         classes = {} if labels is None else {"class_labels": [labels[k % len(labels)] for k in numbers]}
         generators = image_generators(seed, numbers)
         return pipeline(len(numbers), generators, output_type="np", **classes, **of_call).images  # (B, H, W, C)
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     unit = SHARD if format == "parquet" else batch_size
     mine = range(rank * unit, num_images, world * unit)
     made, bar = 0, tqdm(total=sum(min(unit, num_images - s) for s in mine), unit=" images", disable=rank != 0)
-    for start in mine:
-        numbers = range(start, min(start + unit, num_images))
-        if format == "parquet":
-            path = output / f"samples-{start // SHARD:05d}.parquet"
-            made += _fill_shard(path, numbers, batch_size, make, pipeline.unet.config, labels)
-        else:
-            missing = [k for k in numbers if not (output / f"{k:06d}.{format}").exists()]
-            for k, image in zip(missing, make(missing) if missing else (), strict=True):
-                _write(output / f"{k:06d}.{format}", _encoded(image, format))
-            made += len(missing)
-        bar.update(len(numbers))
+    with Lock(output, "sample") if rank == 0 else contextlib.nullcontext():
+        for start in mine:
+            numbers = range(start, min(start + unit, num_images))
+            if format == "parquet":
+                path = output / f"samples-{start // SHARD:05d}.parquet"
+                made += _fill_shard(path, numbers, batch_size, make, keep, pipeline.unet.config, labels)
+            else:
+                missing = [k for k in numbers if not _is_whole(output / f"{k:06d}.{format}")]
+                for k, image in zip(missing, make(missing) if missing else (), strict=True):
+                    keep(output / f"{k:06d}.{format}", _encoded(image, format))
+                made += len(missing)
+            bar.update(len(numbers))
     bar.close()
     return made
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a sample is there. A file system that lost power may have kept the name and not the content."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def _checksum(pipeline) -> str:
@@ -110,28 +128,26 @@ def _checksum(pipeline) -> str:
     return digest.hexdigest()[:16]
 
 
-def _keep_settings(output: Path, settings: dict) -> None:
+def _check_settings(output: Path, settings: dict) -> None:
+    """A ValueError if the folder holds samples of other settings, or other things."""
     path = output / SETTINGS
     settings = json.loads(json.dumps(settings))
     # Looked at before the settings are: another process may just now be writing them, and then the first images.
     files = output.iterdir() if output.exists() else ()
-    there = [file for file in files if file.name != COMPARISON and not file.name.endswith(".part")]
+    there = [file for file in files if file.name != COMPARISON and not file.name.startswith(".")]
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged, so nobody knows what the samples beside it are of ({error}): name another folder"
+            ) from error
         for name in sorted(before.keys() | settings.keys()):
             if before.get(name) != settings.get(name):
                 here = f"{output} holds samples with {before.get(name)!r}"
                 raise ValueError(f"{name}={settings.get(name)!r}: {here}; name another folder")
     elif there:
         raise ValueError(f"output={str(output)!r} holds other things: name a folder that is empty or not there yet")
-    output.mkdir(parents=True, exist_ok=True)
-    _write(path, (json.dumps(settings, indent=2) + "\n").encode(), own=str(os.getpid()))
-
-
-def _write(path: Path, content: bytes, own: str = "") -> None:
-    beside = path.with_name(f".{path.name}{own}.part")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def _encoded(image: np.ndarray, format: str) -> bytes:
@@ -143,12 +159,12 @@ def _encoded(image: np.ndarray, format: str) -> bytes:
     return file.getvalue()
 
 
-def _fill_shard(path: Path, numbers: range, batch_size: int, make: Callable, config, labels) -> int:
+def _fill_shard(path: Path, numbers: range, batch_size: int, make: Callable, keep: Callable, config, labels) -> int:
     """How many were made: those that the file does not hold yet."""
     import datasets
     import pyarrow.parquet
 
-    there = [row["bytes"] for row in pyarrow.parquet.read_table(path)["image"].to_pylist()] if path.exists() else []
+    there = [row["bytes"] for row in pyarrow.parquet.read_table(path)["image"].to_pylist()] if _is_whole(path) else []
     missing = numbers[len(there) :]
     if not missing:
         return 0
@@ -162,7 +178,7 @@ def _fill_shard(path: Path, numbers: range, batch_size: int, make: Callable, con
         features["label"] = datasets.ClassLabel(names=names)
     file = BytesIO()
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(file)
-    _write(path, file.getvalue())
+    keep(path, file.getvalue())
     return len(missing)
 
 
@@ -176,17 +192,21 @@ def compare_solvers(
 ) -> Image.Image:
     """A picture: a row a solver, a column a number of steps, the same noise everywhere, and what each took.
 
-    A cell is empty where a solver can't do it, for the number of steps or the model's betas.
+    A cell is empty where a solver can't do it, for the number of steps or the model's betas, or where its samples are
+    not finite.
 
     Args:
         solvers: of "ddpm" and `SOLVERS`.
         num_images: in each cell.
         settings: more arguments of the pipeline.
+
+    Raises:
+        ValueError: an argument that can't be, or samples that are not finite in each cell that has any.
     """
     for solver in solvers:
         if solver not in ("ddpm", *SOLVERS):
             raise ValueError(f"solvers: there is no {solver!r}; choose from ddpm, {', '.join(SOLVERS)}")
-    cells, warm, side = [], False, max(pipeline.image_shape[1:])
+    cells, warm, failed, side = [], False, None, max(pipeline.image_shape[1:])
     for solver in solvers:
         for n in steps:
             try:
@@ -197,16 +217,23 @@ def compare_solvers(
                 log.warning(f"{solver} with {n} steps is left out: {error}")
                 cells.append(with_caption(Image.new("L", (1, 1)), [f"{n} steps: can't"]))
                 continue
-            if not warm:  # the first time takes longer
-                pipeline(num_images, image_generators(seed, range(num_images)), n, scheduler=solver, **settings)
-                warm = True
-            began = time.perf_counter()
-            generators = image_generators(seed, range(num_images))
-            images = pipeline(num_images, generators, n, "np", scheduler=solver, **settings).images
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            took = time.perf_counter() - began
+            try:
+                for _ in range(1 if warm else 2):  # the first time takes longer
+                    began = time.perf_counter()
+                    generators = image_generators(seed, range(num_images))
+                    images = pipeline(num_images, generators, n, "np", scheduler=solver, **settings).images
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    took = time.perf_counter() - began
+                    warm = True
+            except NotFiniteError as error:
+                failed = error
+                log.warning(f"{solver} with {n} steps is left out: {error}")
+                cells.append(with_caption(Image.new("L", (1, 1)), [f"{n} steps: not finite"]))
+                continue
             cells.append(with_caption(grid(images, num_images, max(1, 48 // side)), [f"{n} steps, {took:.2f} s"]))
+    if failed is not None and not warm:  # no cell has images
+        raise failed
     width, height = (max(cell.size[axis] for cell in cells) + 6 for axis in (0, 1))
     picture = Image.new("RGB", (width * len(steps), height * len(solvers)), "white")
     for k, cell in enumerate(cells):
