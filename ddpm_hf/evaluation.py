@@ -53,7 +53,7 @@ from ddpm_hf.report import write_report
 from ddpm_hf.scheduler import NoiseScheduler
 from ddpm_hf.seeds import image_generators, seeded_generator
 from ddpm_hf.solvers import SOLVERS, plain_config, scheduler_class
-from ddpm_hf.sources import among_images
+from ddpm_hf.sources import among_images, reason
 
 METRICS = ("bpd", "fd", "kid", "prdc", "is", "memorization", "loss", "drift")
 OF_FEATURES, OF_SAMPLES = {"fd", "kid", "prdc", "is"}, {"fd", "kid", "prdc", "is", "memorization", "drift"}
@@ -236,7 +236,7 @@ def _train_config(model: str) -> Path | None:
     except RemoteEntryNotFoundError:
         return None
     except Exception as error:  # the network, the Hub and the cache all raise their own
-        raise ValueError(f"model={model!r}: its train_config.json can't be had: {error}") from error
+        raise ValueError(f"model={model!r}: its train_config.json can't be had: {reason(error)}") from error
 
 
 def _check(metrics, weights, num_samples, seed, bpd_images, batch_size) -> None:

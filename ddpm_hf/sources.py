@@ -64,10 +64,16 @@ def _license_on_card(name: str) -> str | None:
     except RemoteEntryNotFoundError:  # the Hub has answered that there is no card
         return None
     except Exception as error:  # the Hub, the network, the cache and what is wrong in a card all raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        log.warning(f"dataset_name={name!r}: its licence is not known, because its card can't be read ({reason})")
+        log.warning(f"dataset_name={name!r}: its licence is not known, because its card can't be read: {reason(error)}")
         return None
     return licenses if isinstance(licenses, str | None) else ", ".join(map(str, licenses))
+
+
+def reason(error: BaseException) -> str:
+    """What happened at first: the Hub's client says that a file is not in the cache where the Hub did not answer."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _folder(config: TrainConfig, streaming: bool):

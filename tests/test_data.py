@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch.testing import assert_close
 
@@ -15,6 +16,7 @@ from ddpm_hf import data
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData, batch_indices, load_images
 from ddpm_hf.seeds import seeded_generator
+from ddpm_hf.sources import _license_on_card
 
 
 def pictures(n, size=(8, 8), mode="RGB", seed=0):
@@ -319,9 +321,108 @@ def test_hidden_files_and_others_are_no_images(tmp_path):
     for name in ("._000.png", "labels.csv", "paper.pdf", "clip.mp4"):
         (tmp_path / name).write_text("x")
     folder_of(tmp_path / ".thumbnails", pictures(1))
-    folder_of(tmp_path / "runs/mine", pictures(1, (99, 99)))  # what a run has drawn
-    train, held_out = load_images(config(tmp_path, output_dir=str(tmp_path / "runs/mine")))
+    train, held_out = load_images(config(tmp_path))
     assert len(train) + len(held_out) == 3
+
+
+@pytest.mark.parametrize("mark", ["train_config.json", "model_index.json", "sampling.json"])
+@pytest.mark.parametrize("output", ["photos/made/mine", "photos/other", "elsewhere"])
+def test_pictures_of_runs_models_and_samples_are_no_data_whoever_asks(tmp_path, monkeypatch, mark, output):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "photos/a", pictures(3))
+    folder_of(tmp_path / "photos/b", pictures(3))
+    folder_of(tmp_path / "photos/made/mine/grids", pictures(1, (99, 99)))
+    folder_of(tmp_path / "photos/train", pictures(1, (99, 99)))  # a name like any other for a folder of a run
+    for folder in ("made/mine", "train"):
+        (tmp_path / "photos" / folder / mark).write_text("{}")
+    train, held_out = load_images(config("photos", output_dir=output))
+    assert (len(train) + len(held_out), train.label_names) == (6, ["a", "b"])
+
+
+def test_a_test_split_that_is_a_run_is_none(tmp_path):
+    folder_of(tmp_path / "train", pictures(10))
+    folder_of(tmp_path / "test", pictures(1, (99, 99)))
+    (tmp_path / "test/train_config.json").write_text("{}")
+    train, held_out = load_images(config(tmp_path))
+    assert (len(train), len(held_out)) == (9, 1)
+
+
+def test_the_folder_of_a_run_is_no_data_set_and_one_of_samples_is(tmp_path):
+    folder_of(tmp_path, pictures(3))
+    (tmp_path / "sampling.json").write_text("{}")
+    train, held_out = load_images(config(tmp_path))
+    assert len(train) + len(held_out) == 3
+    for mark, kind in (("model_index.json", "a model"), ("train_config.json", "a run")):
+        (tmp_path / mark).write_text("{}")
+        with pytest.raises(ValueError, match=f"is the folder of {kind} .it has {mark}.: name a folder that holds imag"):
+            load_images(config(tmp_path))
+
+
+@pytest.mark.parametrize("output", [".", "a", "b", "b/c", "linked"])
+def test_a_run_among_its_images_is_refused(tmp_path, output):
+    """Its mark would take them away from the next who asks."""
+    folder_of(tmp_path / "a", pictures(3))
+    folder_of(tmp_path / "b/c", pictures(3))
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="output_dir='.*' holds images of train_data_dir='.*a folder of its own"):
+        load_images(config(tmp_path, output_dir=str(tmp_path / output)))
+    for allowed in ("runs", "b/d", ".."):
+        load_images(config(tmp_path, output_dir=str(tmp_path / allowed)))
+
+
+@pytest.mark.parametrize("output", [".", "train", "test"])
+def test_a_run_among_the_splits_of_its_images_is_refused(tmp_path, output):
+    for split in ("train", "test"):
+        folder_of(tmp_path / split, pictures(3))
+    with pytest.raises(ValueError, match="output_dir='.*' holds images of train_data_dir='.*a folder of its own"):
+        load_images(config(tmp_path, output_dir=str(tmp_path / output)))
+
+
+def test_a_run_among_its_parquet_files_is_refused(tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": pictures(3)}, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="output_dir='.*' holds images of train_data_dir='.*a folder of its own"):
+        load_images(config(tmp_path, output_dir=str(tmp_path)))
+
+
+# ---------------------------------------------------------------- licences
+
+
+@pytest.mark.parametrize(("front", "license"), [
+    ("license: cc-by-4.0", "cc-by-4.0"),
+    ("license: [mit, cc0-1.0]", "mit, cc0-1.0"),
+    ("pretty_name: It", None),
+])  # fmt: skip
+def test_the_licence_on_the_card_of_a_data_set(hub, tmp_path, caplog, front, license):
+    card = f"---\n{front}\n---\n"
+    hub.plant("you/data", {"README.md": card.encode()}, repo_type="dataset")
+    (tmp_path / "README.md").write_text(card)
+    assert _license_on_card("you/data") == _license_on_card(str(tmp_path)) == license
+    assert not caplog.text
+
+
+def test_a_data_set_without_a_card_has_no_licence_and_that_is_no_fault(hub, tmp_path, caplog):
+    hub.plant("you/data", {"a.txt": b"a"}, repo_type="dataset")
+    assert _license_on_card("you/data") is _license_on_card(str(tmp_path)) is None
+    assert not caplog.text
+
+
+def test_a_licence_that_could_not_be_asked_for_is_told(hub, tmp_path, caplog, monkeypatch):
+    hub.plant("you/data", {"README.md": b"---\nlicense: mit\n---\n"}, repo_type="dataset")
+    hub.fail("README.md", times=100, status=403)
+    assert _license_on_card("you/data") is None
+    assert (
+        "dataset_name='you/data': its licence is not known, because its card can't be read: HfHubHTTPError: 403"
+        in caplog.text
+    )
+    caplog.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # which the client tells as an entry that is not found
+    assert _license_on_card("you/data") is None
+    assert "dataset_name='you/data': its licence is not known, because its card can't be read: Offline" in caplog.text
+    caplog.clear()
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert _license_on_card(str(tmp_path)) is None
+    assert "its licence is not known" in caplog.text
 
 
 @pytest.mark.slow

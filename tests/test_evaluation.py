@@ -262,6 +262,53 @@ def test_what_the_model_was_trained_on_is_found(tmp_path, monkeypatch):
         quick(tmp_path / "run", tmp_path, dataset_name="digits")
 
 
+@pytest.mark.parametrize(("layout", "out"), [
+    (("",), "runs/photos"), (("",), "photos/runs/x"), (("a", "b"), "photos/runs/x"), (("train", "test"), "runs/photos"),
+])  # fmt: skip
+def test_training_and_evaluation_see_the_same_images_from_any_folder(tmp_path, monkeypatch, layout, out):
+    monkeypatch.chdir(tmp_path)
+    for k in range(24):
+        path = tmp_path / "photos" / layout[k % len(layout)] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+    settings = {"train_data_dir": "photos", "max_train_steps": 1}
+    run = train(tiny_config(out, **settings))
+    Image.new("RGB", (9, 9)).save(tmp_path / out / "samples.png")
+    quickly = {"metrics": ("drift",), "num_samples": 12}
+    found = evaluate(out, num_inference_steps=2, **quickly)["protocol"]["reference"]
+    assert (tmp_path / out / "evaluation.json").exists()
+    assert (found["train"]["n"], found["held_out"]["n"]) == (len(run.images), len(run.held_out))
+    again = train(tiny_config(out, **{**settings, "max_train_steps": 2}, resume_from_checkpoint="latest"))
+    assert again.images.fingerprint == run.images.fingerprint
+    assert train(tiny_config("photos/second", **settings)).images.fingerprint == run.images.fingerprint
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"folder 'photos', which model='.*' was trained on, is not in .*elsewhere: giv"
+    ):
+        quick(f"../{out}", tmp_path, **quickly)
+    named = quick(f"../{out}", tmp_path, train_data_dir="../photos", **quickly)["protocol"]["reference"]
+    assert named["train"] == found["train"]
+
+
+@pytest.mark.parametrize("output", ["e.json", "a/e.json", "new/folder/e.json"])
+def test_a_report_among_the_images_is_refused(trained, tmp_path, output):
+    """Its picture would be one of them the next time."""
+    (tmp_path / "a").mkdir()
+    for k in range(24):
+        Image.fromarray(np.full((8, 8), k, np.uint8)).save(tmp_path / "a" / f"{k}.png")
+    settings = {"train_data_dir": str(tmp_path), "metrics": ("drift",), "num_samples": 12, "num_inference_steps": 1}
+    with pytest.raises(ValueError, match=f"output='.*{output}' lies among the images of train_data_dir="):
+        evaluate(str(trained), output=tmp_path / output, **settings)
+    assert not list(tmp_path.rglob("*.json"))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/sampling.json").write_text("{}")
+    for _ in range(2):
+        found = evaluate(str(trained), output=tmp_path / "samples" / "e.json", **settings)
+        assert found["protocol"]["reference"]["train"]["n"] == 22
+
+
 def test_a_model_of_which_nothing_is_known(tmp_path):
     DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="has no train_config.json.*--dataset_name"):

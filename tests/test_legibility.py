@@ -1,10 +1,16 @@
+import ast
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import TINY_UNET
 from sklearn.datasets import load_digits
 
+from ddpm_hf.cli import main
 from ddpm_hf.legibility import digits_legibility
+from ddpm_hf.seeds import image_generators
 
 
 class Gives:
@@ -47,3 +53,91 @@ def test_what_was_asked_for_is_what_is_read(off):
     told = digits_legibility(Gives(digits.data[of], 10), 5, seed=0, num_samples=150, guidance_scale=3)
     assert (told.as_asked > 0.97) if off == 0 else (told.as_asked < 0.03)
     assert f"{told.as_asked:.1%} of the samples are what was asked for (guidance 3)" in str(told)
+
+
+def test_samples_are_those_of_their_seed_and_number():
+    """Which `ddpm-hf sample` makes too."""
+    seen = []
+
+    def pipeline(n, generators, steps, output_type):
+        seen.append([generator.initial_seed() for generator in generators])
+        return SimpleNamespace(images=np.zeros((n, 8, 8, 1)))
+
+    pipeline.unet = SimpleNamespace(config={})
+    for n in (10, 12):
+        digits_legibility(pipeline, 5, seed=3, num_samples=n)
+    assert seen == [[g.initial_seed() for g in image_generators(3, range(n))] for n in (10, 12)]
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def test_the_largest_seed_goes_from_training_to_the_report(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    seed = str(2**63 - 1)
+    flags = ["--unet", json.dumps(TINY_UNET), "--max_train_steps", "2", "--train_batch_size", "8", "--seed", seed]
+    flags += ["--eval_batch_size", "4", "--ddpm_num_inference_steps", "2", "--output_dir", "run"]
+    flags += ["--random_flip", "true", "--antithetic_timesteps", "true"]
+    assert main(["train", "--config", "digits-classes", *flags]) == 0, capfd.readouterr().err
+    assert "% of 256 samples with more than" in capfd.readouterr().out
+    card = Path("run/README.md").read_text(encoding="utf-8")
+    assert "legibility" in card
+    assert seed in card
+    sampling = ["sample", "run", "--num_images", "2", "--num_inference_steps", "2", "--class_labels", "3"]
+    assert main([*sampling, "--seed", seed]) == 0
+    evaluating = ["evaluate", "run", "--seed", seed, "--num_samples", "20", "--num_inference_steps", "2"]
+    assert main([*evaluating, "--bpd_images", "2"]) == 0
+    assert json.loads(Path("run/evaluation.json").read_text(encoding="utf-8"))["protocol"]["seed"] == int(seed)
+
+
+SEEDING = ("manual_seed", "manual_seed_all", "seed", "set_seed", "default_rng", "RandomState", "SeedSequence",
+           "Generator", "stream_seed", "seeded_generator", "image_generators")  # fmt: skip
+
+
+def arithmetic_on_seeds(code: str) -> list[int]:
+    """Lines that compute a seed by arithmetic: in what seeds a generator, or with what is called a seed."""
+
+    def name_of(node) -> str:
+        return getattr(node, "id", getattr(node, "attr", ""))
+
+    def computed(node) -> list[ast.BinOp]:
+        operations = [n for n in ast.walk(node) if isinstance(n, ast.BinOp | ast.AugAssign)]
+        return [n for n in operations if any(isinstance(m, ast.Name | ast.Attribute) for m in ast.walk(n))]
+
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call):
+            arguments = [word.value for word in node.keywords if word.arg in ("seed", "random_state")]
+            if name_of(node.func) in SEEDING:
+                arguments += node.args[:1]  # what stands behind the seed is a number of an image, or of an update
+            inner = [a for a in arguments if not (isinstance(a, ast.Call) and name_of(a.func) in SEEDING)]
+            found += [n.lineno for argument in inner for n in computed(argument)]
+        elif isinstance(node, ast.BinOp | ast.AugAssign):
+            operands = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
+            found += [node.lineno for operand in operands if "seed" in name_of(operand).lower()]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("code", [
+    "torch.Generator().manual_seed(seed * n + k)", "torch.manual_seed(int(a.b + 1))", "seeded_generator(s + k, 'x', 0)",
+    "data.shuffle(seed=s % 2**32)", "SVC(random_state=s % m)", "number = config.seed * 1000 + k", "seed += 1",
+])  # fmt: skip
+def test_arithmetic_on_seeds_is_found(code):
+    assert arithmetic_on_seeds(code) == [1]
+
+
+@pytest.mark.parametrize("code", [
+    "torch.manual_seed(stream_seed(config.seed, 'dropout', step * n + k))", "0 <= seed < 2**63", "f'{seed}' + text",
+    "torch.Generator().manual_seed(torch.randint(2**62, ()).item())", "image_generators(seed, range(k, k + n))",
+])  # fmt: skip
+def test_arithmetic_on_other_numbers_is_none(code):
+    assert arithmetic_on_seeds(code) == []
+
+
+def test_no_seed_is_computed_but_in_its_module():
+    """Sums and products leave the range of seeds, and those of different purposes meet."""
+    root = Path(__file__).parents[1]
+    files = [file for folder in ("ddpm_hf", "examples", "benchmarks") for file in (root / folder).rglob("*.py")]
+    assert len(files) > 40
+    lines = {file: arithmetic_on_seeds(file.read_text(encoding="utf-8")) for file in files if file.name != "seeds.py"}
+    assert not {file: found for file, found in lines.items() if found}

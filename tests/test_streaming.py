@@ -70,6 +70,15 @@ def test_every_epoch_has_every_image_once_but_those_held_out(tmp_path):
     assert first != sorted(first)
 
 
+def test_the_largest_seed_shuffles_as_any_other(tmp_path):
+    write(tmp_path, n=100, test=5)
+    streams = [ImageStream(config(tmp_path, seed=2**63 - 1 - k), 0, 1) for k in (0, 0, 1)]
+    first, again, other = (values(stream, 250) for stream in streams)  # over the ends of epochs
+    assert sorted(first[:100]) == sorted(first[100:200]) == list(range(100))
+    assert first == again
+    assert first != other
+
+
 @pytest.mark.parametrize("shards", [1, 2, 3])
 def test_processes_share_the_stream(tmp_path, shards):
     write(tmp_path, shards=shards, test=5)
