@@ -1,6 +1,7 @@
 """The page of `ddpm-hf demo`: what is behind it, and the page itself in a browser."""
 
 import errno
+import functools
 import json
 import re
 import runpy
@@ -32,7 +33,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.cli import main
-from ddpm_hf.demo import EACH, LAUNCH, OWN, build_demo, draw_film, draw_interpolation, draw_samples, space_files
+from ddpm_hf.demo import EACH, LAUNCH, OWN, _told, build_demo, draw_film, draw_interpolation, draw_samples, space_files
 from ddpm_hf.seeds import image_generators, seeded_generator
 
 
@@ -199,6 +200,20 @@ def test_a_mistake_is_a_message_on_the_page(digits, settings, message):
         draw(*settings, gr.Progress())
     assert message in error.value.message
     assert not error.value.print_exception
+
+
+def test_weights_that_are_not_finite_are_told_on_the_page(folder):
+    pipeline = pipeline_of()
+    pipeline.unet.stem.weight.data[0] = torch.nan
+    for draw in (
+        functools.partial(draw_samples, pipeline, 2, OWN, 2, 0, EACH, 1.0, progress=print),
+        functools.partial(draw_interpolation, pipeline, "mix", 2, 2, 500, 0, 1, 0, 0, 1.0, progress=print),
+        functools.partial(draw_interpolation, pipeline, "slerp", 2, 2, 500, 0, 1, 0, 0, 1.0, progress=print),
+        functools.partial(draw_film, folder, pipeline, 2, OWN, 2, 0, EACH, 1.0, "samples", progress=print),
+    ):
+        with pytest.raises(gr.Error, match="the samples are not finite: 2 of 2 .* weight stem.weight .* is not finite"):
+            _told(draw)()
+    assert not list(Path(folder.name).iterdir())
 
 
 def test_what_the_command_refuses(digits_model, monkeypatch, capfd):

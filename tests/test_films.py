@@ -114,3 +114,20 @@ def test_films_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="needs `pip install imageio-ffmpeg`"):
         film.save(tmp_path / "film.mp4")
     assert not list(tmp_path.iterdir())
+
+
+def test_frames_that_are_not_finite_make_no_film(tmp_path):
+    film = Film()
+    for value in (0.0, torch.nan):
+        film(
+            None,
+            len(film.timesteps),
+            5,
+            dict.fromkeys(("sample", "pred_original_sample"), torch.full((2, 1, 4, 4), value)),
+        )
+    for of in ("samples", "pred_original_samples"):
+        with pytest.raises(ValueError, match="the samples are not finite: 2 of 2 images hold NaN or infinities"):
+            film.save(tmp_path / "film.gif", of)
+        with pytest.raises(ValueError, match="the samples are not finite"):
+            film.contact_sheet(of)
+    assert not (tmp_path / "film.gif").exists()

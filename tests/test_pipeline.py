@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_unet
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.config import TrainConfig
@@ -691,3 +692,91 @@ def test_guidance_is_of_the_prediction_and_not_of_the_variance():
     of_class, of_none = outputs[0].chunk(2)
     assert_close(seen[0][:, :1], (3 * of_class - 2 * of_none)[:, :1])
     assert_close(seen[0][:, 1:], of_class[:, 1:], rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- samples that are not finite
+
+
+def of_pixels(value: float = 0.5) -> torch.Tensor:
+    return torch.full((1, 1, 8, 8), value)
+
+
+WALKS = {
+    **{kind: lambda pipe, kind=kind: pipe(2, seeded(0), 3, output_type=kind) for kind in ("pil", "np", "pt", "latent")},
+    "solver": lambda pipe: pipe(2, seeded(0), 3, scheduler="ddim"),
+    "image": lambda pipe: pipe(2, seeded(0), 5, image=of_pixels()),
+    "inpaint": lambda pipe: pipe.inpaint(of_pixels(), torch.eye(8), 3, num_resamples=1),
+    "inpaint, latent": lambda pipe: pipe.inpaint(of_pixels(), torch.eye(8), 3, num_resamples=1, output_type="latent"),
+    "mix": lambda pipe: pipe.interpolate(of_pixels(), of_pixels(0.1), 500, 2, num_inference_steps=4),
+    "slerp": lambda pipe: pipe.interpolate(steps=2, method="slerp", num_inference_steps=4),
+    "inversion": lambda pipe: pipe.interpolate(
+        of_pixels(), of_pixels(0.1), steps=2, method="inversion", num_inference_steps=4
+    ),
+    "invert": lambda pipe: pipe.invert(of_pixels(), 3),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("walk", WALKS)
+def test_weights_that_are_not_finite_are_named_by_every_walk(walk, value):
+    """An infinity too, of which clamping x_0 would make black or white."""
+    pipeline = tiny_pipeline()
+    WALKS[walk](pipeline)
+    pipeline.unet.conv_out.bias.data[0] = value
+    n = r"([12]) of \1 images hold NaN or infinities"
+    told = (
+        rf"^the samples are not finite: {n}; the network's weight conv_out.bias \(float32\) is not finite: load weights"
+    )
+    with pytest.raises(ValueError, match=told):
+        WALKS[walk](pipeline)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_sample_that_is_not_finite_is_enough(value):
+    def spoil(pipeline, step, timestep, tensors):
+        tensors["sample"][1, 0, 3, 3] = value
+        return tensors
+
+    told = "1 of 3 images hold .*; all weights are finite, so DDIMScheduler in 4 steps diverged: use another scheduler"
+    with pytest.raises(ValueError, match=told):
+        tiny_pipeline()(3, seeded(0), 4, scheduler="ddim", callback_on_step_end=spoil)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_numbers_too_large_for_float16_are_told(how):
+    pipeline = tiny_pipeline()
+    pipeline.unet.conv_out.weight.data.fill_(60000)
+    if how == "weights":
+        pipeline.unet.to(torch.float16)
+    told = (
+        "all weights are finite, so something in the network exceeds 65504, the most of float16: use bfloat16 or float"
+    )
+    with pytest.raises(ValueError, match=told), torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+        pipeline(1, seeded(0), 2)
+    pipeline.unet.to(torch.float32)
+    pipeline(1, seeded(0), 2)
+
+
+def test_the_check_waits_for_the_device_at_the_end_only():
+    class Reads(TorchDispatchMode):
+        """Counts the values of tensors that are brought to Python."""
+
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for steps in (2, 20):
+        with Reads() as reads:
+            tiny_pipeline()(2, seeded(0), steps, output_type="pt")
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_latents_that_are_not_finite():
+    latents = torch.zeros(1, 1, 8, 8)
+    latents[0, 0, 2, 2] = math.nan
+    with pytest.raises(ValueError, match="latents: holds NaN or infinities; it must be noise to begin with"):
+        tiny_pipeline()(latents=latents, num_inference_steps=2)

@@ -7,13 +7,14 @@ import sys
 import time
 
 import datasets
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
 from PIL import Image
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, films, sampling
 from ddpm_hf.cli import main
 from ddpm_hf.sampling import SHARD, compare_solvers, sample_to_folder
 
@@ -272,3 +273,65 @@ def test_a_folder_holds_one_kind_of_samples(tmp_path):
     with pytest.raises(ValueError, match="mine' holds other things: name a folder that is empty or not there yet"):
         sample_to_folder(pipeline, tmp_path / "mine", 2)
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+# ---------------------------------------------------------------- samples that are not finite
+
+
+@pytest.mark.parametrize("flags", [[], ["--format", "npy"], ["--format", "parquet"], ["--compare", "--steps", "2"]])
+def test_weights_that_are_not_finite_leave_nothing_behind(tmp_path, capsys, flags):
+    pipeline = pipeline_of()
+    pipeline.unet.stem.weight.data[0] = torch.nan
+    pipeline.save_pretrained(tmp_path / "model")
+    steps = [] if "--compare" in flags else ["--num_inference_steps", "2"]
+    assert main(["sample", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *steps, *flags]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("ddpm-hf: error: the samples are not finite: ")
+    assert "the network's weight stem.weight (float32) is not finite" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("format", "left"), [("npy", ["000000.npy", "000001.npy", "sampling.json"]), ("parquet", [])])
+def test_a_batch_that_is_not_finite_is_not_written(tmp_path, format, left):
+    """Of a parquet file nothing is, and then not the settings either."""
+    pipeline = pipeline_of()
+    calls = []
+
+    def spoil(module, args, output):
+        calls.append(args)
+        output.sample[0, 0, 0, 0] = torch.nan if len(calls) > 2 else 0.0
+
+    hook = pipeline.unet.register_forward_hook(spoil)
+    settings = {"num_images": 4, "batch_size": 2, "num_inference_steps": 2, "format": format}
+    with pytest.raises(ValueError, match="the samples are not finite: 1 of 2 images hold NaN or infinities"):
+        sample_to_folder(pipeline, tmp_path / "out", **settings)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == left
+    hook.remove()
+    assert sample_to_folder(pipeline, tmp_path / "out", **settings) == (2 if left else 4)
+
+
+def test_comparing_tells_of_a_solver_whose_samples_are_not_finite(monkeypatch, caplog):
+    step, captions = diffusers.EulerDiscreteScheduler.step, []
+
+    def diverging(*args, **kwargs):
+        output = step(*args, **kwargs)
+        output.prev_sample *= torch.inf
+        return output
+
+    def with_caption(picture, lines):
+        captions.extend(lines)
+        return films.with_caption(picture, lines)
+
+    monkeypatch.setattr(diffusers.EulerDiscreteScheduler, "step", diverging)
+    monkeypatch.setattr(sampling, "with_caption", with_caption)
+    picture = compare_solvers(pipeline_of(), ["euler", "ddim"], [2, 3])
+    assert picture.size[0] > 100
+    assert captions[:2] == ["2 steps: not finite", "3 steps: not finite"]
+    assert [line.partition(",")[0] for line in captions[2:]] == ["2 steps", "3 steps"]
+    assert "euler with 3 steps is left out: the samples are not finite: 4 of 4 images" in caplog.text
+    with pytest.raises(ValueError, match="the samples are not finite"):
+        compare_solvers(pipeline_of(), ["euler"], [2, 3])  # no cell has images
+
+
+def test_images_of_many_channels_are_compared_too():
+    assert compare_solvers(pipeline_of(in_channels=5), ["ddim"], [2], num_images=1).size[1] > 8
