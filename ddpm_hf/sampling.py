@@ -97,8 +97,10 @@ def sample_to_folder(
 
     unit = SHARD if format == "parquet" else batch_size
     mine = range(rank * unit, num_images, world * unit)
-    made, bar = 0, tqdm(total=sum(min(unit, num_images - s) for s in mine), unit=" images", disable=rank != 0)
-    with Lock(output, "sample") if rank == 0 else contextlib.nullcontext():
+    made, total = 0, sum(min(unit, num_images - s) for s in mine)
+    lock = Lock(output, "sample") if rank == 0 else contextlib.nullcontext()
+    # The bar ends its line before an error is told.
+    with lock, tqdm(total=total, unit=" images", disable=rank != 0) as bar:
         for start in mine:
             numbers = range(start, min(start + unit, num_images))
             if format == "parquet":
@@ -110,7 +112,6 @@ def sample_to_folder(
                     keep(output / f"{k:06d}.{format}", _encoded(image, format))
                 made += len(missing)
             bar.update(len(numbers))
-    bar.close()
     return made
 
 
