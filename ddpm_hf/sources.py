@@ -9,7 +9,7 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 from huggingface_hub import DatasetCard
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.decoding import is_image_file
@@ -70,9 +70,9 @@ def _license_on_card(name: str) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """What happened at first: the Hub's client says that a file is not in the cache where the Hub did not answer."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """In one line. Where the Hub gave no answer, its client says that the cache lacks the file; the cause says more."""
+    if isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
