@@ -456,15 +456,9 @@ class DDPMCustomPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _why_not_finite(self, solver) -> str:
-        weights = [*self.unet.named_parameters(), *self.unet.named_buffers()]
-        for name, weight in weights:
-            if not weight.is_meta and not weight.float().isfinite().all():
-                kind = str(weight.dtype).removeprefix("torch.")
-                return (
-                    f"the network's weight {name} ({kind}) is not finite: load weights that are, in a torch_dtype "
-                    "that holds them"
-                )
-        offloaded = any(weight.is_meta for _, weight in weights)  # such weights have no values here
+        if (bad := weight_not_finite(self.unet)) is not None:
+            return bad
+        offloaded = any(weight.is_meta for weight in self.unet.parameters())  # such weights have no values here
         finite = f"all weights{' that are not offloaded' if offloaded else ''} are finite"
         device = self._execution_device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.unet.dtype
@@ -593,13 +587,31 @@ def num_classes(unet) -> int | None:
     return unet.config.get("num_classes")
 
 
+def weight_not_finite(unet) -> str | None:
+    """Tells the first weight that holds NaN or infinities; None if there is none among those that are in memory."""
+    for name, weight in (*unet.named_parameters(), *unet.named_buffers()):
+        if not weight.is_meta and not weight.float().isfinite().all():
+            kind = str(weight.dtype).removeprefix("torch.")
+            return (
+                f"the network's weight {name} ({kind}) is not finite: load weights that are, in a torch_dtype that "
+                "holds them"
+            )
+    return None
+
+
 def load_pipeline(source: str, name: str, variant: str | None = None) -> DDPMCustomPipeline:
-    """`DDPMCustomPipeline.from_pretrained` for commands: what goes wrong is told once, by a ValueError about `name`."""
+    """`DDPMCustomPipeline.from_pretrained` for commands: what goes wrong is told once, by a ValueError about `name`.
+
+    Weights that are not finite go wrong here, before a command spends hours on them or writes anything.
+    """
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        return DDPMCustomPipeline.from_pretrained(source, **({"variant": variant} if variant else {}))
+        pipeline = DDPMCustomPipeline.from_pretrained(source, **({"variant": variant} if variant else {}))
+        if (bad := weight_not_finite(pipeline.unet)) is not None:
+            raise ValueError(bad)
+        return pipeline
     except Exception as error:  # the loader, the Hub and the network all raise their own
         raise ValueError(f"{name}={source!r} can't be loaded: {error}") from error
     finally:

@@ -1,6 +1,7 @@
 """What was saved, pushed or written by a stranger: loaded as it was, or refused."""
 
 import json
+import math
 import pickle
 import shutil
 import struct
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.hub import code_of
 from ddpm_hf.loading import OLD_NAMES
+from ddpm_hf.pipeline import load_pipeline
 from ddpm_hf.solvers import SOLVERS, make_solver
 
 HERE = Path(__file__).parent
@@ -480,3 +482,13 @@ def test_what_the_hub_does_not_give_is_told_without_the_token(hub, monkeypatch):
         assert token not in str(caught.value)
     with pytest.raises(OSError, match="no/such/name"):
         DDPMCustomPipeline.from_pretrained("no/such/name")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_commands_load_no_weights_that_are_not_finite(folder, value):
+    pipeline = DDPMCustomPipeline.from_pretrained(folder)
+    pipeline.unet.conv_out.bias.data[0] = value
+    pipeline.save_pretrained(folder)
+    told = r"model='.*' can't be loaded: the network's weight conv_out.bias \(float32\) is not finite: load weights"
+    with pytest.raises(ValueError, match=told):
+        load_pipeline(str(folder), "model")

@@ -278,16 +278,32 @@ def test_a_folder_holds_one_kind_of_samples(tmp_path):
 # ---------------------------------------------------------------- samples that are not finite
 
 
-@pytest.mark.parametrize("flags", [[], ["--format", "npy"], ["--format", "parquet"], ["--compare", "--steps", "2"]])
-def test_weights_that_are_not_finite_leave_nothing_behind(tmp_path, capsys, flags):
+@pytest.mark.parametrize("flags", [STEPS, ["--compare", "--steps", "2"]])
+def test_the_command_refuses_weights_that_are_not_finite(tmp_path, capsys, flags):
     pipeline = pipeline_of()
     pipeline.unet.stem.weight.data[0] = torch.nan
     pipeline.save_pretrained(tmp_path / "model")
-    steps = [] if "--compare" in flags else ["--num_inference_steps", "2"]
-    assert main(["sample", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *steps, *flags]) == 2
+    assert main(["sample", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *flags]) == 2
+    told = capsys.readouterr().err
+    assert "can't be loaded: the network's weight stem.weight (float32) is not finite: load weights that are" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["png", "npy", "parquet"])
+def test_samples_that_are_not_finite_leave_nothing_behind(tmp_path, monkeypatch, capsys, format):
+    """The last line that the command prints is the error, not the bar."""
+    pipeline = pipeline_of()
+
+    def spoil(module, args, output):
+        output.sample.fill_(torch.inf)
+
+    pipeline.unet.register_forward_hook(spoil)
+    monkeypatch.setattr("ddpm_hf.pipeline.load_pipeline", lambda *_: pipeline)
+    assert main(["sample", "model", "--output", str(tmp_path / "out"), "--format", format, *STEPS]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("ddpm-hf: error: the samples are not finite: ")
-    assert "the network's weight stem.weight (float32) is not finite" in told
+    assert told.startswith(
+        "ddpm-hf: error: the samples are not finite: 16 of 16 images hold NaN or infinities; all weig"
+    )
     assert not (tmp_path / "out").exists()
 
 
