@@ -29,8 +29,8 @@ def for_training(flags: dict) -> TrainConfig:
     if not _needs_choice(flags):
         return config
     shape, classes = _look(config)
-    if shape is None:
-        return config  # which training refuses, with the list of the images and what is wrong with each
+    if shape is None or (config.class_conditional and not classes):
+        return config  # training refuses such data, and says what is wrong with it
     config = resolve({**flags, "config": recipe_for(shape)})
     if os.environ.get("RANK", "0") == "0":
         print(_told(config, shape, classes), flush=True)

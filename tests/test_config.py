@@ -66,6 +66,8 @@ def test_the_output_is_named_after_the_data_that_is_not_the_recipes_own(tmp_path
 def test_a_configuration_without_a_recipe_is_named_after_its_data_too():
     assert TrainConfig(train_data_dir="some/photos").output_dir == "runs/photos"
     assert TrainConfig(dataset_name="user/flowers").output_dir == "runs/flowers"
+    with pytest.raises(ValueError, match="train_data_dir=5 must be str or null"):
+        TrainConfig(train_data_dir=5)
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -102,11 +102,12 @@ def test_images_that_cannot_be_read_do_not_choose(tmp_path, capsys):
     assert "4 of 4 images can't be used" in printed.err
 
 
-def test_a_stream_chooses_by_its_first_image(tmp_path, capsys):
+def test_a_stream_chooses_by_its_first_image(tmp_path, monkeypatch, capsys):
     pixels = [np.full((20, 20), 40 * k, np.uint8) for k in range(3)]
     features = Features({"image": ImageFeature(), "k": Value("int64")})
     rows = {"image": [Image.fromarray(p) for p in pixels], "k": [0, 1, 2]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train-0.parquet")
+    monkeypatch.delattr(Dataset, "from_parquet")  # which would keep all of it on the disk
     config = for_training({"train_data_dir": str(tmp_path), "streaming": True})
     assert (config.config, config.max_train_steps) == ("mnist", 9375)
     assert "images of 1x20x20" in capsys.readouterr().out
@@ -124,6 +125,13 @@ def test_classes_are_counted_in(tmp_path, capsys):
     with torch.device("meta"):
         unet = DDPMUNet(in_channels=3, num_classes=3, **config.unet)
     assert f": {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters" in capsys.readouterr().out
+
+
+def test_images_without_classes_are_refused_by_training(tmp_path, capsys):
+    folder = folder_of(tmp_path / "photos", (20, 20))
+    argv = ["train", "--train_data_dir", str(folder), "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, "--class_conditional", "true", "--resolution", "20", "--channels", "3"]) == 2
+    assert "photos' have no classes; they need" in capsys.readouterr().err
 
 
 def test_a_pretrained_network_stays_as_it_is(tmp_path, trained, capsys):
