@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ddpm_hf.allocator import is_out_of_memory, keep_freed_memory
 from ddpm_hf.checkpoints import TRAIN_CONFIG, Checkpoints, save_pipeline
@@ -342,9 +342,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if config.logger and importlib.util.find_spec(config.logger) is None:
         raise ValueError(f"logger={config.logger!r} is not installed: `pip install {config.logger}`")
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.logger, project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
-    )  # fmt: skip
+        mixed_precision=config.mixed_precision, log_with=config.logger, project_dir=config.output_dir
+    )
     config.mixed_precision = accelerator.mixed_precision  # which the launcher may have decided
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         # Accelerate would silently run in float32.
