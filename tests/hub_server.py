@@ -86,6 +86,7 @@ class Fault:
     times: int
     status: int | None
     after_bytes: int | None
+    code: str | None
 
 
 @dataclass
@@ -144,7 +145,7 @@ class HubServer:
         self.quota: int | None = None  # bytes
         self.page_size = 1000
         self.faults: list[Fault] = []
-        self.held, self.released = None, threading.Event()
+        self.held, self.seconds, self.released = None, None, threading.Event()
         self.connections: set[socket.socket] = set()
         self.lock = threading.RLock()
 
@@ -186,18 +187,18 @@ class HubServer:
             repo.headers |= headers or {}
             return repo.commit(revision, before | files, "Planted", repo_id.split("/")[0])
 
-    def fail(self, pattern: str, times: int = 1, status: int | None = None, after_bytes: int | None = None):
+    def fail(self, pattern: str, times=1, status: int | None = None, after_bytes: int | None = None, code=None):
         """Break the next `times` requests whose "METHOD path" matches.
 
-        With a status, that is the answer. Without, the connection breaks: at once, or after so many bytes of the body,
-        which is the request's for an upload and the answer's for a download. An upload that ends before `after_bytes`
-        is carried out and only its answer is lost.
+        With a status, and the Hub's own code for the error, that is the answer. Without, the connection breaks: at
+        once, or after so many bytes of the body, which is the request's for an upload and the answer's for a download.
+        An upload that ends before `after_bytes` is carried out and only its answer is lost.
         """
-        self.faults.append(Fault(pattern, times, status, after_bytes))
+        self.faults.append(Fault(pattern, times, status, after_bytes, code))
 
-    def hold(self, pattern: str = ""):
-        """Give requests whose "METHOD path" matches no answer until `release`."""
-        self.held, self.released = pattern, threading.Event()
+    def hold(self, pattern: str = "", seconds: float = 20):
+        """Give requests whose "METHOD path" matches no answer until `release`, or for so long."""
+        self.held, self.seconds, self.released = pattern, seconds, threading.Event()
 
     def release(self):
         self.held = None
@@ -205,7 +206,7 @@ class HubServer:
 
     def wait_for_release(self, line: str):
         if self.held is not None and re.search(self.held, line):
-            self.released.wait()
+            self.released.wait(self.seconds)
 
     def next_fault(self, line: str) -> Fault | None:
         with self.lock:
@@ -601,7 +602,7 @@ class Handler(BaseHTTPRequestHandler):
             request = Request(self.command, url.path, parse_qs(url.query, keep_blank_values=True), headers, content)
             try:
                 if fault and not breaks:
-                    raise RefusedError(fault.status, "a fault on demand")
+                    raise RefusedError(fault.status, "a fault on demand", fault.code)
                 with hub.lock:
                     answer = hub.handle(request)
             except RefusedError as refusal:
