@@ -1249,7 +1249,8 @@ KILLED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, processes):
-    """SIGKILL, five times, wherever it is: 150 updates of 32 or 64 images are almost 3 or 6 epochs."""
+    """SIGKILL, five times, wherever it is: 150 updates of 32 or 64 images are almost 3 or 6 epochs. Each time another
+    training is started on the folder first."""
     seed = random.randrange(10**6)
     print(f"moments of seed {seed}")
     moments, killed_at = random.Random(seed), []
@@ -1265,6 +1266,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, proce
         while max([*map(Checkpoints._step, Checkpoints(tmp_path / "killed", 9).found()), 0]) <= last:
             time.sleep(0.005)
             assert process.poll() is None
+        with pytest.raises(ValueError, match=r"killed is in use by process \d+ on "):
+            train(tiny_config(tmp_path / "killed", overwrite_output_dir=True))
         time.sleep(moments.uniform(0, 0.3))
         assert process.poll() is None, f"ended before it was killed; seed {seed}"
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
