@@ -15,14 +15,25 @@ from safetensors.torch import load
 
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.ema import EMA
-from ddpm_hf.files import clear_parts, free_name, remove_tree, save_tensors, set_aside, sync_folder, write, writing_tree
+from ddpm_hf.files import (
+    clear_parts,
+    free_name,
+    remove,
+    remove_tree,
+    save_tensors,
+    set_aside,
+    sync_folder,
+    write,
+    writing_tree,
+)
 
 WEIGHTS = ("unet", "ema", "optimizer")
 SAVING = ".saving-"
-REPLACED, SUPERSEDED = ".replaced", "superseded"
+REPLACED, SUPERSEDED, NAMES = ".replaced", "superseded", ".names.json"
 TRAIN_CONFIG, LOG = "train_config.json", "log.csv"
 # What a run writes before its first checkpoint, and what it writes besides
-EARLY = (TRAIN_CONFIG, LOG, "data.png", "first_samples.png")
+QUARANTINE, QUARANTINE_HEADER = "quarantine.csv", "path,reason"
+EARLY = (TRAIN_CONFIG, LOG, "data.png", "first_samples.png", QUARANTINE)
 LATER = ("samples.png", "denoising.gif", "forward.png", "loss.png", "neighbours.png", "run.json")
 INDEX = "model_index.json"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -84,7 +95,7 @@ class Checkpoints:
         return paths
 
     def _is_here(self, path: Path) -> bool:
-        return path.resolve().parent == self.folder.resolve()
+        return path.parent.resolve() == self.folder.resolve()  # also of a link to where there is more room
 
     def restore(
         self, config: TrainConfig, paths: list[Path], check: Callable[[dict], None], unet, ema: EMA, optimizer
@@ -129,7 +140,7 @@ class Checkpoints:
             raise ValueError(f"output_dir={str(self.folder)!r} holds a model ({held}): {OTHERWISE}")
         if not (self.folder / TRAIN_CONFIG).exists():  # else a run that ended before its first checkpoint wrote them
             for name in (*EARLY, *LATER):
-                if (self.folder / name).exists():
+                if (self.folder / name).exists() and not is_quarantine(self.folder / name):
                     raise ValueError(
                         f"output_dir={str(self.folder)!r} holds {name}, which training would replace: {OTHERWISE}"
                     )
@@ -140,7 +151,7 @@ class Checkpoints:
             return INDEX
         weights = (
             path
-            for pattern in ("*", "*/*")
+            for pattern in ("*", "unet/*", "checkpoint-*/*")
             for path in sorted(self.folder.glob(pattern))
             if path.suffix in WEIGHT_FILES and not path.relative_to(self.folder).parts[0].startswith(".")
         )
@@ -178,12 +189,25 @@ class Checkpoints:
         return state
 
     def roll_back(self) -> None:
-        """Put back what a run replaced that ended before its first checkpoint."""
+        """Put back what a run replaced that ended before its first checkpoint.
+
+        `.replaced` holds what was moved there so far, and a list of all that was to be moved. What is in the folder is
+        of the run that replaces if it is not on the list, or if that of the same name has been moved. So it does not
+        matter at which of the renames a process was killed, here or in `make_room`.
+        """
         replaced = self.folder / REPLACED
-        if replaced.is_dir() and not self.found():
-            for path in sorted(replaced.iterdir()):
-                os.replace(path, self.folder / path.name)
-            replaced.rmdir()
+        if not replaced.is_dir():
+            return
+        listed = replaced / NAMES
+        names = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+        if any(path.name not in names or (replaced / path.name).exists() for path in self.found()):
+            return remove_tree(replaced)  # it has a checkpoint, and was killed before it came to this
+        for name in names:
+            if (replaced / name).exists():
+                os.replace(replaced / name, self.folder / name)
+        for name in set(EARLY) - set(names):
+            (self.folder / name).unlink(missing_ok=True)
+        remove_tree(replaced)
 
     def make_room(self, kept: int | None) -> None:
         """Before a run begins (`kept` is None) or goes on at update `kept`: clear away what killed runs left half done.
@@ -193,13 +217,14 @@ class Checkpoints:
         """
         for pattern in (".checkpoint-*", ".removed-*", f"{SAVING}*"):
             for path in self.folder.glob(pattern):
-                shutil.rmtree(path)
+                remove(path)
         clear_parts(self.folder)
         later = [path for path in self.found() if kept is None or self._step(path) > kept]
         if kept is None:
             early = [self.folder / name for name in EARLY if (self.folder / name).exists()]
             if later or self._model_file():
                 (self.folder / REPLACED).mkdir(exist_ok=True)
+                write(self.folder / REPLACED / NAMES, json.dumps([path.name for path in (*early, *later)]))
                 for path in (*early, *later):
                     os.replace(path, self.folder / REPLACED / path.name)
         elif later:
@@ -210,7 +235,10 @@ class Checkpoints:
             for path in later:
                 aside = free_name(superseded / path.name)
                 os.replace(path, aside)
-                log.warning(f"{path} is of a later update than {kept}, from which this run goes on: moved to {aside}")
+                log.warning(
+                    f"{path} is of a later update than {kept}, from which this run goes on: moved to {aside}; "
+                    "move it back to go on from it"
+                )
 
     def save(self, step: int, total_steps: int, unet, ema: EMA, optimizer, **more) -> None:
         """Write `checkpoint-<step>` and remove the oldest ones over the limit.
@@ -251,6 +279,14 @@ class Checkpoints:
             remove_tree(self.folder / REPLACED)
         for path in self.found()[: -self.limit]:
             remove_tree(path)
+
+
+def is_quarantine(path: Path) -> bool:
+    """Whether this is a list of broken images that a run of ours wrote."""
+    try:
+        return path.name == QUARANTINE and path.read_text(encoding="utf-8").startswith(QUARANTINE_HEADER)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _seal(state: dict) -> str:

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not _is_explained(error):
             raise
-        if os.environ.get("RANK", "0") == "0" or hasattr(error, "of_each_process"):  # else of several one speaks
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "of_each_process", False):  # else of several one speaks
             print(f"ddpm-hf: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
 
@@ -87,8 +87,12 @@ def train(args: list[str]) -> int:
     run = training.train(
         config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures, on_begin=[pictures.draw_data]
     )
-    if config.push_to_hub and run.accelerator.is_main_process and not run.stopped_by:
-        pushing.finish(run)
+    if config.push_to_hub and run.accelerator.is_main_process:
+        if not run.stopped_by:
+            pushing.finish(run)
+        elif run.finished:
+            print(f"the model is trained and saved in {run.output_dir}, and not pushed: stopped by {run.stopped_by}; "
+                  f"ddpm-hf push {run.output_dir} {pushing.repo_id} does it", file=sys.stderr)  # fmt: skip
     return run.exit_status
 
 

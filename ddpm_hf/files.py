@@ -173,15 +173,25 @@ def free_name(path: Path) -> Path:
 def remove_tree(folder: Path) -> None:
     """Remove a folder in one step: it loses its name first, so that a kill leaves no half of it under that name."""
     aside = folder.with_name(f".removed-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_symlink() or aside.exists():
+        remove(aside)
     os.replace(folder, aside)
-    shutil.rmtree(aside)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file; of a link, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 class Lock:
     """While it is entered, no other process can enter the lock of the same folder and name.
 
-    The operating system releases it when the process ends, however it ends. A folder that is not there is made, and is
+    The operating system releases it when the process ends, however it ends (on a file system without locks, `filelock`
+    looks whether the process is still there). A folder that is not there is made, and is
     removed again if it is still empty at the end.
 
     Args:
@@ -194,7 +204,7 @@ class Lock:
 
     def __init__(self, folder: str | Path, name: str):
         self.folder = Path(folder)
-        self.path = self.folder / f".{name}.lock"
+        self.path, self.holder = (self.folder / f".{name}.{suffix}" for suffix in ("lock", "holder"))
 
     def __enter__(self) -> "Lock":
         absolute = self.folder.absolute()
@@ -211,10 +221,11 @@ class Lock:
             self._remove_empty()
             raise
         with contextlib.suppress(OSError):  # a full disk: the lock holds, and the other process stays nameless
-            self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         return self
 
     def __exit__(self, *_) -> None:
+        self.holder.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.unlink()  # while it is held: who waits for this file sees that it is gone, and makes a new one
         self.lock.release()
@@ -227,5 +238,5 @@ class Lock:
 
     def _holder(self) -> str:
         with contextlib.suppress(OSError):
-            return self.path.read_text(encoding="utf-8") or "another process"
+            return self.holder.read_text(encoding="utf-8") or "another process"
         return "another process"

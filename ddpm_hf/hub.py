@@ -33,6 +33,7 @@ from ddpm_hf.cards import (
     is_ours,
     read_facts,
 )
+from ddpm_hf.files import Lock
 from ddpm_hf.loading import INDEX, OURS, check_inside, root_of
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 
@@ -208,7 +209,8 @@ class PushInBackground:
         if self.thread is not None:
             self.thread.join()
         try:
-            print(self._staged(run)(), flush=True)
+            with Lock(run.output_dir, "train"):  # another training would clear away what is staged
+                print(self._staged(run)(), flush=True)
         except ValueError as error:
             raise ValueError(f"the model is trained and saved in {run.output_dir}, but {error}") from error
 

@@ -1,6 +1,10 @@
 """SIGTERM and Ctrl-C: noted, so that a run can save what it has and end with the status that tells of it."""
 
+import os
 import signal
+import time
+
+REPEATS = 2.0  # seconds within which a signal is taken for the same
 
 
 class Stopped(KeyboardInterrupt):
@@ -17,7 +21,9 @@ def exit_status(name: str) -> int:
 
 
 class StopSignals:
-    """While it is entered, notes SIGTERM and SIGINT instead of dying of them. A second one has its usual effect.
+    """While it is entered, notes SIGTERM and SIGINT instead of dying of them. A later one has its usual effect.
+
+    Launchers pass a signal on that the scheduler has sent to every process anyway, so repeats at once count as one.
 
     Attributes:
         name: of the signal that came, or None.
@@ -44,8 +50,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.usual[number])
+        now = time.monotonic()
+        if self.name is None:
+            self.name, self.noted = signal.Signals(number).name, now
+        elif now - self.noted > REPEATS:
+            signal.signal(number, self.usual[number])
+            os.kill(os.getpid(), number)
 
 
 def stop_requested() -> bool:

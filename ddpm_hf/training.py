@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ddpm_hf.allocator import is_out_of_memory, keep_freed_memory
-from ddpm_hf.checkpoints import TRAIN_CONFIG, Checkpoints, save_pipeline
+from ddpm_hf.checkpoints import QUARANTINE, QUARANTINE_HEADER, TRAIN_CONFIG, Checkpoints, is_quarantine, save_pipeline
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import BadImages, ImageData, mirrored
 from ddpm_hf.ema import EMA
@@ -43,9 +43,9 @@ VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:21
 # Seconds. With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets
 # go of the last tensor it sent while Python ends makes the process abort, all being saved.
 GLOO_LETS_GO = 0.3
-QUARANTINE = "quarantine.csv"
 OBJECTIVE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
              "rescale_betas_zero_snr", "variance_type")  # fmt: skip
+DATA = ("train_data_dir", "dataset_name", "dataset_config_name")
 # Of the network's configuration, what changes neither its weights nor what they compute
 NOT_THE_NETWORK = ("sample_size", "class_names", "dropout", "dropout_channels")
 # Settings that a checkpoint does not keep: where a run writes, and what is kept as network, objective and batch
@@ -166,7 +166,11 @@ def train(
         _by_main(accelerator, checkpoints.roll_back)
         paths = checkpoints.find(config)
         accelerator.wait_for_everyone()
-        return _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on_save, preview)
+        try:
+            return _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on_save, preview)
+        finally:
+            if accelerator.is_main_process:
+                checkpoints.roll_back()  # if it has ended before its first checkpoint
 
 
 def _by_main(accelerator: Accelerator, work: Callable) -> None:
@@ -202,7 +206,7 @@ def _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on
     total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
     run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
     state = checkpoints.restore(config, paths, lambda saved: _check_same(saved, run), unet, ema, optimizer)
-    run.step, run.best = state["step"], state.get("best", {})
+    run.step = state["step"]
     _go_on(state, run)
     accelerator.wait_for_everyone()  # until all have read what is now written over
     if accelerator.is_main_process:
@@ -235,11 +239,13 @@ def _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on
         why = _diverged(run, checkpoints, held_out, loss)
         if why is not None and run.finished:
             raise FloatingPointError(why)
-        if why is None:
+        nonlocal saved
+        saved = why is None
+        if saved:
             write_down(measured, loss)
         elif accelerator.is_main_process:
             log.error(why)
-        if not run.stopped_by and (accelerator.num_processes > 1 or not stop_requested()):
+        if why is None and not run.stopped_by and (accelerator.num_processes > 1 or not stop_requested()):
             previews.after_save(run, progress.images_per_second)
         if why is None and accelerator.is_main_process:
             for callback in on_save:
@@ -261,7 +267,7 @@ def _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on
             save_pipeline(run)
 
     skips = Skips(device)
-    began_at = run.step
+    began_at, saved = run.step, False
     with progress:
         with contextlib.suppress(Stopped):
             stop.may_raise = accelerator.num_processes == 1  # else the others would wait for this one
@@ -321,10 +327,16 @@ def _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on
             if run.step > began_at:
                 save()
     if run.stopped_by and accelerator.is_main_process:
-        log.warning(
-            f"stopped by {stop.name or 'a signal to another process'} after update {run.step} of {total_steps}; "
-            "the same command with --resume_from_checkpoint latest goes on from there"
-        )
+        by = f"stopped by {stop.name or 'a signal to another process'}"
+        if run.step == began_at:
+            log.warning(f"{by} before the first update: nothing is saved")
+        elif saved:
+            log.warning(
+                f"{by} after update {run.step} of {total_steps}; the same command with --resume_from_checkpoint latest "
+                "goes on from there"
+            )
+        else:
+            log.warning(f"{by} after update {run.step} of {total_steps}, of which nothing is saved")
     run.stopped_by = run.stopped_by or stop.name
     accelerator.end_training()
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
@@ -390,22 +402,38 @@ def _quarantining(config: TrainConfig) -> Iterator[None]:
     except BadImages as error:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         _write_quarantine(Path(config.output_dir), error.bad)
-        raise ValueError(f"{error}. All are in {Path(config.output_dir) / QUARANTINE}") from error
+        told = ValueError(f"{error}. All are in {Path(config.output_dir) / QUARANTINE}")
+        told.of_each_process = config.streaming
+        raise told from error
+    except ValueError as error:
+        error.of_each_process = config.streaming  # each process reads its own part of a stream
+        raise
 
 
 def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
     if bad:
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([("path", "reason"), *dict(bad).items()])
+        csv.writer(text).writerows([QUARANTINE_HEADER.split(","), *dict(bad).items()])
         write(folder / QUARANTINE, text.getvalue())
-    else:
-        (folder / QUARANTINE).unlink(missing_ok=True)  # of a run before this one
+    elif is_quarantine(folder / QUARANTINE):
+        (folder / QUARANTINE).unlink()  # of a run before this one
 
 
 def _go_on(state: dict, run: Run) -> None:
     """From what a checkpoint holds beside weights."""
     accelerator, streams = run.accelerator, state.get("streams")
-    if run.step and state["images"] != _identity(run) and accelerator.is_main_process:
+    same_images = run.step and state["images"] == _identity(run)
+    if state["kept"] is not None and same_images:  # of other images the held-out loss is another
+        run.best = state.get("best", {})
+    before = state.get("settings", {})
+    moved = any(before.get(name, v) != v for name, v in vars(run.config).items() if name in DATA)
+    if state["kept"] is not None and not same_images and moved:
+        raise ValueError(
+            f"resume_from_checkpoint: output_dir={str(run.output_dir)!r} holds a run on other data "
+            f"({before['train_data_dir'] or before['dataset_name']!r}, {state['images']}) than this one "
+            f"({run.config.train_data_dir or run.config.dataset_name!r}, {_identity(run)}): choose another output_dir"
+        )
+    if run.step and not same_images and accelerator.is_main_process:
         log.warning(
             f"the images ({_identity(run)}) are not those of the checkpoint ({state['images']}): "
             "the run goes on, but not to the same bits"

@@ -1,5 +1,6 @@
 """Nothing of anyone is lost: folders, checkpoints, logs and models through mistakes, damage, signals, divergence."""
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cards, cli, data, evaluation, pictures, previews, training
+from ddpm_hf import (
+    DDPMCustomPipeline,
+    LinearNoiseScheduler,
+    cards,
+    checkpoints,
+    cli,
+    data,
+    evaluation,
+    pictures,
+    previews,
+    training,
+)
 from ddpm_hf.checkpoints import REPLACED, Checkpoints
 from ddpm_hf.files import Lock
 from ddpm_hf.progress import read_log
@@ -94,9 +106,7 @@ def test_what_is_replaced_waits_for_the_first_new_checkpoint(tmp_path):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(tiny_config(tmp_path, seed=1, overwrite_output_dir=True), on_begin=[pictures.draw_data, look])
-        assert (tmp_path / REPLACED).exists()
-    Checkpoints(tmp_path, 2).roll_back()  # as each start does
-    assert contents(tmp_path) == before
+        assert contents(tmp_path) == before
     train(tiny_config(tmp_path, max_train_steps=6, resume_from_checkpoint="latest"))
     assert steps_of(tmp_path) == ["checkpoint-4", "checkpoint-6"]
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [2, 4, 6]
@@ -105,6 +115,81 @@ def test_what_is_replaced_waits_for_the_first_new_checkpoint(tmp_path):
     assert steps_of(tmp_path) == ["checkpoint-4"]
     assert not (tmp_path / REPLACED).exists()
     assert json.loads((tmp_path / "checkpoint-4/state.json").read_text(encoding="utf-8"))["settings"]["seed"] == 1
+
+
+class Killed(BaseException):
+    """Nothing is done after it, as after SIGKILL."""
+
+
+@pytest.mark.parametrize("kind", ["run", "pipeline"])
+def test_a_process_that_is_killed_at_any_rename_loses_nothing_of_what_it_replaces(tmp_path, trained, monkeypatch, kind):
+    shutil.copytree(trained, tmp_path / "whole") if kind == "run" else pipeline(tmp_path / "whole")
+    before = contents(tmp_path / "whole")
+
+    def dying_after(number):
+        left = [number]
+
+        def replace(*names, rename=os.replace):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            rename(*names)
+
+        return replace
+
+    for first in range(9):
+        for second in range(9):
+            shutil.copytree(tmp_path / "whole", tmp_path / "run")
+            at_once = Checkpoints(tmp_path / "run", 2)
+            for number, work in ((first, lambda c=at_once: c.make_room(None)), (second, at_once.roll_back)):
+                with monkeypatch.context() as patch, contextlib.suppress(Killed):
+                    patch.setattr(checkpoints.os, "replace", dying_after(number))
+                    work()
+                    if work != at_once.roll_back:
+                        (tmp_path / "run/log.csv").write_text("of the run that replaces", encoding="utf-8")
+            at_once.roll_back()
+            shutil.rmtree(tmp_path / "run/.removed-.replaced", ignore_errors=True)
+            assert contents(tmp_path / "run") == before, (first, second)
+            shutil.rmtree(tmp_path / "run")
+
+
+def test_a_process_that_is_killed_after_its_first_checkpoint_keeps_that_one(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    at_once = Checkpoints(tmp_path / "run", 2)
+    at_once.make_room(None)
+    shutil.copytree(trained / "checkpoint-20", tmp_path / "run/checkpoint-20")  # of the run that replaces
+    at_once.roll_back()
+    assert steps_of(tmp_path / "run") == ["checkpoint-20"]
+    assert not (tmp_path / "run" / REPLACED).exists()
+
+
+def test_a_checkpoint_may_be_a_link_to_where_there_is_room(tmp_path):
+    settings = {"checkpointing_steps": 2, "checkpoints_total_limit": 1}
+    train(tiny_config(tmp_path / "run", **settings))
+    shutil.move(tmp_path / "run/checkpoint-4", tmp_path / "elsewhere")
+    (tmp_path / "run/checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    kept = contents(tmp_path / "elsewhere")
+    train(tiny_config(tmp_path / "run", **settings, max_train_steps=6, resume_from_checkpoint="latest"))
+    assert steps_of(tmp_path / "run") == ["checkpoint-6"]
+    assert [row["step"] for row in read_log(tmp_path / "run/log.csv")] == [2, 4, 6]
+    assert contents(tmp_path / "elsewhere") == kept
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_models_in_other_folders_below_are_nobodys_concern(tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/vgg.pth").write_bytes(b"theirs")
+    train(tiny_config(tmp_path))
+    assert (tmp_path / "project/vgg.pth").read_bytes() == b"theirs"
+
+
+def test_a_list_of_ones_own_is_not_taken_for_ours(tmp_path):
+    (tmp_path / "quarantine.csv").write_text("my,own", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds quarantine.csv, which training would replace"):
+        train(tiny_config(tmp_path))
+    (tmp_path / "quarantine.csv").write_text("path,reason\r\na.png,is empty", encoding="utf-8")
+    train(tiny_config(tmp_path))  # the list that a run wrote which ended for its sake
+    assert not (tmp_path / "quarantine.csv").exists()
 
 
 def test_a_model_in_several_files_does_not_hide_the_one_that_replaces_it(tmp_path):
@@ -165,6 +250,36 @@ def test_another_number_of_processes_is_no_resume(tmp_path, trained):
         training._check_same(state, run)
     state["batch"]["train_batch_size"] = 8  # the same product
     training._check_same(state, run)
+
+
+def folder_of_images(folder: Path, value: int) -> str:
+    folder.mkdir(parents=True)
+    for k in range(20):
+        Image.fromarray(np.full((8, 8), value + k, np.uint8)).save(folder / f"{k}.png")
+    return str(folder)
+
+
+def test_a_run_on_data_of_the_same_name_is_another_run(tmp_path):
+    folders = [folder_of_images(tmp_path / name / "photos", value) for name, value in (("a", 0), ("b", 100))]
+    train(tiny_config(tmp_path / "run", train_data_dir=folders[0]))
+    settings = {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match=r"holds a run on other data .*a/photos', 18 images .*b/photos', 18 images"):
+        train(tiny_config(tmp_path / "run", **settings, train_data_dir=folders[1]))
+    shutil.move(folders[0], tmp_path / "moved")  # the same data
+    assert train(tiny_config(tmp_path / "run", **settings, train_data_dir=str(tmp_path / "moved"))).step == 6
+
+
+def test_the_lowest_held_out_loss_is_that_of_the_same_images(tmp_path):
+    folder = Path(folder_of_images(tmp_path / "in", 0))
+    settings = {"train_data_dir": str(folder), "checkpointing_steps": 2, "learning_rate": 1e-9}
+    first = train(tiny_config(tmp_path / "run", **settings))
+    assert first.best
+    shutil.rmtree(folder)
+    folder_of_images(folder, 100)
+    seen = []
+    again = {**settings, "max_train_steps": 8, "resume_from_checkpoint": "latest"}
+    train(tiny_config(tmp_path / "run", **again), on_begin=[lambda run: seen.append(run.best)])
+    assert seen == [{}]
 
 
 def test_other_changed_settings_are_told_in_one_line(tmp_path, trained, caplog):
@@ -249,13 +364,6 @@ def explode(run):
         run.pipeline.unet.conv_out.weight.mul_(1e3)
 
 
-def overflow(run):
-    with torch.no_grad():
-        for unet in (run.unet, run.pipeline.unet):
-            unet.norm_out.weight.fill_(1e30)
-            unet.conv_out.weight.fill_(1e30)
-
-
 def after(step, spoil, seen):
     def callback(run):
         seen.append(run.step)
@@ -266,12 +374,18 @@ def after(step, spoil, seen):
 
 
 def test_a_run_that_diverges_neither_drops_nor_replaces_what_is_good(tmp_path, caplog):
-    seen = []
+    seen, drawn = [], []
     settings = {"max_train_steps": 60, "checkpointing_steps": 10, "checkpoints_total_limit": 1}
+    settings |= {"preview_time_share": 0.99, "eval_batch_size": 1}
     # Few updates and a small rate do not bring the weights back
     with pytest.raises(FloatingPointError, match=r"update 60 the held-out loss .* times its lowest .*checkpoint-20 is"):
-        train(tiny_config(tmp_path, **settings, learning_rate=1e-9), on_save=[after(20, explode, seen)])
+        train(
+            tiny_config(tmp_path, **settings, learning_rate=1e-9),
+            on_save=[after(20, explode, seen)],
+            preview=lambda run: drawn.append(run.step),
+        )
     assert seen == [10, 20]
+    assert set(drawn) <= {10, 20}
     assert steps_of(tmp_path) == ["checkpoint-20"]
     assert caplog.text.count("the training has diverged") == 3  # at 30, 40 and 50; at 60 it is the error
     saved = load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")
@@ -385,7 +499,7 @@ def test_a_stop_is_seen_while_images_are_decoded(tmp_path, monkeypatch, capsys):
 def test_a_stop_while_a_stream_is_read_keeps_the_place_after_the_last_update(tmp_path, monkeypatch):
     import datasets
 
-    images = [{"bytes": None, "path": None}] * 0
+    images = []
     for k in range(60):
         path = tmp_path / f"{k}.png"
         Image.fromarray(np.full((8, 8), 4 * k, np.uint8)).save(path)
@@ -427,6 +541,19 @@ def stop_at(number, seen, decoder, item, decode):
     if len(seen) == number:
         os.kill(os.getpid(), signal.SIGTERM)
     return decode(decoder, item)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
+    """A scheduler sends it to all processes, and the launcher passes it on."""
+    with StopSignals() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+        stop.noted -= 10
+        usual = []
+        stop.usual[signal.SIGTERM] = lambda *_: usual.append("later")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert usual == ["later"]
 
 
 def test_the_usual_handlers_come_back(tmp_path):

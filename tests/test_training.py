@@ -1039,11 +1039,12 @@ def test_the_callbacks_see_the_run(tmp_path):
     seen = []
     train(
         tiny_config(tmp_path / "run", checkpointing_steps=2),
-        on_start=[lambda run: seen.append(("start", run.step, os.listdir(run.output_dir)))],
+        on_start=[lambda run: seen.append(("start", run.step, sorted(os.listdir(run.output_dir))))],
         on_begin=[lambda run: seen.append(("begin", run.step, sorted(os.listdir(run.output_dir))))],
         on_save=[lambda run: seen.append(("save", run.step, run.finished))],
     )
-    begun = [("start", 0, [".train.lock"]), ("begin", 0, [".train.lock", "train_config.json"])]
+    held = [".train.holder", ".train.lock"]
+    begun = [("start", 0, held), ("begin", 0, [*held, "train_config.json"])]
     assert seen == [*begun, ("save", 2, False), ("save", 4, True)]
 
 
