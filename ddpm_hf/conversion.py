@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ddpm_hf.config import YamlLoader
-from ddpm_hf.files import PART, sync_folder, write, writing_tree
+from ddpm_hf.files import part_of, sync_folder, write, writing_tree
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.solvers import scheduler_class
@@ -556,7 +556,7 @@ def write_whole(output: Path, fill: Callable[[Path], None]) -> None:
     """Have `fill` fill a folder beside and name it `output` when it is whole."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_name(f"{PART}{os.getpid()}-{output.name}")
+        beside = part_of(output)
         beside.mkdir()
     except OSError as error:
         raise ValueError(f"output {str(output)!r} can't be written: {error}") from error

@@ -36,7 +36,7 @@ def writing(path: str | Path) -> Iterator[Path]:
         OSError: the disk is full, the folder is read-only and the like; `path` is then as it was before.
     """
     path = Path(path)
-    beside = path.with_name(f"{PART}{os.getpid()}-{path.name}")
+    beside = part_of(path)
     try:
         with open(beside, "wb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -63,7 +63,7 @@ def writing_tree(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     with _one_kind_of_error(folder):
         yield folder
-    probe = folder / f"{PART}{os.getpid()}"
+    probe = part_of(folder / "mode")
     with open(probe, "wb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     probe.unlink()
@@ -131,12 +131,18 @@ def _sync(number: int) -> None:
             raise
 
 
+def part_of(path: Path) -> Path:
+    """Where this process writes what becomes `path` when it is whole."""
+    return path.with_name(f"{PART}{socket.gethostname()}-{os.getpid()}-{path.name}")
+
+
 def clear_parts(folder: Path) -> None:
-    """Remove what processes that were killed left half written in a folder."""
-    for path in folder.glob(f"{PART}*"):
-        owner = path.name.removeprefix(PART).partition("-")[0]
-        if not (owner.isdigit() and _is_running(int(owner))):
-            path.unlink(missing_ok=True)
+    """Remove what processes of this machine that were killed left half written in a folder."""
+    begin = f"{PART}{socket.gethostname()}-"
+    for path in folder.iterdir():
+        owner = path.name.removeprefix(begin).partition("-")[0]
+        if path.name.startswith(begin) and owner.isdigit() and not _is_running(int(owner)):
+            remove(path)
 
 
 def _is_running(process: int) -> bool:

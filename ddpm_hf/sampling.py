@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ddpm_hf.files import Lock, write
+from ddpm_hf.files import Lock, clear_parts, write
 from ddpm_hf.films import grid, with_caption, with_row_names
 from ddpm_hf.images import PIL_MODES, NotFiniteError, to_pil
 from ddpm_hf.pipeline import DDPMCustomPipeline
@@ -101,6 +101,8 @@ def sample_to_folder(
     lock = Lock(output, "sample") if rank == 0 else contextlib.nullcontext()
     # The bar ends its line before an error is told.
     with lock, tqdm(total=total, unit=" images", disable=rank != 0) as bar:
+        if rank == 0:
+            clear_parts(output)
         for start in mine:
             numbers = range(start, min(start + unit, num_images))
             if format == "parquet":

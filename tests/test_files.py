@@ -2,6 +2,7 @@
 
 import ast
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -130,10 +131,12 @@ def test_damaged_files_are_set_aside_and_none_is_lost(tmp_path, caplog):
 def test_parts_of_processes_that_are_gone_are_cleared_and_those_of_others_stay(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for process in (ended.pid, os.getpid()):
-        (tmp_path / f".part-{process}-a.png").touch()
+    here = socket.gethostname()
+    for name in (f"{here}-{ended.pid}-a.png", f"{here}-{os.getpid()}-a.png", f"elsewhere-{ended.pid}-a.png"):
+        (tmp_path / f".part-{name}").touch()
     clear_parts(tmp_path)
-    assert os.listdir(tmp_path) == [f".part-{os.getpid()}-a.png"]
+    kept = {f".part-{here}-{os.getpid()}-a.png", f".part-elsewhere-{ended.pid}-a.png"}
+    assert set(os.listdir(tmp_path)) == kept
 
 
 HOLD = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -79,7 +80,9 @@ def test_only_what_is_missing_is_made(tmp_path):
     whole = pixels(tmp_path)
     for k in (0, 5, 6):
         (tmp_path / f"{k:06d}.png").unlink()
-    (tmp_path / ".000005.png.part").write_bytes(b"of a process that was killed")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (tmp_path / f".part-{socket.gethostname()}-{killed.pid}-000005.png").write_bytes(b"half an image")
     made.clear()
     assert sample_to_folder(pipeline, tmp_path, 12, **settings) == 5
     assert made == [1, 2, 2]
