@@ -9,6 +9,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 
 from ddpm_hf.seeds import image_generators
+from ddpm_hf.signals import raise_if_stopped
 
 CERTAIN = 0.8
 
@@ -79,7 +80,8 @@ def digits_legibility(
     generators = image_generators(seed, range(num_samples))
     asked = np.arange(num_samples) % 10 if pipeline.unet.config.get("num_classes") == 10 else None
     classes = {} if asked is None else {"class_labels": asked, "guidance_scale": guidance_scale}
-    samples = pipeline(num_samples, generators, num_inference_steps, output_type="np", **classes).images
+    stoppable = {"callback_on_step_end": lambda *_: raise_if_stopped()}
+    samples = pipeline(num_samples, generators, num_inference_steps, output_type="np", **stoppable, **classes).images
     certainty = classifier.predict_proba(16 * samples.reshape(num_samples, -1))
     real = classifier.predict_proba(digits.data[held_out])
     certain = certainty.max(1) > CERTAIN

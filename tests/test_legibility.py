@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY_UNET
+from conftest import TINY_UNET, tiny_unet
 from sklearn.datasets import load_digits
 
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.cli import main
 from ddpm_hf.legibility import digits_legibility
 from ddpm_hf.seeds import image_generators
+from ddpm_hf.signals import Stopped, StopSignals
 
 
 class Gives:
@@ -20,7 +22,7 @@ class Gives:
         self.images = images.reshape(-1, 8, 8, 1) / 16
         self.unet = SimpleNamespace(config={"num_classes": num_classes})
 
-    def __call__(self, n, generators, steps, output_type, **classes):
+    def __call__(self, n, generators, steps, output_type, callback_on_step_end, **classes):
         assert (len(generators), steps, output_type) == (n, 5, "np")
         if self.unet.config["num_classes"]:
             assert classes.pop("guidance_scale") == 3
@@ -59,7 +61,7 @@ def test_samples_are_those_of_their_seed_and_number():
     """Which `ddpm-hf sample` makes too."""
     seen = []
 
-    def pipeline(n, generators, steps, output_type):
+    def pipeline(n, generators, steps, output_type, callback_on_step_end):
         seen.append([generator.initial_seed() for generator in generators])
         return SimpleNamespace(images=np.zeros((n, 8, 8, 1)))
 
@@ -67,6 +69,15 @@ def test_samples_are_those_of_their_seed_and_number():
     for n in (10, 12):
         digits_legibility(pipeline, 5, seed=3, num_samples=n)
     assert seen == [[g.initial_seed() for g in image_generators(3, range(n))] for n in (10, 12)]
+
+
+def test_a_stop_is_seen_between_the_steps():
+    pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    with StopSignals() as stop:
+        stop.name = "SIGTERM"
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
+            digits_legibility(pipeline, 1000, seed=0, num_samples=2)
 
 
 # ---------------------------------------------------------------- seeds
