@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """Gives a path beside `path`, of the same suffix, to write to; renames it to `path` if the block succeeds.
+    """Give a path beside `path`, of the same suffix, to write to; rename it to `path` if the block succeeds.
 
     The mode is that of any new file under the process's umask, whatever the writer gives it. The folder must exist.
 
@@ -38,57 +38,66 @@ def writing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = part_of(path)
     try:
-        with open(beside, "wb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        with _one_kind_of_error(path):
+        with _os_errors_of(path):
             yield beside
-        _settle(beside, mode)
-        os.replace(beside, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
+            _finish(beside)
+            os.replace(beside, path)
+            sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # it is still there if something failed
             beside.unlink()
-        if isinstance(error, OSError) and error.errno is not None:  # of the name that the caller knows
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 @contextlib.contextmanager
-def writing_tree(folder: str | Path) -> Iterator[Path]:
-    """Around what writes files into a new folder by a library of its own; gives them modes and brings them to the disk.
+def writing_tree(folder: Path) -> Iterator[None]:
+    """Around what fills a new folder by a library's own writer: gives its files modes and brings them to the disk.
 
     Raises:
         OSError: the disk is full and the like.
     """
-    folder = Path(folder)
-    with _one_kind_of_error(folder):
-        yield folder
-    probe = part_of(folder / "mode")
-    with open(probe, "wb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    probe.unlink()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            _settle(path, mode)
+    with _os_errors_of(folder):
+        yield
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                _finish(path)
 
 
 @contextlib.contextmanager
-def _one_kind_of_error(path: Path) -> Iterator[None]:
-    """safetensors has an error of its own for a full disk."""
+def _os_errors_of(path: Path) -> Iterator[None]:
+    """Raise OSErrors of the block, and the error that safetensors has for a full disk, as OSErrors of `path`."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _settle(path: Path, mode: int) -> None:
+def _finish(path: Path) -> None:
+    """Give a file the mode of any new file (safetensors gives its files to their owner alone), and sync it."""
+    probe = path.with_name(f"{path.name}.mode")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
     with contextlib.suppress(PermissionError):  # file systems without modes
-        os.chmod(path, mode)  # safetensors gives its files to their owner alone
-    with open(path, "rb") as file:
-        _sync(file.fileno())
+        os.chmod(path, mode)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names of the files of a folder, to the disk."""
+    if os.name == "nt":  # where this needs a file that is open for writing, and folders can't be opened
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+    finally:
+        os.close(number)
 
 
 def write(path: str | Path, content: str | bytes) -> None:
@@ -104,31 +113,9 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Save tensors as safetensors.
-
-    Raises:
-        OSError: the disk is full and the like. (safetensors has an error of its own for that.)
-    """
+    """Save tensors as safetensors."""
     with writing(path) as beside:
         save_file(tensors, beside)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names of the files of a folder to the disk."""
-    if hasattr(os, "O_DIRECTORY"):
-        number = os.open(folder, os.O_DIRECTORY)
-        try:
-            _sync(number)
-        finally:
-            os.close(number)
-
-
-def _sync(number: int) -> None:
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if error.errno not in NO_FSYNC:
-            raise
 
 
 def part_of(path: Path) -> Path:
@@ -150,10 +137,8 @@ def _is_running(process: int) -> bool:
         return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        return True
+    except OSError as error:  # a process of another user may not be signalled
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -193,56 +178,46 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-class Lock:
-    """While it is entered, no other process can enter the lock of the same folder and name.
+@contextlib.contextmanager
+def locked(folder: str | Path, name: str) -> Iterator[None]:
+    """No other process can enter this for the same folder and name until the block ends.
 
-    The operating system releases it when the process ends, however it ends (on a file system without locks, `filelock`
-    looks whether the process is still there). A folder that is not there is made, and is
-    removed again if it is still empty at the end.
+    The operating system releases the lock when the process ends, however it ends (on a file system without locks,
+    `filelock` looks whether the process is still there). A folder that does not exist is made, and removed again if it
+    is empty at the end.
 
     Args:
         folder: the folder to work in.
         name: what is done there, such as "train".
 
     Raises:
-        ValueError: on entering, if another process holds it; the message names that process.
+        ValueError: another process holds the lock; the message names that process.
     """
-
-    def __init__(self, folder: str | Path, name: str):
-        self.folder = Path(folder)
-        self.path, self.holder = (self.folder / f".{name}.{suffix}" for suffix in ("lock", "holder"))
-
-    def __enter__(self) -> "Lock":
-        absolute = self.folder.absolute()
-        self.made = [parent for parent in (absolute, *absolute.parents) if not parent.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path, thread_local=False)
+    folder = Path(folder)
+    lock = FileLock(folder / f".{name}.lock", thread_local=False)
+    holder = folder / f".{name}.holder"
+    made = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         try:
-            self.lock.acquire(blocking=False)
+            lock.acquire(blocking=False)
         except Timeout:
-            raise ValueError(
-                f"{self.folder} is in use by {self._holder()}: wait until that ends, stop it, or choose another folder"
-            ) from None
-        except BaseException:
-            self._remove_empty()
-            raise
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, and the other process stays nameless
-            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.holder.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path.unlink()  # while it is held: who waits for this file sees that it is gone, and makes a new one
-        self.lock.release()
-        self._remove_empty()
-
-    def _remove_empty(self) -> None:
+            other = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+            advice = "wait until that ends, stop it, or choose another folder"
+            raise ValueError(f"{folder} is in use by {other}: {advice}") from None
+        try:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(lock.lock_file)  # while it is held: who waits for this file sees that, and makes a new one
+            lock.release()
+    finally:
         with contextlib.suppress(OSError):  # not empty
-            for folder in self.made:
-                folder.rmdir()
+            for path in made:
+                path.rmdir()
 
-    def _holder(self) -> str:
-        with contextlib.suppress(OSError):
-            return self.holder.read_text(encoding="utf-8") or "another process"
-        return "another process"
+
+Lock = locked  # the name that training.py uses as yet

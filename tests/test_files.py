@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ddpm_hf import files
-from ddpm_hf.files import Lock, clear_parts, free_name, save_picture, save_tensors, set_aside, write, writing_tree
+from ddpm_hf.files import clear_parts, free_name, locked, save_picture, save_tensors, set_aside, write, writing_tree
 
 PACKAGE = Path(files.__file__).parent
 WRITERS = {
@@ -141,8 +141,8 @@ def test_parts_of_processes_that_are_gone_are_cleared_and_those_of_others_stay(t
 
 HOLD = """
 import sys
-from ddpm_hf.files import Lock
-with Lock(sys.argv[1], "train"):
+from ddpm_hf.files import locked
+with locked(sys.argv[1], "train"):
     print("in", flush=True)
     sys.stdin.read()
 """
@@ -157,15 +157,15 @@ def test_one_process_holds_a_lock_until_it_ends_however_it_ends(tmp_path):
         assert other.stdout.readline() == "in\n"
         with (
             pytest.raises(ValueError, match=rf"{folder} is in use by process {other.pid} on .*: wait until"),
-            Lock(folder, "train"),
+            locked(folder, "train"),
         ):
             pass
-        with Lock(folder, "evaluate"):  # something else
+        with locked(folder, "evaluate"):  # something else
             pass
         if end == "kill":
             other.kill()
         other.communicate()
     assert os.listdir(tmp_path) == ["kill"]  # the other was made for the lock alone
-    with Lock(tmp_path / "kill/run", "train"):
+    with locked(tmp_path / "kill/run", "train"):
         (tmp_path / "kill/run/kept").touch()
     assert os.listdir(tmp_path / "kill/run") == ["kept"]
