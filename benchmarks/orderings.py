@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import conv2d, pad
 
 from ddpm_hf.data import ImageData, load_images
-from ddpm_hf.evaluation import data_config
+from ddpm_hf.evaluation_data import data_config
 from ddpm_hf.feature_stats import measure, measure_cached, unit_batches
 from ddpm_hf.features import make_extractor
 from ddpm_hf.fidelity import frechet_estimate, kernel_distance, precision_recall_density_coverage
@@ -50,7 +50,7 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
 
 def main(model: str, early: str, features: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    train, held_out = load_images(data_config(model, load_pipeline(model, "model"), None, None), test_limit=N)
+    train, held_out = load_images(data_config(model, load_pipeline(model, "model"), None, None, out), test_limit=N)
     extractor = make_extractor(features, train.shape[0])
     reference = measure_cached(extractor, train, out / "cache")
     chosen = torch.linspace(0, len(train) - 1, N).round().long()
@@ -72,7 +72,7 @@ def main(model: str, early: str, features: str, out: Path) -> None:
         for key, estimate in estimates.items():
             row |= {key: estimate.value, f"{key}_stderr": estimate.stderr}
         rows.append(row)
-        print(name, {key: str(estimate) for key, estimate in estimates.items()}, flush=True)
+        print(name, {key: f"{e.value:.4g} ± {1.96 * e.stderr:.2g}" for key, e in estimates.items()}, flush=True)
     for key in ("fd", "kid"):
         ends = [[row[key] + sign * 1.96 * row[f"{key}_stderr"] for sign in (-1, 1)] for row in rows]
         apart = [a[1] < b[0] for a, b in pairwise(ends)]

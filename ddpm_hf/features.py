@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpm_hf.extractor import Extractor, file_sha256, weights_sha256
+from ddpm_hf.checksums import file_sha256, weights_sha256
+from ddpm_hf.extractor import Extractor
 from ddpm_hf.feature_networks import DigitsNet, EfficientNetLite0, Inception2015
 
 CHOICES = (

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from ddpm_hf.comparison import compare, number, read_evaluation, table
+from ddpm_hf.comparison import compare, table
+from ddpm_hf.results import number, read_evaluation
 
 EVALUATION = {
     "protocol": {"model": {"name": "a", "sha256": "1"}, "weights": "ema", "num_samples": 2000,
@@ -43,7 +44,7 @@ def test_two_models_measured_alike(files):
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    (lambda p: p.update(num_samples=5000), "num_samples is 2000 in .*a.json and 5000 in .*b.json.*--across num_"),
+    (lambda p: p.update(num_samples=5000), "num_samples is 2000 in .*a.json and 5000 in .*b.json.*pass --across num_"),
     (lambda p: p["features"].update(sha256="g"), "features.sha256 is 'f' in .* and 'g' in .*--across features.sha256"),
     (lambda p: p.pop("weights"), "weights is 'ema' in .* and 'not there' in"),
     (lambda p: p["versions"].update(scipy="1.0"), "versions.scipy is 'not there' in .* and '1.0' in"),

@@ -17,12 +17,12 @@ from PIL import Image
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, evaluation
-from ddpm_hf.cli import main
-from ddpm_hf.comparison import number
+from ddpm_hf.commands.main import main
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import load_images
 from ddpm_hf.diagnostics import channel_moments
 from ddpm_hf.evaluation import METRICS, evaluate
+from ddpm_hf.results import number
 from ddpm_hf.training import train
 
 # The names that evaluation.json has and keeps: other people's scripts read them.

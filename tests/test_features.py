@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from ddpm_hf import feature_networks, features
+from ddpm_hf.checksums import weights_sha256
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import load_images
-from ddpm_hf.extractor import Extractor, weights_sha256
+from ddpm_hf.extractor import Extractor
 from ddpm_hf.feature_networks import DigitsNet, EfficientNetLite0, Inception2015
 from ddpm_hf.feature_stats import unit_batches
 from ddpm_hf.features import make_extractor
@@ -61,11 +62,7 @@ def test_features_are_of_8_bits_in_float64_and_of_each_image_alone():
     [
         (images() * 2 - 1, "values in 0 ... 1"),
         (images() / 0, "values in 0 ... 1"),
-        (images()[:0], "at least one"),
-        (images()[0], r"\(1, 8, 8\)"),
-        ((images() * 255).to(torch.uint8), "uint8"),
-        (images().numpy(), "ndarray"),
-        (images(channels=3), "of 1 channels; images have 3"),
+        (images(channels=3), "of 1 channels, and these have 3"),
         (images(size=28), "28x28 pixels: name the path"),
     ],
 )
@@ -80,7 +77,8 @@ def test_images_that_can_not_be_are_refused(given, told):
         (lambda x: x, "must be"),
         (lambda x: x.flatten(1)[:1], "of 3 images"),
         (lambda x: x.flatten(1).numpy(), "ndarray"),
-        (lambda x: x.flatten(1) @ torch.ones(5, 5), "can't be had of images"),
+        (lambda x: x.flatten(1) / 0, "not finite"),
+        (lambda x: x.flatten(1) @ torch.ones(5, 5), "can't be computed from images"),
     ],
 )
 def test_a_network_that_gives_no_features_is_refused_by_name(network, told):
@@ -210,7 +208,7 @@ def test_torchscript_from_a_path(tmp_path):
         assert (extractor.name, extractor.is_inception_2015) == (path.stem, False)
         with pytest.raises(ValueError, match="images of 3 channels, and these have 2"):
             make_extractor(str(path), 2)
-        with pytest.raises(ValueError, match="can't be had of images"):
+        with pytest.raises(ValueError, match="can't be computed from images"):
             extractor(images(size=2))
 
 
@@ -401,7 +399,7 @@ def test_the_network_of_mnist(shared):
     assert (found.shape, logits.shape) == ((2, 128), (2, 10))
     weights = load_file(folder / "model.safetensors")
     close(logits, F.linear(found, weights["fc2.weight"].double(), weights["fc2.bias"].double()), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="'MnistFeatureNet' can't be had of images"):
+    with pytest.raises(ValueError, match="'MnistFeatureNet' can't be computed from images"):
         extractor(images(2, size=32))
 
 

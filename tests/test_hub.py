@@ -22,9 +22,9 @@ from huggingface_hub import HfApi, ModelCard
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cards, demo, training
 from ddpm_hf import hub as sharing
 from ddpm_hf.cards import MARK
-from ddpm_hf.cli import main
+from ddpm_hf.checksums import weights_sha256
+from ddpm_hf.commands.main import main
 from ddpm_hf.data import ImageData
-from ddpm_hf.extractor import weights_sha256
 from ddpm_hf.hub import check_right_to_push, push
 from ddpm_hf.solvers import plain_config
 
@@ -439,7 +439,7 @@ def test_a_connection_that_breaks_is_gone_on_with(hub, run, break_it):
 def test_a_full_disk_there_is_told_with_the_command_that_tries_again(hub, run, capsys):
     hub.quota = 10_000
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert main(["push", str(run), "me/digits", "--private", "--self-contained", "--license", "mit"]) == 2
+    assert main(["push", str(run), "me/digits", "--private", "--self_contained", "--license", "mit"]) == 2
     told = capsys.readouterr()
     assert told.out == ""
     assert "storage limit" in told.err
@@ -793,7 +793,7 @@ import sys
 from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import HfApi
 from PIL import Image as Pictures
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 
 pictures = [Pictures.new("RGB", (8, 8), (40 * (n % 6), 0, 0)) for n in range(20)]
 data = Dataset.from_dict({"picture": pictures, "kind": [n % 2 for n in range(20)]})

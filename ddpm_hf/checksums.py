@@ -1,0 +1,32 @@
+"""SHA-256 checksums, in hexadecimal, by which evaluations and model cards identify files, weights and images."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of the content of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Of the names, dtypes, shapes and bytes of a network's tensors, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def images_sha256(images) -> str:
+    """Of the pixels (N, C, H, W) of an `ImageData`, their shape, dtype and value range."""
+    pixels = images.pixels
+    digest = hashlib.sha256(f"{tuple(pixels.shape)} {pixels.dtype} {images.value_range}\n".encode())
+    for part in pixels.split(1024):
+        digest.update(part.contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,38 @@
+"""Reading evaluation.json and formatting its numbers, for reports, charts, tables and model cards."""
+
+import json
+import math
+from pathlib import Path
+
+
+def read_evaluation(path: str | Path) -> dict:
+    """Read an evaluation.json.
+
+    Raises:
+        ValueError: the file does not exist, is not JSON, or lacks "protocol" or "metrics".
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("protocol", "metrics")):
+        raise ValueError(f'{path}: is no evaluation, {{"protocol": ..., "metrics": ...}}')
+    return found
+
+
+def number(metric: dict) -> str:
+    """A metric's value ± its 95 % interval, if it has a standard error, in as many digits as the interval warrants."""
+    value, stderr = metric.get("value"), metric.get("stderr")
+    if value is None or not math.isfinite(value):
+        return "no value"
+    half = None if stderr is None else 1.96 * stderr
+    if half is None:
+        text = f"{value:.4g}"
+    elif not math.isfinite(half):
+        text = f"{value:.4g} ± unknown"
+    elif half == 0 or not 1e-6 < half < 1e6:
+        text = f"{value:.4g} ± {half:.2g}"
+    else:
+        digits = max(0, 1 - math.floor(math.log10(half)))
+        text = f"{value:,.{digits}f} ± {half:,.{digits}f}"
+    return text.replace("-", "\u2212")
