@@ -347,7 +347,7 @@ def png_files(n: int = 2048) -> list[bytes]:
 
 def our_data(batch: int) -> Callable[[], None]:
     """Decoded once, before; then what the training loop does for an update."""
-    from ddpm_hf.data import collect, mirrored
+    from ddpm_hf.data import collect, flip_horizontally_
     from ddpm_hf.decoding import Decoder
     from ddpm_hf.sources import Item
 
@@ -357,8 +357,8 @@ def our_data(batch: int) -> Callable[[], None]:
 
     def run():
         nonlocal step
-        pixels, _ = images.of_update(0, step, batch, rows)
-        mirrored(pixels, torch.rand(batch) < 0.5).to(DEVICE)
+        pixels, _ = images.batch_for_step(0, step, batch, rows)
+        flip_horizontally_(pixels, torch.rand(batch) < 0.5).to(DEVICE)
         step += 1
 
     return run

@@ -29,7 +29,7 @@ def main(model: Path) -> None:
         losses, mean, square = [], 0.0, 0.0
         for step in range(BATCHES):
             noise, timesteps, _, _ = draw(config, scheduler, (B, *images.shape), step)
-            batch, _ = images.of_update(config.seed, step, B, torch.arange(B))
+            batch, _ = images.batch_for_step(config.seed, step, B, torch.arange(B))
             with_gradient = step < BATCHES_OF_GRADIENT
             with torch.set_grad_enabled(with_gradient):
                 loss = diffusion_loss(unet, scheduler, batch, noise, timesteps)[0].mean()

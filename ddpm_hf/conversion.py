@@ -16,15 +16,14 @@ from pathlib import Path
 
 import diffusers
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from ddpm_hf.config import YamlLoader
-from ddpm_hf.files import part_of, sync_folder, write, writing_tree
+from ddpm_hf.files import part_of, sync, write, writing_tree
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.scheduler import LinearNoiseScheduler
 from ddpm_hf.solvers import scheduler_class
 from ddpm_hf.unet import DDPMUNet
+from ddpm_hf.yaml_files import read_yaml
 
 Weights = dict[str, torch.Tensor]
 
@@ -564,7 +563,7 @@ def write_whole(output: Path, fill: Callable[[Path], None]) -> None:
         with writing_tree(beside):
             fill(beside)
         os.replace(beside, output)
-        sync_folder(output.parent)
+        sync(output.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -732,12 +731,7 @@ def read_source_config(path) -> dict:
     """A source's configuration as one flat dict."""
     if path is None:
         return {}
-    try:
-        content = YamlLoader(Path(path).read_text(encoding="utf-8-sig")).get_single_data()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"source_config={str(path)!r} can't be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"source_config={str(path)!r} must hold names and values")
+    content = read_yaml(path, "source_config")
     flat = {}
     for key, value in content.items():
         flat |= value if isinstance(value, dict) else {key: value}

@@ -21,7 +21,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig
+from ddpm_hf.data_config import EMBEDDED_DIGITS, DataConfig
 from ddpm_hf.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
 from ddpm_hf.seeds import seeded_generator
 from ddpm_hf.signals import raise_if_stopped
@@ -64,10 +64,6 @@ class ImageData:
     bad: list[tuple[str, str]] = field(default_factory=list)
     license: str | None = None
 
-    def __post_init__(self):
-        if self.pixels.dtype != torch.uint8 or self.value_range != EIGHT_BITS:
-            _check_range("pixels", float(self.pixels.min()), float(self.pixels.max()), *self.value_range)
-
     def __len__(self) -> int:
         return len(self.pixels)
 
@@ -104,7 +100,7 @@ class ImageData:
         """The first `n` that a run with this seed sees (fewer, if there are fewer), as `batch` gives them."""
         return self.batch(batch_indices(seed, 0, min(n, len(self)), len(self)))
 
-    def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
         """These rows of the global batch of update `step`, as `batch` gives them, and their labels (B,) or None."""
         indices = batch_indices(seed, step, batch_size, len(self))[rows]
         return self.batch(indices), None if self.labels is None else self.labels[indices]
@@ -116,8 +112,8 @@ def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.
     return pixels.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1)  # one copy and no more
 
 
-def mirrored(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W), in their own memory, with those of `which`, bool (B,), left to right."""
+def flip_horizontally_(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Flip those of `images` (B, C, H, W) left to right, in place, for which `which`, bool (B,), is true."""
     images[which] = images[which].flip(3)
     return images
 
@@ -138,7 +134,7 @@ def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
     return torch.randperm(num_images, generator=seeded_generator(seed, "order", epoch))
 
 
-def load_images(config: TrainConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
+def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
     """The images to train on, and those to measure on: the test split, or a tenth kept aside (None of a single image).
 
     Of a test split every so-many-th image is taken, `test_limit` in all; None: all.
@@ -155,9 +151,7 @@ def load_images(config: TrainConfig, test_limit: int | None = HELD_OUT_LIMIT) ->
     train, test, label_names = source_of(config)
     license = getattr(train, "license", None)
     if not len(test):
-        order = torch.randperm(len(train), generator=seeded_generator(HELD_OUT_SEED, "held out", 0)).tolist()
-        aside = min(max(1, round(len(train) * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if len(train) > 1 else 0
-        test, train = Part(train, sorted(order[:aside])), Part(train, sorted(order[aside:]))
+        train, test = (Part(train, indices.tolist()) for indices in _split(len(train)))
     elif test_limit is not None and len(test) > test_limit:
         test = Part(test, np.linspace(0, len(test) - 1, test_limit).astype(int).tolist())
     decoder = decoder_of(config)
@@ -177,11 +171,11 @@ def load_images(config: TrainConfig, test_limit: int | None = HELD_OUT_LIMIT) ->
     return images, held_out
 
 
-def has_embedded_digits(config: TrainConfig) -> bool:
+def has_embedded_digits(config: DataConfig) -> bool:
     return config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS
 
 
-def decoder_of(config: TrainConfig) -> Decoder:
+def decoder_of(config: DataConfig) -> Decoder:
     return Decoder(
         config.channels,
         config.resolution,
@@ -190,7 +184,7 @@ def decoder_of(config: TrainConfig) -> Decoder:
     )
 
 
-def _digits(config: TrainConfig) -> tuple[ImageData, ImageData]:
+def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
     from sklearn.datasets import load_digits  # not worth a second at every import
 
     if config.channels not in (None, 1) or config.value_range is not None:
@@ -198,17 +192,21 @@ def _digits(config: TrainConfig) -> tuple[ImageData, ImageData]:
     if config.streaming:
         raise ValueError("streaming=True: the embedded digits are 1,797 images of 64 bytes; leave it out")
     digits = load_digits()
-    order = torch.randperm(len(digits.images), generator=seeded_generator(HELD_OUT_SEED, "held out", 0))
-    aside = round(len(order) * HELD_OUT_FRACTION)
     pixels, labels = torch.from_numpy(digits.images.astype(np.uint8))[:, None], torch.from_numpy(digits.target)
     if config.resolution not in (None, 8):
         decoder = Decoder(1, config.resolution)
         pixels = torch.stack([torch.from_numpy(decoder(p[0].numpy()).pixels) for p in pixels])
     names = [str(name) for name in digits.target_names]
-    held_out, train = order[:aside].sort().values, order[aside:].sort().values
-    parts = tuple(ImageData(pixels[part], (0.0, 16.0), labels[part], names) for part in (train, held_out))
-    parts[0].license = "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
-    return parts
+    train, held_out = (ImageData(pixels[p], (0.0, 16.0), labels[p], names) for p in _split(len(pixels)))
+    train.license = "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
+    return train, held_out
+
+
+def _split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices in increasing order: of the images to train on, and of the tenth that is held out."""
+    order = torch.randperm(num_images, generator=seeded_generator(HELD_OUT_SEED, "held out", 0))
+    aside = min(max(1, round(num_images * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if num_images > 1 else 0
+    return order[aside:].sort().values, order[:aside].sort().values
 
 
 # ---------------------------------------------------------------- decoding all of them
@@ -225,6 +223,7 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
         result = _decode(decoder, item)
         yield item, result
         if isinstance(result, Decoded):
+            decoder.deep = result.pixels.dtype != np.uint8
             if decoder.channels is None:
                 decoder.channels, decoder.channels_are_inferred = len(result.pixels), True
             break
@@ -278,7 +277,7 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
     Args:
         shape: (C, H, W) that all must have; None: as the first.
     """
-    pixels, labels, bad, eight_bits = None, [], [], 0
+    pixels, labels, bad = None, [], []
     bar = tqdm(
         decode_each(items, decoder, workers),
         total=len(items),
@@ -288,38 +287,21 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
         leave=False,
         disable=os.environ.get("LOCAL_RANK", "0") != "0",
     )
-    low, high = decoder.value_range or EIGHT_BITS
     for item, image in bar:
         if isinstance(image, BadImage):
             bad.append((item.name, str(image)))
             continue
         shape = shape or image.pixels.shape
-        check_image(item.name, image, shape, (low, high))
+        check_shape(item.name, image, shape)
         if pixels is None:
+            value_range = image.value_range
             pixels = _storage((len(items), *shape), image.pixels.dtype, output_dir)
-        n = len(labels)
-        if image.deep and pixels.dtype == np.uint8:  # the first, after others, whose 8 bits are brought to its range
-            shallow, pixels = pixels, _storage(pixels.shape, np.dtype(np.float32), output_dir)
-            for k in range(n):
-                pixels[k] = _stretched(shallow[k], low, high)
-        eight_bits += not image.deep
-        pixels[n] = image.pixels if image.deep or pixels.dtype == np.uint8 else _stretched(image.pixels, low, high)
+        pixels[len(labels)] = image.pixels
         labels.append(item.label)
     if pixels is None:
         return None, bad
-    if eight_bits and pixels.dtype != np.uint8:
-        log.warning(
-            f"{eight_bits} of {len(labels)} images have 8 bits and the others more: the 0 ... 255 of the former is "
-            f"taken for the {low:g} ... {high:g} of the latter"
-        )
-    value_range = EIGHT_BITS if pixels.dtype == np.uint8 else (low, high)
     classes = torch.tensor([-1 if label is None else label for label in labels]) if label_names else None
     return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad
-
-
-def _stretched(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
-    """8 bits brought to another range."""
-    return (low + pixels.astype(np.float32) * ((high - low) / 255)).clip(low, high)
 
 
 def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
@@ -336,18 +318,11 @@ def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def check_image(name: str, image: Decoded, shape: tuple[int, int, int], value_range: tuple[float, float]) -> None:
-    """A ValueError that names the image if it has another shape than the first or leaves the range."""
+def check_shape(name: str, image: Decoded, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError, naming the image, if it does not have the `shape` (C, H, W) of the first."""
     if image.pixels.shape != shape:
         sizes = f"{size_in_words(image.pixels.shape)} and the first image {size_in_words(shape)}"
         raise ValueError(f"{name} is {sizes}; give --resolution")
-    if image.deep:
-        _check_range(name, image.least, image.most, *value_range)
-
-
-def _check_range(name: str, least: float, most: float, low: float, high: float) -> None:
-    if not (np.float32(low) <= np.float32(least) and np.float32(most) <= np.float32(high)):  # NaN fails too
-        raise ValueError(f"{name} has values {least:g} ... {most:g}, outside value_range {low:g} ... {high:g}")
 
 
 def size_in_words(shape) -> str:

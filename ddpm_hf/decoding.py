@@ -43,18 +43,12 @@ class Decoded:
     """An image in the shape that was asked for.
 
     Args:
-        pixels: (C, H, W), uint8 or float32, in the file's own values.
-        least, most: of its values before it was scaled.
+        pixels: (C, H, W), in the file's own values: uint8, or float32 if it has more than 8 bits.
+        value_range: the values of black and white.
     """
 
     pixels: np.ndarray
-    least: float
-    most: float
-
-    @property
-    def deep(self) -> bool:
-        """Whether it has more than 8 bits."""
-        return self.pixels.dtype != np.uint8
+    value_range: tuple[float, float]
 
 
 @dataclass
@@ -68,6 +62,7 @@ class Decoder:
         background: 0 (black) ... 1 (white), one number or one a colour, to put under transparent images; None: opacity
             is a channel of its own.
         channels_are_inferred: from the first image, so that colour in a later one is a surprise.
+        deep: whether all images have more than 8 bits; None: they may have any number.
     """
 
     channels: int | None
@@ -75,6 +70,7 @@ class Decoder:
     value_range: tuple[float, float] | None = None
     background: list[float] | None = None
     channels_are_inferred: bool = False
+    deep: bool | None = None
 
     def __call__(self, source: str | Path | bytes | np.ndarray) -> Decoded | BadImage:
         try:
@@ -82,6 +78,11 @@ class Decoder:
         except BadImage as reason:
             return reason
         deep = pixels.dtype != np.uint8
+        if self.deep not in (None, deep):
+            raise ValueError(
+                f"has {'more than' if deep else 'only'} 8 bits and the first image has {'8' if deep else 'more'}: "
+                "images of both kinds can't be in one data set; convert those of one kind to the other"
+            )
         least, most = float(pixels.min()), float(pixels.max())
         if not (math.isfinite(least) and math.isfinite(most)):
             return BadImage("has values that are not finite")
@@ -90,9 +91,11 @@ class Decoder:
                 f"has more than 8 bits ({pixels.dtype}, values {least:g} ... {most:g}): "
                 "say with --value_range BLACK WHITE which values are black and white"
             )
-        value_range = self.value_range if deep else EIGHT_BITS
-        image = self._fit(torch.from_numpy(self._combine(pixels.astype(np.float32), opacity, *value_range)))
-        return Decoded((image if deep else image.round().to(torch.uint8)).contiguous().numpy(), least, most)
+        low, high = self.value_range if deep else EIGHT_BITS
+        if np.float32(least) < np.float32(low) or np.float32(most) > np.float32(high):  # as the pixels are stored
+            raise ValueError(f"has values {least:g} ... {most:g}, outside value_range {low:g} ... {high:g}")
+        image = self._fit(torch.from_numpy(self._combine(pixels.astype(np.float32), opacity, low, high)))
+        return Decoded((image if deep else image.round().to(torch.uint8)).contiguous().numpy(), (low, high))
 
     def _combine(self, colours: np.ndarray, opacity: np.ndarray | None, low: float, high: float) -> np.ndarray:
         """Colours (H, W, C) in low ... high and opacity (H, W, 1) in 0 ... 1 -> (H, W, `channels`)."""

@@ -11,7 +11,7 @@ import numpy as np
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from ddpm_hf.config import TrainConfig
+from ddpm_hf.data_config import DataConfig
 from ddpm_hf.decoding import is_image_file
 
 # What a folder in which this package keeps pictures has in it. Such pictures are no data, whoever made them and when.
@@ -28,7 +28,7 @@ class Item(NamedTuple):
     position: tuple[int, int] | None = None  # in a stream: the epoch, and the rows read of it
 
 
-def source_of(config: TrainConfig, streaming: bool = False):
+def source_of(config: DataConfig, streaming: bool = False):
     """Train and test `Item`s, and the names of their classes or None.
 
     The items have a length and an order, or, if `streaming`, are data sets to iterate over.
@@ -37,7 +37,7 @@ def source_of(config: TrainConfig, streaming: bool = False):
         return _folder(config, streaming)
     if config.dataset_name is None:
         raise ValueError(
-            f"config={config.config!r} has no data set of its own: give --train_data_dir or --dataset_name"
+            "no data set is named, and the recipe has none of its own: give --train_data_dir or --dataset_name"
         )
     import datasets
 
@@ -76,7 +76,7 @@ def reason(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _folder(config: TrainConfig, streaming: bool):
+def _folder(config: DataConfig, streaming: bool):
     path, folder = config.train_data_dir, Path(config.train_data_dir)
     if not folder.is_dir():
         raise ValueError(f"train_data_dir={path!r} is not a folder; it must be one that holds images or train*.parquet")
@@ -143,7 +143,7 @@ def among_images(folder: Path, place: Path) -> bool:
     return any(there == here.resolve() for here in (folder, *(here for s in _splits(folder) for here, _ in _walk(s))))
 
 
-def _check_output(config: TrainConfig, folders) -> None:
+def _check_output(config: DataConfig, folders) -> None:
     """A run marks its folder as no data, so that one of those with images in it or below would lose them."""
     output = Path(config.output_dir).resolve()
     if any(output == folder.resolve() for folder in folders):

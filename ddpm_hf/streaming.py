@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import (
     BadImages,
-    check_image,
+    check_shape,
     collect,
     decode_each,
     decoder_of,
@@ -19,7 +18,8 @@ from ddpm_hf.data import (
     load_images,
     normalized,
 )
-from ddpm_hf.decoding import EIGHT_BITS, BadImage
+from ddpm_hf.data_config import DataConfig
+from ddpm_hf.decoding import BadImage
 from ddpm_hf.sources import Item, Rows, source_of
 
 HELD_OUT_ONE_IN, HELD_OUT_STREAMED = 10, 256
@@ -41,7 +41,7 @@ class ImageStream:
     num_images = None  # nobody knows
     levels = 256  # of a pixel; so taken whatever it is
 
-    def __init__(self, config: TrainConfig, process_index: int, num_processes: int):
+    def __init__(self, config: DataConfig, process_index: int, num_processes: int):
         train, test, names = source_of(config, streaming=True)
         self.config, self.rows, self.license = config, train, train.license
         self.process_index, self.fingerprint = process_index, "a stream"
@@ -60,7 +60,7 @@ class ImageStream:
         self.shape = self.held_out.shape if self.held_out else None
         self.shape = self.shape or tuple(self.first(1, config.seed).shape[1:])
 
-    def of_update(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
         """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 of those without a class; the
         stream stands where update `step` begins."""
         if self.images is None:
@@ -108,9 +108,8 @@ class ImageStream:
             self.seen += 1
             if not isinstance(image, BadImage):
                 self.shape = self.shape or image.pixels.shape
-                check_image(item.name, image, self.shape, self.decoder.value_range)
-                value_range = self.decoder.value_range if image.deep else EIGHT_BITS
-                yield item, normalized(torch.from_numpy(image.pixels), value_range)
+                check_shape(item.name, image, self.shape)
+                yield item, normalized(torch.from_numpy(image.pixels), image.value_range)
             else:
                 self.reasons[item.name] = str(image)
                 if len(self.bad) > self.config.max_bad_fraction * max(self.seen, FIRST_BAD):
@@ -133,7 +132,7 @@ class ImageStream:
             epoch, row = epoch + 1, 0
 
 
-def open_images(config: TrainConfig, process_index: int, num_processes: int):
+def open_images(config: DataConfig, process_index: int, num_processes: int):
     """Images to train on, as `ImageData` or `ImageStream`, and those held out (None: there are none)."""
     if not config.streaming or has_embedded_digits(config):
         return load_images(config)

@@ -23,10 +23,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ddpm_hf.allocator import is_out_of_memory, keep_freed_memory
 from ddpm_hf.checkpoints import QUARANTINE, QUARANTINE_HEADER, TRAIN_CONFIG, Checkpoints, is_quarantine, save_pipeline
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import BadImages, ImageData, mirrored
+from ddpm_hf.data import BadImages, ImageData, flip_horizontally_
 from ddpm_hf.ema import EMA
 from ddpm_hf.files import Lock, write
-from ddpm_hf.likelihood import bound_terms
+from ddpm_hf.bound import bound_terms
 from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline, num_classes
 from ddpm_hf.previews import Previews
 from ddpm_hf.progress import LOG_EVERY, Progress
@@ -208,7 +208,7 @@ def _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on
     run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
     state = checkpoints.restore(config, paths, lambda saved: _check_same(saved, run), unet, ema, optimizer)
     run.step = state["step"]
-    _go_on(state, run)
+    restore_run_state(state, run)
     accelerator.wait_for_everyone()  # until all have read what is now written over
     if accelerator.is_main_process:
         for callback in on_start:
@@ -281,8 +281,8 @@ def _train(config, accelerator, checkpoints, paths, stop, on_start, on_begin, on
                 with progress.loading(), _quarantining(config):
                     of_all = draw(config, scheduler, (global_batch, *images.shape), run.step)
                     noise, timesteps, flips, hidden = (d[rows] for d in of_all)
-                    batch, labels = images.of_update(config.seed, run.step, global_batch, rows)
-                    batch = mirrored(batch, flips.flatten())
+                    batch, labels = images.batch_for_step(config.seed, run.step, global_batch, rows)
+                    batch = flip_horizontally_(batch, flips.flatten())
                     labels = _labels(run, labels, hidden)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config, run.step, total_steps)
@@ -420,7 +420,7 @@ def _write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
         (folder / QUARANTINE).unlink()  # of a run before this one
 
 
-def _go_on(state: dict, run: Run) -> None:
+def restore_run_state(state: dict, run: Run) -> None:
     """From what a checkpoint holds beside weights."""
     accelerator, streams = run.accelerator, state.get("streams")
     same_images = run.step and state["images"] == _identity(run)

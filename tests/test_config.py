@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from ddpm_hf.config import TrainConfig, load_recipe, parse_train_config, recipe_names, resolve
+from ddpm_hf.config import TrainConfig, load_recipe, parse_flags, parse_train_config, recipe_names, resolve
+from ddpm_hf.data_config import DataConfig
 from ddpm_hf.recipe_choice import LARGEST_SIDE, OF_GRAY
 
 
@@ -97,7 +98,7 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path):
 
 def test_the_flags_are_frozen():
     """What people have in their scripts. Add here; take away or rename only with a major version."""
-    assert [f.name for f in dataclasses.fields(TrainConfig)] == [
+    assert {f.name for f in dataclasses.fields(TrainConfig)} == {
         "config", "output_dir", "overwrite_output_dir", "dataset_name", "dataset_config_name", "train_data_dir",
         "resolution", "channels", "value_range", "background", "max_bad_fraction", "streaming",
         "dataloader_num_workers", "random_flip", "class_conditional", "label_dropout", "data_license",
@@ -110,7 +111,7 @@ def test_the_flags_are_frozen():
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "eval_batch_size",
         "ddpm_num_inference_steps", "guidance_scale", "preview_time_share", "logger",
         "push_to_hub", "hub_model_id", "hub_private_repo",
-    ]  # fmt: skip
+    }  # fmt: skip
 
 
 def test_another_schedule_has_its_own_betas():
@@ -212,10 +213,41 @@ def test_what_is_saved_begins_from_the_beginning(tmp_path):
     )
 
 
-def test_no_is_a_word(tmp_path):
-    (tmp_path / "a.yaml").write_text("mixed_precision: no\nrandom_flip: true\n")
+def test_yaml_as_people_write_it(tmp_path):
+    text = "mixed_precision: no\nrandom_flip: yes\nclass_conditional: True\nlearning_rate: 1e-4\nseed: 12\n"
+    (tmp_path / "a.yaml").write_text(text + "scheduler: {beta_start: 1e-6, clip_sample: False}\n")
     config = parse_train_config(["--config", str(tmp_path / "a.yaml")])
-    assert (config.mixed_precision, config.random_flip) == ("no", True)
+    assert (config.mixed_precision, config.random_flip, config.class_conditional) == ("no", True, True)
+    assert (config.learning_rate, config.seed) == (1e-4, 12)
+    assert config.scheduler == {"beta_start": 1e-6, "clip_sample": False}
+
+
+@pytest.mark.parametrize(("words", "value"), [([], True), (["true"], True), (["No"], False)])
+def test_flags_without_a_word_are_true(words, value):
+    assert parse_flags(["--random_flip", *words, "--train-batch-size", "4"]) == {
+        "random_flip": value,
+        "train_batch_size": 4,
+    }
+    with pytest.raises(ValueError, match="'maybe' must be true or false"):
+        parse_flags(["--random_flip", "maybe"])
+
+
+def test_help_has_headings_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    headings = [text.index(f" {heading}: --") for heading in ("run", "data", "model", "optimisation")]
+    assert headings == sorted(headings)
+    assert "peak learning rate of AdamW; default: 0.0001 " in text
+
+
+def test_the_data_settings_of_a_run_are_a_configuration_of_their_own(tmp_path):
+    config = TrainConfig(train_data_dir="photos", resolution=32, learning_rate=1e-3, seed=5)
+    config.save(tmp_path / "train_config.json")
+    again = DataConfig.from_json(tmp_path / "train_config.json", seed=6)
+    assert dataclasses.asdict(again).items() <= {**dataclasses.asdict(config), "seed": 6}.items()
+    with pytest.raises(ValueError, match="resolution=0 must be at least 1"):
+        DataConfig(resolution=0)
 
 
 def test_a_json_file_is_a_recipe_too(tmp_path):

@@ -56,7 +56,7 @@ def config(folder, out="out", **settings):
 
 
 def values(stream, n):
-    return [value_of(image) for image in stream.of_update(0, 0, n, torch.arange(n))[0]]
+    return [value_of(image) for image in stream.batch_for_step(0, 0, n, torch.arange(n))[0]]
 
 
 def test_every_epoch_has_every_image_once_but_those_held_out(tmp_path):
@@ -157,7 +157,7 @@ def test_a_stream_has_the_labels_of_its_images(tmp_path):
     rows = {"image": [{"bytes": encoded(k), "path": None} for k in range(100)], "label": [k % 2 for k in range(100)]}
     datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(tmp_path / "train.parquet")
     stream = ImageStream(config(tmp_path), 0, 1)
-    images, labels = stream.of_update(0, 0, 40, torch.arange(40))
+    images, labels = stream.batch_for_step(0, 0, 40, torch.arange(40))
     assert labels.tolist() == [value_of(image) % 2 for image in images]
     assert stream.label_names == ["a", "b"]
     run = train(config(tmp_path, class_conditional=True, max_train_steps=3))

@@ -30,10 +30,10 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, checkpoints, training
 from ddpm_hf.checkpoints import Checkpoints
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 from ddpm_hf.data import ImageData
 from ddpm_hf.ema import EMA
-from ddpm_hf.likelihood import bound_terms
+from ddpm_hf.bound import bound_terms
 from ddpm_hf.pictures import draw_pictures
 from ddpm_hf.progress import Progress, read_log
 from ddpm_hf.signals import StopSignals
@@ -499,7 +499,7 @@ def test_hidden_labels_become_the_null_label(tmp_path, monkeypatch):
     run = train(config)
     for step, labels in enumerate(seen):
         hidden = draw(config, run.pipeline.scheduler, (16, 1, 8, 8), step)[3]
-        of_images = run.images.of_update(0, step, 16, torch.arange(16))[1]
+        of_images = run.images.batch_for_step(0, step, 16, torch.arange(16))[1]
         assert labels.tolist() == torch.where(hidden, 10, of_images).tolist()
     assert (torch.cat(seen) == 10).sum() > 3
 
@@ -617,7 +617,7 @@ def test_min_snr_weights_the_loss_and_not_what_is_logged_beside_it(tmp_path):
     torch.manual_seed(0)
     start = tiny_unet().train()
     noise, t, _, _ = draw(run.config, run.pipeline.scheduler, (16, 1, 8, 8), 0)
-    x = run.images.of_update(0, 0, 16, torch.arange(16))[0]
+    x = run.images.batch_for_step(0, 0, 16, torch.arange(16))[0]
     errors, _ = diffusion_loss(start, run.pipeline.scheduler, x, noise, t)
     snr = run.pipeline.scheduler.alphas_cumprod[t] / (1 - run.pipeline.scheduler.alphas_cumprod[t])
     assert_close(rows[None]["loss"], errors.mean().item(), rtol=1e-5, atol=0)
