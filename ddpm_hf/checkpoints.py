@@ -22,7 +22,7 @@ from ddpm_hf.files import (
     remove_tree,
     save_tensors,
     set_aside,
-    sync_folder,
+    sync,
     write,
     writing_tree,
 )
@@ -274,7 +274,7 @@ class Checkpoints:
         state = {"step": step, "total_steps": total_steps, "sha256": sums, **more}
         write(beside / "state.json", json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
         os.replace(beside, target)
-        sync_folder(self.folder)  # before an older one goes
+        sync(self.folder)  # before an older one goes
         if (self.folder / REPLACED).is_dir():
             remove_tree(self.folder / REPLACED)
         for path in self.found()[: -self.limit]:
@@ -310,7 +310,7 @@ def save_pipeline(run) -> None:
     It is written beside and moved file by file, so a reader never meets half a file.
     """
     with tempfile.TemporaryDirectory(dir=run.output_dir, prefix=SAVING) as folder:
-        with writing_tree(folder):
+        with writing_tree(Path(folder)):
             run.pipeline.save_pretrained(folder)
             run.unet.save_pretrained(Path(folder) / "unet", variant="raw")
         for path in sorted(Path(folder).rglob("*")):
@@ -320,4 +320,4 @@ def save_pipeline(run) -> None:
             # Of a model in several files that was here before: diffusers would load that one in place of this
             (run.output_dir / "unet" / f"diffusion_pytorch_model.{name}").unlink(missing_ok=True)
         for each in (run.output_dir, run.output_dir / "unet", run.output_dir / "scheduler"):
-            sync_folder(each)
+            sync(each)

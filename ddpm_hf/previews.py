@@ -1,14 +1,16 @@
-"""Samples drawn while training: by all processes together, within a share of the time, and never the end of a run."""
+"""Samples drawn while training, by all processes together and within a share of the time; an error ends no run."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 
+from ddpm_hf.allocator import is_out_of_memory
+from ddpm_hf.distributed import in_all
 from ddpm_hf.images import to_output
 from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.seeds import image_generators
@@ -21,22 +23,26 @@ class Previews:
     """Calls `draw(run)` in all processes as often as `preview_time_share` of the time so far allows.
 
     What it will take is guessed from the training's speed, and then known from the last time. The last one of a run is
-    always drawn. A preview that fails is told and forgotten.
+    always drawn. A preview that fails is logged, and training continues.
+
+    Args:
+        draw: returns what it has measured, a list of metrics for the model card, or None.
+        share: the part of the time that may be taken.
     """
 
     BACKWARD = 2  # costs this many forward passes
 
     def __init__(self, draw: Callable | None, share: float):
         self.draw, self.share = draw, share
-        self.spent, self.last, self.began, self.told = 0.0, None, time.monotonic(), False
+        self.spent, self.last, self.began, self.logged = 0.0, None, time.monotonic(), False
 
-    def after_save(self, run, images_per_second: float) -> None:
-        """Draw or leave it; all processes come here together."""
+    def after_save(self, run, images_per_second: float) -> list[dict]:
+        """Draw if there is time for it, in all processes together; returns the metrics of `draw`, [] if it fails."""
         if self.draw is None:
-            return
+            return []
         expected = self.last
         if expected is None and images_per_second:
-            passes = 2 * run.config.eval_batch_size * run.config.ddpm_num_inference_steps  # averaged and raw
+            passes = 2 * run.config.eval_batch_size * run.config.ddpm_num_inference_steps  # EMA and training weights
             passes *= 1 if run.config.guidance_scale == 1 else 2
             expected = passes / ((1 + self.BACKWARD) * images_per_second)
         elapsed = time.monotonic() - self.began
@@ -44,16 +50,16 @@ class Previews:
         due = [run.finished or (expected is not None and expected <= allowed)]
         broadcast_object_list(due)  # each has a clock of its own
         if not due[0]:
-            if run.accelerator.is_main_process and not self.told:
+            if run.accelerator.is_main_process and not self.logged:
                 log.warning(
                     f"no preview at update {run.step}: it would take about {expected or 0:.0f} s, and "
                     f"preview_time_share={self.share:g} of {elapsed:.0f} s has {max(0, allowed):.0f} s left; later then"
                 )
-                self.told = True
-            return
-        began = time.monotonic()
+                self.logged = True
+            return []
+        began, metrics = time.monotonic(), None
         try:
-            self.draw(run)
+            metrics = self.draw(run)
         except Stopped as stopped:
             log.warning(f"no preview of update {run.step}: {stopped}")
         except Exception as error:
@@ -61,6 +67,7 @@ class Previews:
             log.warning(f"the preview of update {run.step} failed ({type(error).__name__}: {reason}); training goes on")
         self.last = time.monotonic() - began
         self.spent += self.last
+        return metrics or []
 
 
 def sample_together(
@@ -87,31 +94,26 @@ def sample_together(
         (frames + 1, num_images, H, W, C) in [0, 1], the last of the frames being the samples, in all processes.
 
     Raises:
-        RuntimeError: a process could not; all of them raise it.
-        Stopped: a process was asked to stop; all of them raise it.
+        Exception: a process could not. All raise an error then, the others a RuntimeError that names it.
+        Stopped: this process was asked to stop.
     """
-    mine = list(range(accelerator.process_index, num_images, accelerator.num_processes))
-    classes = None if class_labels is None else ([class_labels[k] for k in mine], guidance_scale)
-    try:
-        made = list(zip(mine, _sample(pipeline, mine, num_inference_steps, seed, frame_steps, classes)))
-    except Stopped as stopped:  # the others wait for what this one has, so it gives the reason
-        made = [(None, stopped)]
-    except Exception as error:
-        made = [(None, RuntimeError(f"{type(error).__name__}: {error}"))]
-    made = dict(gather_object(made))
-    if None in made:
-        raise made[None]
+    own = range(accelerator.process_index, num_images, accelerator.num_processes)
+
+    def sample_own() -> list[tuple[int, np.ndarray]]:
+        labels = None if class_labels is None else [class_labels[k] for k in own]
+        return list(zip(own, _sample(pipeline, own, num_inference_steps, seed, frame_steps, labels, guidance_scale)))
+
+    made = dict(in_all(sample_own, accelerator))
     return np.stack([made[k] for k in range(num_images)], axis=1)
 
 
-def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps, classes) -> list[np.ndarray]:
-    """(frames + 1, H, W, C) of each image. `classes`: their labels and the guidance, or None."""
+def _sample(pipeline, numbers: Sequence[int], steps: int, seed, frame_steps, labels, guidance) -> list[np.ndarray]:
+    """(frames + 1, H, W, C) in [0, 1] of each image of these numbers."""
     done, batch_size = [], len(numbers)
     while len(done) < len(numbers):
-        these = slice(len(done), len(done) + batch_size)
-        batch = numbers[these]
-        settings = {} if classes is None else {"class_labels": classes[0][these], "guidance_scale": classes[1]}
-        frames = []
+        part = slice(len(done), len(done) + batch_size)
+        batch, frames = numbers[part], []
+        classes = {} if labels is None else {"class_labels": labels[part], "guidance_scale": guidance}
 
         def keep(_, i, timestep, tensors, frames=frames):
             if stop_requested():
@@ -126,13 +128,13 @@ def _sample(pipeline, numbers: list[int], steps: int, seed: int, frame_steps, cl
                 num_inference_steps=steps,
                 output_type="np",
                 callback_on_step_end=keep,
-                **settings,
+                **classes,
             ).images
         except Exception as error:
-            if batch_size == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            if batch_size == 1 or not is_out_of_memory(error):
                 raise
             clear_device_cache(garbage_collection=True)
             batch_size = -(-batch_size // 2)
-            continue
-        done.extend(np.stack([*frames, samples], axis=1))
+        else:
+            done.extend(np.stack([*frames, samples], axis=1))
     return done

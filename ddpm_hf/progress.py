@@ -23,7 +23,7 @@ class Progress:
     went into getting images and drawing what is done to them (on CUDA the device computes meanwhile).
 
     Args:
-        run: a `Run`.
+        run: a `Run`. Its `log_history` becomes the list of these rows, in the main process, as `read_log` gives them.
         global_batch: images an update.
         kept: the update up to which a log.csv that is there belongs to this run.
     """
@@ -38,13 +38,12 @@ class Progress:
         self._begin_row()
         self.before = 0.0  # seconds that the run took before it was resumed
         self.images_per_second, self.loss = 0.0, None
-        if self.accelerator.is_main_process:
-            self._cut_back(kept)
+        run.log_history = self._cut_back(kept) if self.accelerator.is_main_process else []
         self.started = time.monotonic()
         self.restart_clock()
 
-    def _cut_back(self, step: int) -> None:
-        """Leave the rows of log.csv up to this update, as they are."""
+    def _cut_back(self, step: int) -> list[dict]:
+        """Leave the rows of log.csv up to this update, as they are, and return them."""
         columns = self.COUNTED + self.CLOCKED  # a version before this one had others
         rows, odd = _rows(self.path) if step and self.path.exists() else ([], None)
         if odd is not None:
@@ -54,6 +53,7 @@ class Progress:
         write(self.path, "".join(f"{line}\n" for line in lines))
         if rows:
             self.before = float(rows[-1].get("seconds") or 0)
+        return [_numbers({column: row.get(column) for column in columns}) for row in rows]
 
     def __enter__(self):
         self.bar = tqdm(
@@ -141,6 +141,7 @@ class Progress:
         if self.accelerator.is_main_process:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, row, lineterminator="\n").writerow(row)
+            run.log_history.append(row)
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
         self._begin_row()
         self.restart_clock()
@@ -150,7 +151,11 @@ class Progress:
 def read_log(path) -> list[dict]:
     """Rows of log.csv, numbers as floats and empty cells as None. What is no row of numbers is left out."""
     rows, _ = _rows(Path(path))
-    return [{name: float(value) if value else None for name, value in row.items()} for row in rows]
+    return [_numbers(row) for row in rows]
+
+
+def _numbers(row: dict[str, str | None]) -> dict[str, float | None]:
+    return {name: float(value) if value else None for name, value in row.items()}
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], int | None]:

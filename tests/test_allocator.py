@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, resource, sys
-from ddpm_hf.allocator import keep_freed_memory
+from ddpm_hf.allocator import tune_process
 try:
     ctypes.CDLL("libc.so.6").gnu_get_libc_version
 except (OSError, AttributeError):
@@ -13,7 +14,7 @@ except (OSError, AttributeError):
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 if sys.argv[1] == "True":
-    keep_freed_memory()
+    tune_process()
 before = resident()
 pixels = b"x" * 2**24 * 4  # 64 MiB
 del pixels
@@ -28,3 +29,20 @@ def test_freed_memory_is_kept_only_where_it_is_asked_for(keeps):
         pytest.skip("another C library than glibc")
     assert done.returncode == 0, done.stderr
     assert (float(done.stdout) > 32) == keeps
+
+
+@pytest.mark.parametrize(("launched", "processes", "one"), [(True, 1, False), (True, 2, True), (False, 1, True)])
+def test_a_process_that_is_launched_alone_computes_on_all_cores(launched, processes, one):
+    code = """
+import torch
+from ddpm_hf.allocator import tune_process
+torch.set_num_threads(1)
+torch.set_num_threads, threads = (lambda n: threads.append(n)), []
+tune_process()
+print(threads)
+"""
+    launcher = {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), **launcher}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert done.stdout.strip() == ("[]" if one else f"[{cores}]")

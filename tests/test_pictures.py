@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
 from ddpm_hf.data import ImageData
+from ddpm_hf.drawing import forward_process, loss_curve, side_by_side
 from ddpm_hf.films import grid, save_film
 from ddpm_hf.neighbours import nearest_images
-from ddpm_hf.pictures import _tell_nearness, forward_process, loss_curve
+from ddpm_hf.pictures import nearness
 from ddpm_hf.progress import Progress
 
 
@@ -60,19 +61,26 @@ def test_loss_curve(tmp_path):
     assert Image.open(tmp_path / "loss.png").size == (1200, 480)
 
 
-def test_nearness_tells_models_that_repeat_their_data(tmp_path):
+def test_pictures_side_by_side():
+    black, gray = Image.new("L", (3, 5)), Image.new("RGB", (2, 4), (128, 128, 128))
+    pixels = np.asarray(side_by_side([black, gray], gap=2))
+    assert pixels.shape == (5, 7, 3)
+    assert (pixels[:, :3] == 0).all()
+    assert (pixels[:, 3:5] == 255).all()
+    assert (pixels[:4, 5:] == 128).all()
+    assert (pixels[4, 5:] == 255).all()
+
+
+def test_nearness_shows_models_that_repeat_their_data(tmp_path):
     """Training images are black, held-out ones 0.4 brighter, and samples 0.1 or as much as those."""
     pixels = torch.zeros(30, 1, 4, 4)
     run = SimpleNamespace(
-        images=ImageData(pixels, (0.0, 2.0)), held_out=ImageData(pixels + 0.4, (0.0, 2.0)), metrics=[],
-        config=tiny_config(tmp_path),
-    )  # fmt: skip
+        images=ImageData(pixels, (0.0, 2.0)), held_out=ImageData(pixels + 0.4, (0.0, 2.0)), config=tiny_config(tmp_path)
+    )
     for brighter, ratio in ((0.1, 0.25), (0.4, 1.0)):
         distances = nearest_images(run.images.batch(torch.arange(20)) + brighter, run.images)[1][:, 0]
-        _tell_nearness(run, distances)
-        assert run.metrics[-1]["value"] == pytest.approx(ratio, rel=1e-5)
-        assert f"{brighter:.4f} of 20 samples" in run.metrics[-1]["protocol"]
-        assert "0.4000 of 30 held-out images" in run.metrics[-1]["protocol"]
-    told = len(run.metrics)
-    _tell_nearness(run, distances[:15])
-    assert len(run.metrics) == told  # too few to say anything
+        (metric,) = nearness(run, distances)
+        assert metric["value"] == pytest.approx(ratio, rel=1e-5)
+        assert f"{brighter:.4f} of 20 samples" in metric["protocol"]
+        assert "0.4000 of 30 held-out images" in metric["protocol"]
+    assert nearness(run, distances[:15]) == []  # too few to say anything
