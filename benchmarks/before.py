@@ -106,7 +106,7 @@ def jobs() -> dict[str, Callable[[str], list[str]]]:
 
     def sample(model: str, images: int, steps: int) -> Callable[[str], list[str]]:
         sizes = ("--num_images", str(images), "--num_inference_steps", str(steps), "--seed", "0")
-        return lambda out: [*DDPM_HF, "sample", model, *sizes, "--output", out]
+        return lambda out: [*DDPM_HF, "sample", model, *sizes, "--output_dir", out]
 
     images = ("--config", "explainingai-mnist", "--train_data_dir", "images", "--train_batch_size", "16")
     few = ("--eval_batch_size", "4", "--ddpm_num_inference_steps", "5")  # samples at the end

@@ -2,7 +2,7 @@
 
 import sys
 
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

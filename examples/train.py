@@ -6,7 +6,7 @@ The same as `ddpm-hf train`; here as a script, because that is what `accelerate 
 
 import sys
 
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import ddpm_hf
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 from ddpm_hf.config import recipe_names
 from ddpm_hf.legibility import digits_legibility
 from ddpm_hf.progress import read_log
@@ -177,4 +177,4 @@ def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkey
 def test_a_recipe_without_a_data_set_asks_for_one(tmp_path, monkeypatch, capfd, name):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--config", name]) == 2
-    assert f"config='{name}' has no data set of its own: give --train_data_dir" in capfd.readouterr().err
+    assert "no data set is named, and the recipe has none of its own: give --train_data_dir" in capfd.readouterr().err

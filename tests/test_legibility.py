@@ -9,7 +9,7 @@ from conftest import TINY_UNET, tiny_unet
 from sklearn.datasets import load_digits
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 from ddpm_hf.legibility import digits_legibility
 from ddpm_hf.seeds import image_generators
 from ddpm_hf.signals import Stopped, StopSignals

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_UNET, tiny_config
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 from ddpm_hf.config import resolve
 from ddpm_hf.data import load_images
 from ddpm_hf.plan import (

@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ddpm_hf import DDPMUNet
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 from ddpm_hf.config import load_recipe, recipe_names, recipe_text, resolve
 from ddpm_hf.plan import count_flops, count_memory, network
 from ddpm_hf.recipe_choice import for_planning, for_training, listing, recipe_for

@@ -16,7 +16,7 @@ from conftest import tiny_unet
 from PIL import Image
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, films, sampling
-from ddpm_hf.cli import main
+from ddpm_hf.commands.main import main
 from ddpm_hf.sampling import SHARD, compare_solvers, sample_to_folder
 
 STEPS = ["--num_inference_steps", "5"]
@@ -40,7 +40,7 @@ def assert_alike(a, b):
 
 def test_the_command_fills_a_folder(digits_model, tmp_path, capsys):
     flags = ["--class_labels", "3", "7", "--guidance_scale", "2", "--scheduler", "ddim", *STEPS, "--num_images", "6"]
-    assert main(["sample", str(digits_model), "--output", str(tmp_path / "out"), *flags, "--seed", "5"]) == 0
+    assert main(["sample", str(digits_model), "--output_dir", str(tmp_path / "out"), *flags, "--seed", "5"]) == 0
     assert f"6 images made -> {tmp_path / 'out'}" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "out")) == [*(f"{k:06d}.png" for k in range(6)), "sampling.json"]
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
@@ -55,11 +55,11 @@ def test_the_same_images_at_every_batch_size_and_in_two_processes(digits_model, 
     command = [sys.executable, "-m", "ddpm_hf", "sample", str(digits_model), *STEPS]
     command += ["--num_images", "23", "--class_labels", "1", "2", "3"]
     folders = {name: tmp_path / name for name in ("one", "64", "two")}
-    assert main([*command[3:], "--batch_size", "1", "--output", str(folders["one"])]) == 0
-    assert main([*command[3:], "--batch_size", "64", "--output", str(folders["64"])]) == 0
+    assert main([*command[3:], "--batch_size", "1", "--output_dir", str(folders["one"])]) == 0
+    assert main([*command[3:], "--batch_size", "64", "--output_dir", str(folders["64"])]) == 0
     both = [
         subprocess.Popen(
-            [*command, "--batch_size", "4", "--output", folders["two"]],
+            [*command, "--batch_size", "4", "--output_dir", folders["two"]],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
@@ -96,7 +96,7 @@ def test_only_what_is_missing_is_made(tmp_path):
 def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
     pipeline_of().save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "ddpm_hf", "sample", "model", "--num_images", "600", "--batch_size", "5"]
-    command += ["--num_inference_steps", "10", "--output", "out"]
+    command += ["--num_inference_steps", "10", "--output_dir", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     while len(list(tmp_path.glob("out/*.png"))) < 20:
         assert process.poll() is None
@@ -174,7 +174,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
 
 def test_solvers_side_by_side(digits_model, tmp_path, capsys):
     flags = ["--compare", "--solvers", "ddpm", "ddim", "dpm++", "--steps", "2", "5", "--class_labels", "1", "8"]
-    assert main(["sample", str(digits_model), "--output", str(tmp_path), *flags]) == 0
+    assert main(["sample", str(digits_model), "--output_dir", str(tmp_path), *flags]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "compare.png")
     picture = np.asarray(Image.open(tmp_path / "compare.png").convert("L"))
     row = len(picture) // 3
@@ -206,7 +206,7 @@ def test_all_processes_of_a_launcher_take_part(tmp_path):
         "--batch_size",
         "2",
         *STEPS,
-        "--output",
+        "--output_dir",
         "out",
     ]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
@@ -245,7 +245,7 @@ def test_comparing_begins_with_the_same_noise():
 )
 def test_commands_that_cannot_be(tmp_path, capsys, flags, message):
     pipeline_of().save_pretrained(tmp_path / "model")
-    assert main(["sample", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *flags]) == 2
+    assert main(["sample", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.strip().count("\n") == 0
@@ -261,7 +261,7 @@ def test_a_folder_holds_one_kind_of_samples(tmp_path):
         "seed": 0, "format": "png", "class_labels": None, "num_inference_steps": 1, "clip_sample": None,
         "guidance_scale": 1.0, "scheduler": None,
     }  # fmt: skip
-    main_settings = ["--num_inference_steps", "1", "--num_images", "3", "--output", str(tmp_path / "out")]
+    main_settings = ["--num_inference_steps", "1", "--num_images", "3", "--output_dir", str(tmp_path / "out")]
     pipeline.save_pretrained(tmp_path / "model")
     assert main(["sample", str(tmp_path / "model"), *main_settings]) == 0  # the command means the same
     with pytest.raises(ValueError, match="seed=1: .* holds samples with 0; name another folder"):
@@ -286,7 +286,7 @@ def test_the_command_refuses_weights_that_are_not_finite(tmp_path, capsys, flags
     pipeline = pipeline_of()
     pipeline.unet.stem.weight.data[0] = torch.nan
     pipeline.save_pretrained(tmp_path / "model")
-    assert main(["sample", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *flags]) == 2
+    assert main(["sample", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), *flags]) == 2
     told = capsys.readouterr().err
     assert "can't be loaded: the network's weight stem.weight (float32) is not finite: load weights that are" in told
     assert not (tmp_path / "out").exists()
@@ -302,7 +302,7 @@ def test_samples_that_are_not_finite_leave_nothing_behind(tmp_path, monkeypatch,
 
     pipeline.unet.register_forward_hook(spoil)
     monkeypatch.setattr("ddpm_hf.pipeline.load_pipeline", lambda *_: pipeline)
-    assert main(["sample", "model", "--output", str(tmp_path / "out"), "--format", format, *STEPS]) == 2
+    assert main(["sample", "model", "--output_dir", str(tmp_path / "out"), "--format", format, *STEPS]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith(
         "ddpm-hf: error: the samples are not finite: 16 of 16 images hold NaN or infinities; all weig"
