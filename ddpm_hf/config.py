@@ -1,14 +1,10 @@
 """`TrainConfig`: every setting of a run; from flags, from recipes, and back to a file that can be run again."""
 
-import argparse
 import dataclasses
 import difflib
 import functools
-import itertools
 import json
 import os
-import types
-import typing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,7 +25,6 @@ from ddpm_hf.yaml_files import read_yaml
 
 RECIPES = resources.files("ddpm_hf") / "recipes"
 HEADINGS = ("run", "data", "model", "optimisation", "saving and previews")  # of `--help`, in this order
-TRUTH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 _run, _data, _model, _optimisation, _saving = (functools.partial(setting, heading) for heading in HEADINGS)
 
 
@@ -168,25 +163,6 @@ def load_recipe(name_or_path: str) -> dict:
     return {"config": name_or_path, **recipe}
 
 
-def parse_train_config(args: list[str]) -> TrainConfig:
-    """Flags over recipe over defaults. `unet` and `scheduler` are merged key by key."""
-    return resolve(parse_flags(args))
-
-
-def parse_flags(args: list[str]) -> dict:
-    """The settings that are given on the command line, and no others."""
-    parser = _Parser(prog="train", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    settings = sorted(dataclasses.fields(TrainConfig), key=lambda f: HEADINGS.index(f.metadata["group"]))
-    for heading, fields in itertools.groupby(settings, lambda f: f.metadata["group"]):
-        group = parser.add_argument_group(heading)
-        for f in fields:
-            group.add_argument(*dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}")), **_argument(f))
-    flags, unknown = parser.parse_known_args(args)
-    if unknown:
-        parser.error(f"there is no flag {unknown[0]!r}")
-    return vars(flags)
-
-
 def resolve(flags: dict) -> TrainConfig:
     """The configuration that these settings make on top of the recipe that `flags["config"]` names.
 
@@ -208,29 +184,6 @@ def resolve(flags: dict) -> TrainConfig:
     if merged.get("output_dir") is None and trains_on_own:
         merged["output_dir"] = str(Path("runs", Path(str(recipe["config"])).stem))  # many recipes have the same data
     return TrainConfig(**merged)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
-def _argument(f: dataclasses.Field) -> dict:
-    """How argparse reads a setting: `--flag` or `--flag true` for a bool, several words for a list."""
-    kind = next(option for option in typing.get_args(f.type) or (f.type,) if option is not types.NoneType)
-    known = f.default in (None, False, dataclasses.MISSING) or "default: " in f.metadata["help"]
-    argument = {"help": f.metadata["help"] + ("" if known else f"; default: {f.default}")}
-    if kind is bool:
-        return argument | {"type": _truth, "nargs": "?", "const": True}
-    if typing.get_origin(kind) is list:
-        return argument | {"type": typing.get_args(kind)[0], "nargs": "+"}
-    return argument | {"type": str if kind is dict else kind}
-
-
-def _truth(word: str) -> bool:
-    if word.lower() not in TRUTH:
-        raise argparse.ArgumentTypeError(f"{word!r} must be true or false")
-    return TRUTH[word.lower()]
 
 
 def _as_dict(name, value) -> dict:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ddpm_hf.yaml_files import read_yaml
 
 EMBEDDED_DIGITS = "digits"
 
@@ -78,7 +79,7 @@ class DataConfig:
     @classmethod
     def from_json(cls, path: str | Path, **changes) -> "DataConfig":
         """The data settings in a train_config.json, whose other keys are ignored, with `changes` in their place."""
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = read_yaml(path, "train_config")
         names = {f.name for f in dataclasses.fields(DataConfig)}
         return cls(**{name: value for name, value in saved.items() if name in names} | changes)
 

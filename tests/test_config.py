@@ -6,9 +6,18 @@ import sys
 
 import pytest
 
-from ddpm_hf.config import TrainConfig, load_recipe, parse_flags, parse_train_config, recipe_names, resolve
+from ddpm_hf.commands import train
+from ddpm_hf.commands.parsing import Parser
+from ddpm_hf.config import TrainConfig, load_recipe, recipe_names, resolve
 from ddpm_hf.data_config import DataConfig
 from ddpm_hf.recipe_choice import LARGEST_SIDE, OF_GRAY
+
+
+def parse_train_config(args) -> TrainConfig:
+    """As `ddpm-hf train` reads its flags, without a look at the images."""
+    parser = Parser()
+    train.add_arguments(parser)
+    return resolve(vars(parser.parse_args(args)))
 
 
 def test_flags_over_recipe_over_defaults(tmp_path):
@@ -220,25 +229,6 @@ def test_yaml_as_people_write_it(tmp_path):
     assert (config.mixed_precision, config.random_flip, config.class_conditional) == ("no", True, True)
     assert (config.learning_rate, config.seed) == (1e-4, 12)
     assert config.scheduler == {"beta_start": 1e-6, "clip_sample": False}
-
-
-@pytest.mark.parametrize(("words", "value"), [([], True), (["true"], True), (["No"], False)])
-def test_flags_without_a_word_are_true(words, value):
-    assert parse_flags(["--random_flip", *words, "--train-batch-size", "4"]) == {
-        "random_flip": value,
-        "train_batch_size": 4,
-    }
-    with pytest.raises(ValueError, match="'maybe' must be true or false"):
-        parse_flags(["--random_flip", "maybe"])
-
-
-def test_help_has_headings_and_defaults(capsys):
-    with pytest.raises(SystemExit):
-        parse_flags(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    headings = [text.index(f" {heading}: --") for heading in ("run", "data", "model", "optimisation")]
-    assert headings == sorted(headings)
-    assert "peak learning rate of AdamW; default: 0.0001 " in text
 
 
 def test_the_data_settings_of_a_run_are_a_configuration_of_their_own(tmp_path):
