@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig
+from ddpm_hf.build import build_network
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data_config import EMBEDDED_DIGITS
 from ddpm_hf.pipeline import load_pipeline, num_classes
 from ddpm_hf.unet import DDPMUNet
 
@@ -92,34 +94,24 @@ def image_shape(config: TrainConfig) -> tuple[int, int, int]:
     return (channels, sides, sides) if isinstance(sides, int) else (channels, sides[0], sides[-1])
 
 
-def network(config: TrainConfig, shape: tuple[int, int, int], classes: int | None = None) -> DDPMUNet | UNet2DModel:
-    """The network that `config` trains, of fake tensors; diffusers' if that is what is to be trained on.
+def network(
+    config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None = None
+) -> DDPMUNet | UNet2DModel:
+    """The network that `config` trains, of fake tensors; diffusers' if that is the pretrained one.
 
     Args:
         shape: (C, H, W) of the images.
-        classes: of the data, for `class_conditional`; None: those of a data set that is known.
+        class_names: of the data, for `class_conditional`; None: as many as a data set in `KNOWN` has.
     """
-    channels, height, width = shape
     pretrained = _pretrained(config)
-    settings = {"sample_size": (height, width), "in_channels": channels, **config.unet}
-    if config.learned_variance:
-        settings.setdefault("out_channels", 2 * channels)
-    if pretrained is None and config.class_conditional and settings.get("num_classes") is None:
+    if config.class_conditional and pretrained is None and class_names is None and "num_classes" not in config.unet:
         known = _known(config)
-        if classes is None and known is None:
+        if known is None:
             raise ValueError("class_conditional=True: give the number of classes, as --unet '{\"num_classes\": 10}'")
-        settings["num_classes"] = known[2] if classes is None else classes
-    try:
-        with FakeTensorMode():
-            unet = DDPMUNet(**settings) if pretrained is None else type(pretrained).from_config(pretrained.config)
-    except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
-        raise ValueError(f"unet={config.unet!r}: {error}") from error
-    if unet.config.in_channels != channels:
-        made_for = unet.config.in_channels
-        raise ValueError(f"unet is made for {made_for} channels and the images have {channels}: set channels")
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet.train()
+        class_names = [str(k) for k in range(known[2])]
+    with FakeTensorMode():
+        fake = None if pretrained is None else type(pretrained).from_config(pretrained.config)
+        return build_network(config, shape, class_names, fake).train()
 
 
 def _known(config: TrainConfig):

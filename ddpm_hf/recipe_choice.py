@@ -3,8 +3,9 @@
 import math
 import os
 
-from ddpm_hf.config import EMBEDDED_DIGITS, TrainConfig, recipe_names, recipe_text, resolve
+from ddpm_hf.config import TrainConfig, recipe_names, recipe_text, resolve
 from ddpm_hf.data import decode_each, decoder_of
+from ddpm_hf.data_config import EMBEDDED_DIGITS
 from ddpm_hf.decoding import Decoded
 from ddpm_hf.plan import KNOWN, bytes_in_words, count_flops, count_memory, image_shape, network
 from ddpm_hf.sources import source_of
@@ -28,12 +29,12 @@ def for_training(flags: dict) -> TrainConfig:
     config = resolve(flags)
     if not _needs_choice(flags):
         return config
-    shape, classes = _look(config)
-    if shape is None or (config.class_conditional and not classes):
-        return config  # training refuses such data, and says what is wrong with it
+    shape, class_names = _look(config)
+    if shape is None or (config.class_conditional and not class_names):
+        return config  # training raises the ValueError that says what is wrong with such data
     config = resolve({**flags, "config": recipe_for(shape)})
     if os.environ.get("RANK", "0") == "0":
-        print(_told(config, shape, classes), flush=True)
+        print(_description(config, shape, class_names), flush=True)
     return config
 
 
@@ -52,8 +53,8 @@ def _needs_choice(flags: dict) -> bool:
     return "config" not in flags and bool(has_own_data)
 
 
-def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, int]:
-    """Shape (C, H, W) of the images, None if none can be read, and the number of classes that the data has."""
+def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, list[str] | None]:
+    """Shape (C, H, W) of the images, None if none can be read, and the names of their classes, if they have any."""
     shape, names = None, None
     if config.channels and config.resolution:
         shape = (config.channels, config.resolution, config.resolution)
@@ -62,14 +63,14 @@ def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, int]:
     if shape is None:
         images = (image for _, image in decode_each(items, decoder_of(config), 0) if isinstance(image, Decoded))
         shape = next((image.pixels.shape for image in images), None)
-    return shape, len(names or [])
+    return shape, names
 
 
-def _told(config: TrainConfig, shape: tuple[int, int, int], classes: int) -> str:
+def _description(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None) -> str:
     chosen = f"recipe {config.config}, chosen for images of {'x'.join(map(str, shape))} (--config names another)"
     if config.pretrained_model_name_or_path is not None:
         return f"{chosen}; the network comes with {config.pretrained_model_name_or_path}"
-    unet, batch = network(config, shape, classes), config.train_batch_size
+    unet, batch = network(config, shape, class_names), config.train_batch_size
     parameters = sum(p.numel() for p in unet.parameters())
     flops = sum(map(sum, count_flops(unet, shape)))
     memory = count_memory(unet, shape, batch, config.mixed_precision or "no")
