@@ -1,79 +1,66 @@
-"""Where a model is good and where not: its loss, its bound and its x_0 by timestep, and the colours of its samples."""
+"""The loss, the bound and the predicted x_0 of a model by timestep, and the colours of its samples."""
 
 import math
 
 import torch
 
-from ddpm_hf.likelihood import bound_terms
+from ddpm_hf.bound import bound_terms
 from ddpm_hf.seeds import seeded_generator
 
 TIMESTEPS = 50
 
 
-def chosen_timesteps(scheduler, number: int = TIMESTEPS) -> torch.Tensor:
-    """(min(number, T),): the middles of as many equal parts of 0 ... T-1."""
+def chosen_timesteps(scheduler) -> torch.Tensor:
+    """(M,), M = min(`TIMESTEPS`, T): the middles of M equal parts of 0 ... T-1."""
     T = len(scheduler)
-    number = min(number, T)
-    return ((torch.arange(number) + 0.5) * T / number).long()
+    M = min(TIMESTEPS, T)
+    return ((torch.arange(M) + 0.5) * T / M).long()
 
 
-class ByTimestep:
-    """Sums over images of what a network makes of them at each of `timesteps` (M,), float64.
+def measure_by_timestep(
+    predict, scheduler, images, labels, numbers, seed: int, levels: int, batch_size: int = 64
+) -> torch.Tensor:
+    """What a network predicts for images (N, C, H, W) in [-1, 1], each at all M `chosen_timesteps`.
 
-    Two of them, of other images or processes, add up by `+`.
+    Args:
+        predict, labels, levels: as in `bound.bound_terms` and `full_bound`.
+        numbers: N; the noise of an image is a function of (`seed`, its number).
+
+    Returns:
+        (N, 7, M) float64: the squared error of the prediction (L_simple), the term of the bound in bits/dim, and the
+        means over the pixels of x_0, of the predicted x_0 p, of p^2, of x_0 p and of (p - x_0)^2.
     """
+    timesteps, found = chosen_timesteps(scheduler), []
+    for k, number in enumerate(numbers):
+        generator = seeded_generator(seed, "by timestep", number)
+        noise = torch.randn((len(timesteps), *images.shape[1:]), generator=generator, dtype=torch.float64)
+        parts = []
+        for t, z in zip(timesteps.split(batch_size), noise.split(batch_size), strict=True):
+            x0 = images[k : k + 1].double().expand_as(z)
+            sample = scheduler.add_noise(x0, z, t)
+            output = predict(sample, t, None if labels is None else labels[k].expand(len(t)))
+            prediction, _ = scheduler.split_output(output, sample)
+            errors = (prediction - scheduler.target(x0, z, t)).square()
+            bits = bound_terms(scheduler, x0, sample, t, output, levels)
+            p = scheduler.reverse(output, sample, t)[2]
+            loss, *others = (x.flatten(1).mean(1) for x in (errors, x0, p, p * p, x0 * p, (p - x0).square()))
+            parts.append(torch.stack([loss, bits, *others]))
+        found.append(torch.cat(parts, 1))
+    return torch.stack(found) if found else torch.empty(0, 7, len(timesteps), dtype=torch.float64)
 
-    SUMS = ("images", "loss", "bits", "x0", "guess", "guess_guess", "x0_guess", "square")
 
-    def __init__(self, timesteps: torch.Tensor, sums: torch.Tensor | None = None, losses=()):
-        self.timesteps, self.losses = timesteps, list(losses)
-        self.sums = torch.zeros(len(self.SUMS), len(timesteps), dtype=torch.float64) if sums is None else sums
+def columns_by_timestep(measured: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Means over images of what `measure_by_timestep` returns, each (M,): the columns of by_timestep.csv.
 
-    def __add__(self, other):
-        return ByTimestep(self.timesteps, self.sums + other.sums, self.losses + other.losses)
-
-    def see(self, predict, scheduler, images, labels, numbers, seed: int, levels: int, batch_size: int = 64) -> None:
-        """Look at images (N, C, H, W) in [-1, 1], each at all timesteps.
-
-        Args:
-            predict, labels, levels: as `likelihood` has them.
-            numbers: N; the noise of an image is a function of (`seed`, its number).
-        """
-        M = len(self.timesteps)
-        for k, number in enumerate(numbers):
-            generator = seeded_generator(seed, "by timestep", number)
-            noise = torch.randn((M, *images.shape[1:]), generator=generator, dtype=torch.float64)
-            rows = [[] for _ in self.SUMS]
-            for part in torch.arange(M).split(batch_size):
-                t, z = self.timesteps[part], noise[part]
-                x0 = images[k : k + 1].double().expand(len(part), -1, -1, -1)
-                sample = scheduler.add_noise(x0, z, t)
-                output = predict(sample, t, None if labels is None else labels[k].expand(len(part)))
-                prediction, _ = scheduler.split_output(output, sample)
-                errors = (prediction - scheduler.target(x0, z, t)).square()
-                bits = bound_terms(scheduler, x0, sample, t, output, levels)
-                guess = scheduler.reverse(output, sample, t)[2]
-                of_pixels = (errors, x0, guess, guess * guess, x0 * guess, (guess - x0).square())
-                loss, *others = (values.flatten(1).mean(1) for values in of_pixels)
-                for row, values in zip(rows, (torch.ones_like(loss), loss, bits, *others), strict=True):
-                    row.append(values)
-            found = torch.stack([torch.cat(row) for row in rows])
-            self.sums += found
-            self.losses.append(found[1].mean().item())
-
-    def columns(self) -> dict[str, torch.Tensor]:
-        """Of each timestep (M,): the mean of L_simple, of the term of the bound in bits/dim, and how x_0 is guessed.
-
-        `x0_rmse` and `x0_bias` are of the guess less the truth. `x0_slope` is that of the truth's regression on the
-        guess: 1 of E[x_0 | x_t], which no network beats; below it the guesses are bolder than they may be. NaN where
-        all guesses are the same.
-        """
-        n, loss, bits, x0, guess, guess_guess, x0_guess, square = self.sums
-        spread = guess_guess / n - (guess / n) ** 2
-        together = x0_guess / n - (x0 / n) * (guess / n)
-        slope = torch.where(spread > 1e-12, together / spread.clamp(min=1e-12), math.nan)
-        return {"loss": loss / n, "bits": bits / n, "x0_rmse": (square / n).sqrt(), "x0_slope": slope,
-                "x0_bias": (guess - x0) / n}  # fmt: skip
+    `loss` is L_simple and `bits` the term of the bound in bits/dim. `x0_rmse` and `x0_bias` are of the predicted x_0
+    less the true one. `x0_slope` is the slope of the regression of the true x_0 on the predicted one: 1 for
+    E[x_0 | x_t], the best possible prediction, and less for predictions that are too bold. It is NaN where all
+    predictions are the same.
+    """
+    loss, bits, x0, p, p_p, x0_p, square = measured.mean(0)
+    variance = p_p - p**2
+    slope = torch.where(variance > 1e-12, (x0_p - x0 * p) / variance.clamp(min=1e-12), math.nan)
+    return {"loss": loss, "bits": bits, "x0_rmse": square.sqrt(), "x0_slope": slope, "x0_bias": p - x0}
 
 
 def channel_moments(images: torch.Tensor) -> torch.Tensor:
