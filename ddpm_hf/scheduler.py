@@ -8,9 +8,10 @@ it is used: 1 - abar_t formed from a float32 abar_t would be wrong by 2e-4 at t 
 
 import math
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
@@ -18,8 +19,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear")
 COSINE_SCHEDULE = "squaredcos_cap_v2"
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace", "quadratic")
-# Keys that diffusers' schedulers have and ours does not act on: any other value is refused, never ignored.
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+# Keys of diffusers' schedulers that ours does not implement: any other value raises a ValueError, none is ignored.
 INTERCHANGE_ONLY = {
     "thresholding": False,
     "dynamic_thresholding_ratio": 0.995,
@@ -50,13 +51,36 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: fl
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """`tensor` on `device`. To CUDA it goes from pinned memory, and the host goes on before it is there.
+    """`tensor` on `device`. It is copied to CUDA from pinned memory, without the host waiting for the copy.
 
-    Kernels wait for it by themselves, and PyTorch keeps the pinned memory until it is copied.
+    Kernels wait for the copy by themselves, and PyTorch keeps the pinned memory until the copy is done.
     """
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class StepCoefficients(NamedTuple):
+    """The reverse step p(x_{t-1} | x_t) as affine maps: each field a float, or a tensor with one entry a timestep."""
+
+    x0_from_sample: torch.Tensor | float  # x_0 = x0_from_sample x_t + x0_from_output output, by `prediction_type`
+    x0_from_output: torch.Tensor | float
+    mean_from_x0: torch.Tensor | float  # mean = mean_from_x0 x_0 + mean_from_sample x_t, of q(x_{t-1} | x_t, x_0)
+    mean_from_sample: torch.Tensor | float
+    std: torch.Tensor | float  # of the noise that a step adds, by `variance_type`; 0 at the last step, and only there
+    log_variance_min: torch.Tensor | float  # that of q(x_{t-1} | x_t, x_0)
+    log_variance_max: torch.Tensor | float  # log beta_t
+
+    def original(self, model_output, sample):
+        return _plus(sample * self.x0_from_sample, self.x0_from_output, model_output)
+
+    def mean(self, original, sample, noise=0.0):
+        """The mean of q(x_{t-1} | x_t, x_0) plus `noise`, whose memory is reused."""
+        return _plus(_plus(noise, self.mean_from_sample, sample), self.mean_from_x0, original)
+
+    def log_variance(self, share):
+        """The learned one: log beta~_t at a `share` of 0 and log beta_t at 1."""
+        return share * self.log_variance_max + (1 - share) * self.log_variance_min
 
 
 class NoiseScheduler(SchedulerMixin, ConfigMixin):
@@ -65,6 +89,8 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
     It has the interface and the config keys of diffusers' schedulers, so `DDIMScheduler.from_config(ours.config)` and
     `LinearNoiseScheduler.from_config(theirs.config)` both work. `LinearNoiseScheduler` and `CosineNoiseScheduler` add
     `_make_betas`: beta_0 ... beta_{T-1}, float64 (T,), each in (0, 1).
+
+    `alphas_cumprod_float64` (T,) holds abar_t without the rounding of `alphas_cumprod`, which is float32.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -99,29 +125,18 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
                     "but noise then, and to predict that says nothing of the image; use prediction_type='v_prediction'"
                 )
             betas = _with_zero_terminal_snr(betas)
-        self._alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self.alphas_cumprod_float64 = abar = torch.cumprod(1 - betas, dim=0)
         # What diffusers' own training code reads; our own computations start from the float64 table.
         self.betas = betas.float()
         self.alphas = (1 - betas).float()
-        self.alphas_cumprod = self._alphas_cumprod.float()
+        self.alphas_cumprod = abar.float()
         # sqrt(abar_t), sqrt(1 - abar_t): how much image and how much noise is in x_t
-        self._signal_and_noise = torch.stack([self._alphas_cumprod.sqrt(), (1 - self._alphas_cumprod).sqrt()], dim=1)
-
-        # Of all T timesteps in float64: the posterior's mean from x_0 and x_t and its log variance (equation 7), and
-        # log beta_t. The posterior at t = 0 has no variance; that of t = 1 stands in its place (arXiv:2102.09672).
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self._alphas_cumprod[:-1]])
-        posterior_variance = betas * (1 - before) / (1 - self._alphas_cumprod)
-        posterior_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
-        self._posterior = torch.stack(
-            [before.sqrt() * betas / (1 - self._alphas_cumprod),
-             (1 - betas).sqrt() * (1 - before) / (1 - self._alphas_cumprod),
-             posterior_variance.log(), betas.log()], dim=1
-        )  # fmt: skip
+        self._signal_and_noise = torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1)
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
-        self.timesteps = torch.arange(config.num_train_timesteps - 1, -1, -1)
-        self._make_walk()
+        self._use_timesteps(torch.arange(config.num_train_timesteps - 1, -1, -1))
+        self._all_steps = self._step_table  # of `posterior` and `reverse`, whatever timesteps are chosen later
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -135,14 +150,14 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             original_samples, noise: (B, ...), of one shape, or of shapes that broadcast.
             timesteps: int or integer tensor, () or (B,), each in 0 ... T-1.
         """
-        signal, sigma = self._signal_and_noise_at(timesteps, original_samples)
+        signal, sigma = self._rows_at(self._signal_and_noise, timesteps, original_samples)
         image, noise = signal * original_samples, sigma * noise
         noisy = image.add_(noise) if image.shape == noise.shape else image + noise
         return noisy.to(original_samples.dtype)
 
     def get_velocity(self, sample, noise, timesteps) -> torch.Tensor:
         """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D); arguments as `add_noise`."""
-        signal, sigma = self._signal_and_noise_at(timesteps, sample)
+        signal, sigma = self._rows_at(self._signal_and_noise, timesteps, sample)
         return (signal * noise - sigma * sample).to(sample.dtype)
 
     def target(self, original_samples, noise, timesteps) -> torch.Tensor:
@@ -160,7 +175,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         SNR = abar_t / (1 - abar_t). The same mistake, squared, is SNR times as large in epsilon and SNR + 1 times as
         large in v, so there the weight is divided by that.
         """
-        snr = self._alphas_cumprod / (1 - self._alphas_cumprod)
+        snr = self.alphas_cumprod_float64 / (1 - self.alphas_cumprod_float64)
         per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
         return to_device((snr.clamp(max=gamma) / per).float(), timesteps.device)[timesteps]
 
@@ -171,32 +186,31 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             original_samples, sample: x_0 and x_t, (B, ...).
             timesteps: (B,). At 0, where x_0 is known, the log variance is that of 1.
         """
-        from_x0, from_sample, log_variance, _ = self._rows_at(self._posterior, timesteps, sample)
-        return from_x0 * original_samples + from_sample * sample, log_variance
+        coefficients = StepCoefficients(*self._rows_at(self._all_steps, timesteps, sample))
+        return coefficients.mean(original_samples, sample), coefficients.log_variance_min
 
     def reverse(self, model_output, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t), of the walk through all T timesteps, and the x_0 it assumes.
+        """Mean and log variance of p(x_{t-1} | x_t) in the process of all T timesteps, and the x_0 that it assumes.
 
         Args:
             model_output: (B, C, ...), or with a learned variance (B, 2 C, ...).
             sample: x_t, (B, C, ...).
-            timesteps: (B,).
+            timesteps: (B,). At 0, the log variance of a fixed variance is that of the posterior, as in `posterior`.
 
         Returns:
             mean (B, C, ...), log variance (B, 1, ...) or, if learned, (B, C, ...), and x_0 (B, C, ...).
         """
         model_output, share = self.split_output(model_output, sample)
-        original = self.predicted_original(model_output, timesteps, sample)
-        if self._clip is not None:
-            original = original.clamp(-self._clip, self._clip)
-        mean, smallest = self.posterior(original, sample, timesteps)
-        largest = self._rows_at(self._posterior, timesteps, sample)[3]
+        coefficients = StepCoefficients(*self._rows_at(self._all_steps, timesteps, sample))
+        original = self._clamp_(coefficients.original(model_output, sample))
         if share is not None:
-            return mean, share * largest + (1 - share) * smallest, original
-        if self.config.variance_type == "fixed_small":
-            return mean, smallest, original
-        at_zero = torch.as_tensor(timesteps, device=sample.device).reshape(-1, *(1,) * (sample.ndim - 1)) == 0
-        return mean, torch.where(at_zero, smallest, largest), original
+            log_variance = coefficients.log_variance(share)
+        elif self.config.variance_type == "fixed_small":
+            log_variance = coefficients.log_variance_min
+        else:
+            smallest, largest = coefficients.log_variance_min, coefficients.log_variance_max
+            log_variance = torch.where(coefficients.std > 0, largest, smallest)
+        return coefficients.mean(original, sample), log_variance, original
 
     def split_output(self, model_output, sample):
         """The prediction (B, C, ...), and with a learned variance the share of log beta_t in its logarithm.
@@ -217,9 +231,6 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         prediction, range_ = model_output.chunk(2, dim=1)
         return prediction, (range_ + 1) / 2
 
-    def _signal_and_noise_at(self, timesteps, sample):
-        return self._rows_at(self._signal_and_noise, timesteps, sample)
-
     def _rows_at(self, table, timesteps, sample):
         """Columns of the float64 `table` (T, n) at `timesteps` () or (B,), to be multiplied with `sample` (B, ...)."""
         timesteps = torch.as_tensor(timesteps)
@@ -235,29 +246,32 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------ between timesteps
 
     def predicted_original(self, model_output, timestep, sample) -> torch.Tensor:
-        """The x_0 that `model_output` (B, ...) says is in `sample` at `timestep`, or at each its own (B,)."""
+        """The x_0 that `model_output` (B, ...) says is in `sample` (B, ...), not clamped.
+
+        Args:
+            timestep: one for all, or a tensor (B,).
+        """
         if isinstance(timestep, torch.Tensor) and timestep.ndim:
-            signal, sigma = self._signal_and_noise_at(timestep, sample)
+            row = self._rows_at(self._all_steps, timestep, sample)
         else:
-            signal, sigma = self._signal_and_noise[int(timestep)].tolist()
-        if self.config.prediction_type == "epsilon":
-            return (sample - sigma * model_output) / signal
-        return model_output if self.config.prediction_type == "sample" else signal * sample - sigma * model_output
+            row = self._all_steps[int(timestep)].tolist()
+        return StepCoefficients(*row).original(model_output, sample)
 
     def renoise(self, sample, timestep: int, to_timestep: int, noise) -> torch.Tensor:
-        """A draw from q(x_to | x_timestep), of later noise from earlier; the earlier may be -1, which is the image."""
+        """A draw from q(x_to | x_timestep), which adds noise; `timestep` may be -1, the image itself."""
         if not -1 <= timestep < to_timestep < len(self):
             raise ValueError(
                 f"timestep={timestep}, to_timestep={to_timestep}: must be -1 <= timestep < to < {len(self)}"
             )
-        before = self._alphas_cumprod[timestep].item() if timestep >= 0 else 1.0
-        alpha = self._alphas_cumprod[to_timestep].item() / before
+        before = self.alphas_cumprod_float64[timestep].item() if timestep >= 0 else 1.0
+        alpha = self.alphas_cumprod_float64[to_timestep].item() / before
         return math.sqrt(alpha) * sample + math.sqrt(1 - alpha) * noise
 
     def ddim_start(self, model_output, timestep: int, to_timestep: int, sample, prev_sample) -> torch.Tensor:
-        """Whence DDIM steps to `prev_sample` at `to_timestep`, with the noise that `model_output` says is in `sample`.
+        """The x_t that one DDIM step maps to `prev_sample` at `to_timestep`; -1 is the image.
 
-        x_to = a x + b epsilon (arXiv:2010.02502, equation 12 with sigma = 0), solved for x. -1 is the image.
+        x_to = a x_t + b epsilon (arXiv:2010.02502, equation 12 with sigma = 0), solved for x_t, with the noise epsilon
+        that `model_output` says is in `sample` at `timestep`.
         """
         signal, sigma = self._signal_and_noise[timestep].tolist()
         to_signal, to_sigma = self._signal_and_noise[to_timestep].tolist() if to_timestep >= 0 else (1.0, 0.0)
@@ -267,10 +281,11 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------ reverse process
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
-        """Choose the walk: `timesteps`, int64 (num_inference_steps,), descending, on `device`.
+        """Choose the timesteps that sampling visits: `timesteps`, int64 (num_inference_steps,), descending.
 
-        A walk of fewer than T steps is the exact DDPM of the visited timesteps: its betas are recomputed from their
-        abar (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19). The network still sees the original timesteps.
+        Fewer than T of them are sampled by the exact DDPM of these timesteps: its betas are recomputed from their abar
+        (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19). The network still sees the original timesteps.
+        `clip_sample` and `clip_sample_range` are read here.
         """
         T, n = len(self), num_inference_steps
         if not isinstance(n, Integral) or not 1 <= n <= T:
@@ -280,46 +295,51 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             ascending = i * (T // n) + self.config.steps_offset
         elif self.config.timestep_spacing == "trailing":
             ascending = (T - T / n * i).round().flip(0) - 1
-        elif self.config.timestep_spacing == "linspace":
-            ascending = torch.linspace(0, T - 1, n, dtype=torch.float64).round()
         else:
-            # floor(c i^2), up to 0.8 T as in the authors' code; at the dense end never the same timestep twice
-            exact = [4 * T * k * k // (5 * max(n - 1, 1) ** 2) for k in range(n)]
-            ascending = torch.maximum(torch.tensor(exact, dtype=torch.float64), i)
+            ascending = torch.linspace(0, T - 1, n, dtype=torch.float64).round()
         if ascending[-1] >= T:
             offset = self.config.steps_offset
-            raise ValueError(f"steps_offset={offset} moves the walk of {n} steps beyond timestep {T - 1}")
+            raise ValueError(f"steps_offset={offset} moves a schedule of {n} steps beyond timestep {T - 1}")
         self.num_inference_steps = n
-        self.timesteps = ascending.flip(0).long().to(device)
-        self._make_walk()
+        self._use_timesteps(ascending.flip(0).long(), device)
 
-    def _make_walk(self) -> None:
-        """Coefficients of each step of the walk, so that `step` is three affine maps and looks nothing up twice."""
-        self._clip = self.config.clip_sample_range if self.config.clip_sample else None
-        timesteps = self.timesteps.cpu()
-        abar = self._alphas_cumprod[timesteps]
+    def step_coefficients(self, timesteps: torch.Tensor) -> StepCoefficients:
+        """Of each step through `timesteps`, int64 (n,), descending, the last of which gives x_0: float64 (n,)."""
+        abar = self.alphas_cumprod_float64[timesteps.cpu()]
         abar_prev = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])  # no noise is left after the last step
         alpha = abar / abar_prev
         beta = 1 - alpha
-        posterior_variance = beta * (1 - abar_prev) / (1 - abar)  # equation 7
-        variance = posterior_variance if self.config.variance_type == "fixed_small" else beta.clone()
-        variance[-1] = 0.0  # algorithm 2: z = 0 at the last step of the walk, whatever its timestep
         signal, sigma = abar.sqrt(), (1 - abar).sqrt()
-        x0_from = {  # x_0 as a combination of x_t and the network's output
+        x0_from_sample, x0_from_output = {
             "epsilon": (1 / signal, -sigma / signal),  # equation 4 solved for x_0
             "sample": (torch.zeros_like(abar), torch.ones_like(abar)),
             "v_prediction": (signal, -sigma),
         }[self.config.prediction_type]
-        mean_from = (abar_prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - abar_prev) / (1 - abar))  # equation 7
-        clipped = torch.cat([posterior_variance[:-1], posterior_variance[-2:-1] if len(beta) > 1 else beta])
-        bounds = clipped.log(), beta.log()
-        steps = torch.stack([*x0_from, *mean_from, variance.sqrt(), *bounds], dim=1)  # (steps, 7)
+        posterior_variance = beta * (1 - abar_prev) / (1 - abar)  # equation 7
+        variance = posterior_variance if self.config.variance_type == "fixed_small" else beta.clone()
+        variance[-1] = 0.0  # algorithm 2: z = 0 at the last step, whatever its timestep
+        # The posterior of the last step has no variance and takes that of the step before (arXiv:2102.09672).
+        nonzero = torch.cat([posterior_variance[:-1], posterior_variance[-2:-1] if len(beta) > 1 else beta])
+        return StepCoefficients(
+            x0_from_sample,
+            x0_from_output,
+            mean_from_x0=abar_prev.sqrt() * beta / (1 - abar),  # equation 7
+            mean_from_sample=alpha.sqrt() * (1 - abar_prev) / (1 - abar),
+            std=variance.sqrt(),
+            log_variance_min=nonzero.log(),
+            log_variance_max=beta.log(),
+        )
 
-        self._walk = dict(zip(timesteps.tolist(), steps.tolist(), strict=True))
-        # The same for timesteps that live on a device. Off the walk there is no step, so not a number either.
-        self._walk_table = torch.full((len(self), 7), math.nan, dtype=torch.float64)
-        self._walk_table[timesteps] = steps
-        self._walk_table_on_device = self._walk_table
+    def _use_timesteps(self, timesteps: torch.Tensor, device=None) -> None:
+        """Make these (n,), descending and on the CPU, the timesteps that `step` takes, and compute its tables."""
+        self.timesteps = timesteps.to(device)
+        self._clip = self.config.clip_sample_range if self.config.clip_sample else None
+        rows = torch.stack(self.step_coefficients(timesteps), dim=1)
+        self._steps = {t: StepCoefficients(*row) for t, row in zip(timesteps.tolist(), rows.tolist(), strict=True)}
+        # The same for timesteps that live on a device, by timestep; NaN where there is no step.
+        self._step_table = torch.full((len(self), rows.shape[1]), math.nan, dtype=torch.float64)
+        self._step_table[timesteps] = rows
+        self._step_table_on_device = self._step_table
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         """`sample` itself: a variance-preserving process needs no scaling."""
@@ -330,8 +350,8 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: (B, C, ...), the network's prediction at `timestep`; with a learned variance (B, 2 C, ...).
-            timestep: int, 0-d tensor or tensor of one element: a timestep of the walk. A tensor on a device is never
-                brought to the host; off the walk it gives NaN, where an int or a CPU tensor gives a ValueError.
+            timestep: int, 0-d tensor or tensor of one element: one of `timesteps`. Any other gives a ValueError, or, as
+                a tensor on a device, whose value is never copied to the host, NaN.
             sample: x_t, (B, C, ...).
             generator: as in `draw_noise`. Nothing is drawn at the last step (with a timestep on a device, where
                 looking which step it is would stop the device, something is drawn and not used).
@@ -340,54 +360,42 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             `DDPMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or the tuple of both.
         """
         model_output, share = self.split_output(model_output, sample)
-        coefficients = self._coefficients(timestep, sample)
-        from_sample, from_output, mean_from_x0, mean_from_sample, std, smallest, largest = coefficients
-
-        # 1. x_0 as the network sees it
-        pred_original_sample = _plus(sample * from_sample, from_output, model_output)
-        if self._clip is not None:
-            pred_original_sample = pred_original_sample.clamp_(-self._clip, self._clip)
-        # 2. noise; `std` is 0 at the last step, and there alone
-        if share is not None and (isinstance(std, torch.Tensor) or std > 0):
-            learned = (0.5 * (share * largest + (1 - share) * smallest)).exp()
-            std = torch.where(std > 0, learned, 0.0) if isinstance(std, torch.Tensor) else learned
+        coefficients = self._coefficients_at(timestep, sample)
+        pred_original_sample = self._clamp_(coefficients.original(model_output, sample))
+        std = coefficients.std
         if isinstance(std, torch.Tensor):
+            if share is not None:
+                std = torch.where(std > 0, (0.5 * coefficients.log_variance(share)).exp(), 0.0)
             noise = std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
-        elif std > 0:
-            noise = draw_noise(sample.shape, generator, sample.device, sample.dtype, std)
-        else:
+        elif std == 0:
             noise = torch.zeros_like(sample)
-        # 3. mean of q(x_{t-1} | x_t, x_0), equation 7
-        prev_sample = _plus(_plus(noise, mean_from_sample, sample), mean_from_x0, pred_original_sample)
+        elif share is not None:
+            std = (0.5 * coefficients.log_variance(share)).exp()
+            noise = std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
+        else:
+            noise = draw_noise(sample.shape, generator, sample.device, sample.dtype, std)
+        prev_sample = coefficients.mean(pred_original_sample, sample, noise)
 
         if not return_dict:
             return prev_sample, pred_original_sample
         return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
-    def _coefficients(self, timestep, sample):
+    def _clamp_(self, original: torch.Tensor) -> torch.Tensor:
+        return original if self._clip is None else original.clamp_(-self._clip, self._clip)
+
+    def _coefficients_at(self, timestep, sample) -> StepCoefficients:
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             dtype = torch.promote_types(sample.dtype, torch.float32)
-            table = self._walk_table_on_device
+            table = self._step_table_on_device
             if (table.device, table.dtype) != (timestep.device, dtype):
-                table = self._walk_table_on_device = self._walk_table.to(dtype).to(timestep.device)
+                table = self._step_table_on_device = self._step_table.to(dtype).to(timestep.device)
             # 0-d tensors scale the sample without changing its dtype
-            return table.index_select(0, timestep.reshape(1)).reshape(7).unbind()
+            return StepCoefficients(*table.index_select(0, timestep.reshape(1)).squeeze(0).unbind())
         if isinstance(timestep, torch.Tensor):
             timestep = (timestep.reshape(()) if timestep.ndim else timestep).tolist()
-        if timestep not in self._walk:
-            raise ValueError(f"timestep={timestep!r} is not in the walk that set_timesteps chose: {self.timesteps}")
-        return self._walk[timestep]
-
-    # ------------------------------------------------------------------ interchange
-
-    @property
-    def config(self) -> FrozenDict:
-        config = super().config
-        return _ConfigForOursAlone(config) if config.timestep_spacing == "quadratic" else config
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        return super().extract_init_dict(dict(config_dict), **kwargs)
+        if timestep not in self._steps:
+            raise ValueError(f"timestep={timestep!r} is not one that set_timesteps chose: {self.timesteps}")
+        return self._steps[timestep]
 
 
 class LinearNoiseScheduler(NoiseScheduler):
@@ -405,14 +413,13 @@ class LinearNoiseScheduler(NoiseScheduler):
             formed (the authors' code). Without it `pred_original_sample` is returned unclamped too.
         prediction_type: what the network predicts: `"epsilon"` (the noise), `"sample"` (x_0) or `"v_prediction"`
             (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
-        timestep_spacing: which timesteps a walk of fewer steps visits: `"leading"`, `"trailing"`, `"linspace"` as in
-            diffusers, or `"quadratic"` (Song et al. 2021, arXiv:2010.02502, appendix D.2, denser near the image;
-            known to this package alone).
+        timestep_spacing: which timesteps sampling in fewer than T steps visits: `"leading"`, `"trailing"` or
+            `"linspace"`, as in diffusers.
         steps_offset: added to the timesteps of `"leading"`.
         rescale_betas_zero_snr: have no image left in x_{T-1} (Lin et al. 2023, arXiv:2305.08891, algorithm 1), for
-            `"sample"` and `"v_prediction"`; a walk should begin there, as `"trailing"` and `"linspace"` do. Of
-            diffusers' solvers, DDIM, DDPM, DPMSolverMultistep, UniPC and EulerDiscrete know it; others silently take
-            the betas without it.
+            `"sample"` and `"v_prediction"`; sampling should begin there, as with `"trailing"` and `"linspace"`. Of
+            diffusers' solvers, DDIM, DDPM, DPMSolverMultistep, UniPC and EulerDiscrete support it; others silently
+            take the betas without it.
         thresholding, dynamic_thresholding_ratio, sample_max_value: there for interchange only; any value but the
             default is a ValueError.
     """
@@ -499,22 +506,6 @@ class CosineNoiseScheduler(NoiseScheduler):
         T, s = self.config.num_train_timesteps, 0.008
         f = (((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s)) * math.pi / 2).cos() ** 2
         return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-
-
-class _ConfigForOursAlone(FrozenDict):
-    """A config that refuses to build any scheduler but ours.
-
-    diffusers' schedulers accept a `timestep_spacing` that they do not know and silently visit other timesteps.
-    `from_config` is the one place that asks a config for `_use_default_values`.
-    """
-
-    def get(self, key, default=None):
-        if key == "_use_default_values":
-            raise ValueError(
-                "timestep_spacing='quadratic' is known to ddpm_hf alone: build another scheduler from "
-                "{**scheduler.config, 'timestep_spacing': 'leading'}"
-            )
-        return super().get(key, default)
 
 
 def _plus(total: torch.Tensor, a, x: torch.Tensor) -> torch.Tensor:

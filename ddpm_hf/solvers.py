@@ -1,4 +1,4 @@
-"""Solvers by name: diffusers' schedulers, built from our configuration with nothing lost or changed."""
+"""Solvers by name: diffusers' schedulers, built from our configuration without losing or changing a setting."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_hf.scheduler import COSINE_SCHEDULE, CosineNoiseScheduler, LinearNoiseScheduler, NoiseScheduler
 
-SOLVERS = {  # what takes few steps, by the names that papers and programs have for it
+SOLVERS = {  # for sampling in few steps, by the names that papers and programs use
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
     "euler": "EulerDiscreteScheduler",
@@ -21,37 +21,38 @@ SOLVERS = {  # what takes few steps, by the names that papers and programs have 
     "unipc": "UniPCMultistepScheduler",
     "sa": "SASolverScheduler",
 }
-CLAMPING = ("ddpm", "ddim", "heun")  # know `clip_sample`
-# These look at one timestep more than they take steps, and at T steps there is none left.
+CLAMPING = ("ddpm", "ddim", "heun")  # implement `clip_sample`
+# These need one timestep more than they take steps, so they cannot take T steps.
 ONE_MORE = (
     diffusers.DPMSolverMultistepScheduler,
     diffusers.DEISMultistepScheduler,
     diffusers.UniPCMultistepScheduler,
     diffusers.SASolverScheduler,
 )
-# These step by T // n, wherever the next timestep is.
+# These assume that the next timestep is T // n lower, whatever it is.
 EVEN_STEPS = (diffusers.DDIMScheduler, diffusers.PNDMScheduler)
 
 
 def scheduler_class(config: dict) -> type[NoiseScheduler]:
-    """Ours that a configuration, of ours or of diffusers' DDPM scheduler, asks for by its `beta_schedule`."""
+    """Our class for a configuration of ours or of diffusers' DDPM scheduler, by its `beta_schedule`."""
     cosine = config.get("beta_schedule") == COSINE_SCHEDULE and config.get("trained_betas") is None
     return CosineNoiseScheduler if cosine else LinearNoiseScheduler
 
 
 def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: bool | None = None):
-    """The solver of that name for what `scheduler` was trained with; `None`: `scheduler`; a solver: itself.
+    """The solver of that name with the noise schedule and prediction type of `scheduler`.
 
     Args:
-        clip_sample: of a solver by name, in place of what `scheduler` has: whether it clamps the predicted x_0, which
-            those in `CLAMPING` can.
+        solver: a name; a solver, which is returned; or `None`, for which `scheduler` is returned.
+        clip_sample: whether the solver clamps the predicted x_0, for those in `CLAMPING`; `None`: as `scheduler` does.
+            For a solver by name only.
 
     Raises:
-        ValueError: a name that is not there, or a solver that can't have the betas or the walk of `scheduler`.
+        ValueError: for an unknown name, and for a solver that cannot have the betas or the settings of `scheduler`.
     """
     if solver is None or isinstance(solver, SchedulerMixin):
         if clip_sample is not None:
-            raise ValueError(f"clip_sample={clip_sample}: say for which scheduler, by its name")
+            raise ValueError(f"clip_sample={clip_sample} needs a scheduler by its name: one of {', '.join(CLAMPING)}")
         return scheduler if solver is None else solver
     if solver != "ddpm" and solver not in SOLVERS:
         raise ValueError(f"scheduler={solver!r}; choose from ddpm, {', '.join(SOLVERS)}, or give a scheduler")
@@ -61,15 +62,13 @@ def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: boo
     config = {**scheduler.config, "_use_default_values": []}
     config |= {} if clip_sample is None else {"clip_sample": clip_sample}
     if solver != "ddpm" and config.get("variance_type") == "learned_range":
-        config["variance_type"] = "fixed_small"  # the pipeline gives them the prediction alone
-    if solver != "ddpm" and config.get("timestep_spacing") == "quadratic":
-        raise ValueError(f"scheduler={solver!r}: timestep_spacing='quadratic' is known to ddpm_hf alone; use ddpm")
+        config["variance_type"] = "fixed_small"  # the pipeline passes them the prediction without the variance
     made = (scheduler_class(config) if solver == "ddpm" else getattr(diffusers, SOLVERS[solver])).from_config(config)
     for name in ("num_train_timesteps", "prediction_type", "timestep_spacing"):
         has, wants = made.config.get(name), scheduler.config.get(name)
         if name in made.config and name in scheduler.config and has != wants:
             raise ValueError(f"scheduler={solver!r} has {name}={has!r} and the model wants {wants!r}")
-    # The last one apart: with zero-terminal SNR some solvers put 2^-24 in the place of 0.
+    # The last one is compared separately: with zero-terminal SNR some solvers replace 0 by 2^-24.
     theirs, ours = made.alphas_cumprod, scheduler.alphas_cumprod
     if not torch.allclose(theirs[:-1], ours[:-1], rtol=1e-3, atol=1e-7) or abs(theirs[-1] - ours[-1]) > 1e-6:
         why = " (rescale_betas_zero_snr)" if scheduler.config.get("rescale_betas_zero_snr") else ""
@@ -77,8 +76,8 @@ def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: boo
     return made
 
 
-def set_walk(solver, num_inference_steps: int | None, device) -> None:
-    """`set_timesteps`, with a ValueError where a solver of diffusers would fail later or go wrong without a word.
+def set_timesteps_checked(solver, num_inference_steps: int | None, device) -> None:
+    """`set_timesteps`, with a ValueError where a solver of diffusers would fail later or silently give wrong samples.
 
     Args:
         num_inference_steps: `None`: as many as the solver can take.
@@ -91,7 +90,7 @@ def set_walk(solver, num_inference_steps: int | None, device) -> None:
         raise ValueError(f"num_inference_steps={n}: {name} takes {least} ... {most} steps of a model of {T} timesteps")
     solver.set_timesteps(n, device=device)
     if isinstance(solver, EVEN_STEPS) and spacing in ("trailing", "linspace"):
-        # without those between, of PNDM's first steps
+        # PNDM begins with Runge-Kutta steps, whose timesteps in between are not among `plms_timesteps`
         visited = torch.as_tensor(getattr(solver, "plms_timesteps", solver.timesteps)).cpu().unique()
         if n > 1 and not (visited.diff() == T // n).all():
             raise ValueError(

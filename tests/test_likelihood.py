@@ -8,14 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.likelihood import (
-    bound_terms,
-    estimated_bound,
-    fixed_variance_floor,
-    full_bound,
-    prior_term,
-    timestep_probabilities,
-)
+from ddpm_hf.bound import bound_terms, fixed_variance_floor, log_probability_of_bins, prior_term
+from ddpm_hf.likelihood import estimated_bound, full_bound, timestep_probabilities
 
 T = 1000
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -41,7 +35,8 @@ def expected_bits(made, levels, denoise, nodes=64) -> float:
 
 def best(made, levels):
     """E[x_0 | x_t] of such data, for x_t (T, nodes, 1, 1)."""
-    signal, sigma = (row[:, None, None] for row in made._signal_and_noise.unbind(1))
+    abar = made.alphas_cumprod_float64[:, None, None]
+    signal, sigma = abar.sqrt(), (1 - abar).sqrt()
 
     def denoise(xt):
         found = []  # part by part, for all at once would need gigabytes
@@ -95,15 +90,13 @@ def test_a_learned_variance_has_the_fixed_ones_for_its_ends():
 
 
 def test_probabilities_of_all_levels_sum_to_one():
-    from ddpm_hf.likelihood import _log_probability_of_bins
-
     for mean, std in ((0.0, 0.5), (0.3, 0.007), (-5.0, 0.1), (1.0, 1e-3)):
-        log_p = _log_probability_of_bins(
+        log_p = log_probability_of_bins(
             LEVELS, torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64), 1 / 255
         )
         assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-12)
         assert log_p.isfinite().all() or std < 0.01
-    far = _log_probability_of_bins(
+    far = log_probability_of_bins(
         LEVELS[:1], torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64), 1 / 255
     )
     z = (-1 + 1 / 255 - 1) / 0.05
@@ -117,11 +110,17 @@ def test_probabilities_of_all_levels_sum_to_one():
 ENDS = torch.tensor([-1.0, 1.0], dtype=torch.float64)
 
 
+def signal_and_noise(made, timesteps):
+    """sqrt(abar_t), sqrt(1 - abar_t) at `timesteps` (B,): (B, 1, 1, 1)"""
+    abar = made.alphas_cumprod_float64[timesteps][:, None, None, None]
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
 def knows_a_coin(made):
     """`predict` of the best network for pixels that are -1 or 1 as often."""
 
     def predict(sample, timesteps, labels):
-        signal, sigma = made._signal_and_noise_at(timesteps, sample)
+        signal, sigma = signal_and_noise(made, timesteps)
         return torch.tanh(signal * sample / sigma**2)
 
     return predict
@@ -170,7 +169,7 @@ def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance(prediction_
 
             def knows(sample, timesteps, labels, x0=x0, made=made):
                 image = x0[:1].expand(sample.shape)
-                signal, sigma = made._signal_and_noise_at(timesteps, sample)
+                signal, sigma = signal_and_noise(made, timesteps)
                 return made.target(image, (sample - signal * image) / sigma, timesteps)
 
             found[x0] = bounds(made, x0, predict=knows)
@@ -261,9 +260,12 @@ def test_the_variance_that_the_bound_asks_for(t):
     x0, noise = torch.randn(2, 1, 1, 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     at = torch.tensor([t])
     xt = made.add_noise(x0 * spread, noise, at)
-    abar = made._alphas_cumprod[t]
+    abar = made.alphas_cumprod_float64[t]
     unsure = spread**2 * (1 - abar) / (abar * spread**2 + 1 - abar)
-    from_x0, _, smallest, largest = made._posterior[t].tolist()
+    step = made.step_coefficients(made.timesteps)
+    from_x0, smallest, largest = (
+        column.flip(0)[t].item() for column in (step.mean_from_x0, step.log_variance_min, step.log_variance_max)
+    )
     best_share = (math.log(math.exp(smallest) + from_x0**2 * unsure) - smallest) / (largest - smallest)
     assert 0 < best_share < 1
     guess = abar.sqrt() * spread**2 / (abar * spread**2 + 1 - abar) * xt
