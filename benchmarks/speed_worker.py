@@ -61,7 +61,7 @@ def make_network(contestant: str, name: str) -> nn.Module:
         return lucidrains_network()
     network = our_network(name)
     if contestant.startswith("diffusers"):
-        from ddpm_hf.conversion import to_diffusers
+        from ddpm_hf.convert.unet2d import to_diffusers
 
         return to_diffusers(network).to(DEVICE)
     return as_in_tutorial(network, name) if contestant == "tutorial" else network
@@ -527,7 +527,7 @@ def import_all(contestant: str) -> None:
     if contestant == "lucidrains":
         lucidrains_network()
     else:
-        for module in ("diffusers.pipelines.ddpm", "diffusers.training_utils", "ddpm_hf.conversion"):
+        for module in ("diffusers.pipelines.ddpm", "diffusers.training_utils", "ddpm_hf.convert.unet2d"):
             importlib.import_module(module)
         importlib.import_module("ddpm_hf.training")
 

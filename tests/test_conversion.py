@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.cli import main
-from ddpm_hf.conversion import _diffusers_settings, _from_diffusers_weights, load_checked, to_diffusers
+from ddpm_hf.commands.main import main
+from ddpm_hf.convert.unet2d import settings_from, to_diffusers, weights_from
+from ddpm_hf.convert.weights import load_checked
 
 TUTORIALS = {
     "explainingai_gray28": "explainingai",
@@ -45,7 +46,7 @@ def error_of(capfd, *argv) -> str:
 @pytest.mark.parametrize("told", [True, False])
 def test_a_tutorials_checkpoint_predicts_the_same(shared, tmp_path, capfd, case, told):
     folder = shared / "vectors" / case
-    flags = ["--from", TUTORIALS[case], "--source-config", str(folder / "case.json")] if told else []
+    flags = ["--from", TUTORIALS[case], "--source_config", str(folder / "case.json")] if told else []
     assert main(["convert", str(folder / "checkpoint.pth"), str(tmp_path / "out"), *flags]) == 0
     io = load_file(folder / "io.safetensors")
     assert_close(predict(tmp_path / "out", io), io["noise_pred"], rtol=0, atol=1e-5)
@@ -65,7 +66,7 @@ def test_a_tutorials_checkpoint_predicts_the_same(shared, tmp_path, capfd, case,
 
 def test_a_tutorials_whole_chain(shared, tmp_path):
     folder = shared / "vectors/explainingai_chain_T50"
-    flags = ["--source-config", str(folder / "case.json")]
+    flags = ["--source_config", str(folder / "case.json")]
     assert main(["convert", str(folder / "checkpoint.pth"), str(tmp_path / "out"), *flags]) == 0
     pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / "out"))
     assert len(pipeline.scheduler) == 50
@@ -123,8 +124,8 @@ def test_any_unet2d_model_is_expressed(config, seed):
     theirs = diffusers.UNet2DModel(**config).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # norms and biases too move off their initial values
-    ours = DDPMUNet(**_diffusers_settings(dict(theirs.config)))
-    load_checked(ours, _from_diffusers_weights(theirs.state_dict(), ours.state_dict(), "theirs"), "theirs")
+    ours = DDPMUNet(**settings_from(dict(theirs.config)))
+    load_checked(ours, weights_from(theirs.state_dict(), ours.state_dict(), "theirs"), "theirs")
     side = config["sample_size"]
     x, t = torch.randn(2, config["in_channels"], side, side), torch.tensor([3, 700])
     with torch.no_grad():
@@ -188,7 +189,7 @@ def test_a_flat_folder_brings_its_scheduler(tmp_path, capfd):
     capfd.readouterr()
     (tmp_path / "a/scheduler/scheduler_config.json").write_text("[]")
     assert "scheduler_config.json makes no scheduler" in error_of(capfd, tmp_path / "a", tmp_path / "out")
-    error = error_of(capfd, tmp_path / "a", tmp_path / "out", "--source-config", "x.yaml")
+    error = error_of(capfd, tmp_path / "a", tmp_path / "out", "--source_config", "x.yaml")
     assert "a folder of diffusers has its own config.json" in error
     (tmp_path / "file").write_text("")
     shutil.rmtree(tmp_path / "a/scheduler")
@@ -291,7 +292,7 @@ def test_a_configuration_of_any_form(shared, tmp_path, capfd):
         "nested.yaml": {"model_params": {"dropout_rate": 0.3}, "config": {"image_size": 16}, "beta_end": 0.01},
     }.items():
         (tmp_path / name).write_text(yaml.safe_dump(content))
-        flags = ["--source-config", str(tmp_path / name)]
+        flags = ["--source_config", str(tmp_path / name)]
         assert main(["convert", str(case / "checkpoint.pth"), str(tmp_path / f"out-{name}"), *flags]) == 0
         pipeline = DDPMCustomPipeline.from_pretrained(str(tmp_path / f"out-{name}"))
         assert (pipeline.unet.config.dropout, pipeline.unet.config.sample_size) == (0.3, 16)
@@ -307,24 +308,24 @@ def test_numbers_as_people_write_them(shared, tmp_path, capfd):
     (tmp_path / "a.json").write_text(json.dumps({"beta_start": 1e-05}))
     for name, start, steps in (("a.yaml", 1e-3, 500), ("a.json", 1e-5, 1000)):
         out = tmp_path / f"out-{name}"
-        assert main(["convert", str(case), str(out), "--source-config", str(tmp_path / name)]) == 0
+        assert main(["convert", str(case), str(out), "--source_config", str(tmp_path / name)]) == 0
         scheduler = LinearNoiseScheduler.from_pretrained(out, subfolder="scheduler")
         assert (scheduler.config.beta_start, len(scheduler)) == (start, steps)
     (tmp_path / "b.json").write_text('{"beta_start": null}')
-    error_of(capfd, case, tmp_path / "out", "--source-config", tmp_path / "b.json")
+    error_of(capfd, case, tmp_path / "out", "--source_config", tmp_path / "b.json")
     (tmp_path / "b.json").write_text('{"dropout_rate": null}')
     case = shared / "vectors/learnopencv_rgb32/checkpoint.pth"
-    assert "dropout=None must lie in" in error_of(capfd, case, tmp_path / "out", "--source-config", tmp_path / "b.json")
+    assert "dropout=None must lie in" in error_of(capfd, case, tmp_path / "out", "--source_config", tmp_path / "b.json")
 
 
 def test_a_contradiction_shows_both(shared, tmp_path, capfd):
     case = shared / "vectors/labml_rgb32"
     (tmp_path / "c.json").write_text(json.dumps({"n_channels": 64}))
-    error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--source-config", tmp_path / "c.json")
+    error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--source_config", tmp_path / "c.json")
     assert "n_channels is 64 in" in error
     assert "and 32 in the weights of" in error
     (tmp_path / "c.json").write_text(json.dumps({"is_attention": [True, True, True]}))
-    error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--source-config", tmp_path / "c.json")
+    error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--source_config", tmp_path / "c.json")
     assert "is_attn is [True, True, True] in" in error
     error = error_of(capfd, case / "checkpoint.pth", tmp_path / "out", "--from", "learnopencv")
     assert "is not of learnopencv but of labml" in error

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.config import recipe_names, resolve
-from ddpm_hf.conversion import SOURCES, _diffusers_settings, to_diffusers
+from ddpm_hf.convert.convert import SOURCES
+from ddpm_hf.convert.unet2d import settings_from, to_diffusers
 from ddpm_hf.unet import NearestUpsample, sinusoids
 
 
@@ -345,7 +346,7 @@ def every_network() -> dict[str, dict]:
     recipes = {repr(resolve({"config": name}).unet): name for name in recipe_names()}
     networks = {name: {"sample_size": 8, **resolve({"config": name}).unet} for name in recipes.values()}
     theirs = {"norm_num_groups": 8, "block_out_channels": (16, 32, 32, 32), "layers_per_block": 1}
-    networks["diffusers"] = _diffusers_settings(dict(diffusers.UNet2DModel(**theirs).config))
+    networks["diffusers"] = settings_from(dict(diffusers.UNet2DModel(**theirs).config))
     networks["table"] = {**TINY_UNET, "time_table_size": 20, "upsample_type": "nearest"}
     networks["classes"] = {**TINY_UNET, "num_classes": 3, "skip_connections": "layer"}
     return networks

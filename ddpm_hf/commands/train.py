@@ -32,11 +32,11 @@ HINTS = {
 
 def add_arguments(parser) -> None:
     """A flag for each field of `TrainConfig`, under the heading that the field names."""
-    from ddpm_hf.config import TrainConfig
+    from ddpm_hf.config import HEADINGS, TrainConfig
 
     types, groups = typing.get_type_hints(TrainConfig), {}
-    for field in dataclasses.fields(TrainConfig):
-        heading = field.metadata.get("group", "settings")
+    for field in sorted(dataclasses.fields(TrainConfig), key=lambda f: HEADINGS.index(f.metadata["group"])):
+        heading = field.metadata["group"]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         options = _options(types[field.name]) | {"help": field.metadata["help"].replace("%", "%%")}

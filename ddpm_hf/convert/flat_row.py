@@ -1,0 +1,51 @@
+"""What labml, learnopencv and diffusers share: a skip connection a layer, and, in the two tutorials, blocks in one row.
+
+In such a row the layers of a stage are followed by a resampling, which has a number of its own.
+"""
+
+from ddpm_hf.convert.source import Weights, count
+
+
+def stages_of(weights: Weights, prefix: str, width_key: str, resample_key: str) -> tuple[list[int], list[list[int]]]:
+    """Width of each stage and numbers of its layers, of blocks `prefix`.0, .1, ... with a resampling between stages."""
+    widths, layers, stage = [], [], 0
+    for k in range(count(weights, rf"{prefix}\.(\d+)\.")):
+        if f"{prefix}.{k}.{resample_key}" in weights:
+            stage += 1
+            continue
+        if stage == len(widths):
+            widths.append(0)
+            layers.append([])
+        widths[stage] = weights[f"{prefix}.{k}.{width_key}"].shape[0]
+        layers[stage].append(k)
+    return widths, layers
+
+
+def names_of(down: str, up: str, stages: int, layers: int, downsample: str, upsample: str, inner: dict) -> list:
+    """Names, as `Source.names` has them, of `layers` blocks a stage going down and `layers + 1` going up.
+
+    What ends one of their up stages begins the next of ours.
+    """
+    names, rows = [], [(down, "down", layers, downsample, 0), (up, "up", layers + 1, upsample, 1)]
+    for row, ours, length, resample, shift in rows:
+        for stage in range(stages):
+            first = stage * (length + 1)
+            for k in range(length):
+                names += [(rf"{row}\.{first + k}\.{a}", f"{ours}.{stage}.layers.{k}.{b}") for a, b in inner.items()]
+            names.append((rf"{row}\.{first + length}\.{resample}", f"{ours}.{stage + shift}.{ours}sample"))
+    return names
+
+
+def settings_of(widths: list[int], layers: int, attention: list[bool]) -> dict:
+    """Settings of `DDPMUNet` that the sources with a skip connection a layer share."""
+    return {
+        "block_out_channels": widths,
+        "attention": attention,
+        "layers_per_block": layers,
+        "mid_block_out_channels": [widths[-1]],
+        "mid_layers_per_block": 1,
+        "skip_connections": "layer",
+        "downsample_kernel_size": 3,
+        "project_every_shortcut": False,
+        "freq_shift": 1,
+    }

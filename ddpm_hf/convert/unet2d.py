@@ -1,0 +1,227 @@
+"""diffusers' `UNet2DModel` and schedulers, to ours and back."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import torch
+
+from ddpm_hf.convert.flat_row import settings_of
+from ddpm_hf.convert.source import Weights
+from ddpm_hf.convert.weights import check_shape, first_line, load_checked, load_weights
+from ddpm_hf.scheduler import LinearNoiseScheduler
+from ddpm_hf.solvers import scheduler_class
+from ddpm_hf.unet import DDPMUNet
+
+BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}  # have attention?
+# Settings that both networks have, under the same name and with the same meaning.
+SAME = (
+    "in_channels", "layers_per_block", "downsample_padding", "attention_head_dim", "flip_sin_to_cos", "freq_shift",
+    "norm_num_groups", "norm_eps", "dropout",
+)  # fmt: skip
+RESIDUAL = {
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "time_projection": "time_emb_proj",
+    "norm_2": "norm2",
+    "conv_2": "conv2",
+    "shortcut": "conv_shortcut",
+}
+ATTENTION = {"norm": "group_norm", "to_qkv": "to_{}", "to_out": "to_out.0"}
+OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_folder(folder: Path):
+    """Network, scheduler and notes of a folder that diffusers wrote: a pipeline's, or that of a network alone.
+
+    Raises:
+        ValueError: a file is missing or damaged, or our network can't express a setting.
+    """
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    config_file = unet_folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"source {str(folder)!r} has neither unet/config.json nor config.json")
+    try:
+        stored = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON: {error}") from error
+    kind = stored.get("_class_name", "UNet2DModel") if isinstance(stored, dict) else stored
+    if kind != "UNet2DModel":
+        raise ValueError(f"{config_file} is of {kind!r}, not of 'UNet2DModel'")
+    try:
+        with torch.device("meta"):
+            config = dict(diffusers.UNet2DModel.from_config(stored).config)  # with the defaults that it leaves out
+    except Exception as error:  # what its constructor trips over in wrong values
+        raise ValueError(f"{config_file} makes no UNet2DModel: {first_line(error)}") from error
+    # the weights proper, whole or in shards, and none of their variants
+    names = [re.compile(rf"diffusion_pytorch_model(-\d+-of-\d+)?\.{ending}") for ending in ("safetensors", "bin")]
+    found = [[path for path in sorted(unet_folder.iterdir()) if name.fullmatch(path.name)] for name in names]
+    files = found[0] or found[1]
+    if not files:
+        raise ValueError(f"{unet_folder} holds no diffusion_pytorch_model.safetensors or .bin")
+    weights = {}
+    for file in files:
+        weights |= load_weights(file)
+    unet = DDPMUNet(**settings_from(config))
+    load_checked(unet, weights_from(weights, unet.state_dict(), unet_folder), unet_folder)
+    # beside unet/, flat as in google/ddpm-*, or next to the unet/ that was named
+    places = [folder / "scheduler", folder, *([folder.parent / "scheduler"] if folder.name == "unet" else [])]
+    file = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
+    if file is None:
+        return unet, LinearNoiseScheduler(), ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"]
+    return unet, *_read_scheduler(file)
+
+
+def _read_scheduler(file: Path):
+    """Ours where it can do what the file says, else diffusers' `DDPMScheduler`; and what to know about it."""
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        name = theirs.get("_class_name", "DDPMScheduler")
+        try:
+            scheduler = scheduler_class(theirs).from_config(theirs)
+        except ValueError:  # a setting that ours refuses
+            scheduler = diffusers.DDPMScheduler.from_config(theirs)
+    except Exception as error:  # not JSON, not a configuration, or one of another kind of process
+        raise ValueError(f"{file} makes no scheduler: {first_line(error)}") from error
+    notes = [f"scheduler: {type(scheduler).__name__} with the settings of {file.name}"]
+    if name not in ("DDPMScheduler", "LinearNoiseScheduler", "CosineNoiseScheduler"):
+        notes.append(f"scheduler: the folder samples with {name}; this pipeline takes its betas and all steps of DDPM")
+    return scheduler, notes
+
+
+def settings_from(config: dict) -> dict:
+    """Arguments of `DDPMUNet` from the whole configuration of a `UNet2DModel`.
+
+    Raises:
+        ValueError: our network can't express a setting.
+    """
+    for key in ("down_block_types", "up_block_types"):
+        for block in config[key]:
+            if block not in BLOCKS:
+                raise ValueError(f"{key}: {block!r} can't be expressed; it must be one of {', '.join(BLOCKS)}")
+    down, up = ([BLOCKS[block] for block in config[f"{way}_block_types"]] for way in ("down", "up"))
+    _require(config, "up_block_types", up == down[::-1], "must mirror down_block_types")
+    expressible = {
+        "center_input_sample": (False,), "time_embedding_type": ("positional",), "time_embedding_dim": (None,),
+        "downsample_type": ("conv",), "upsample_type": ("conv",), "act_fn": ("silu", "swish"), "add_attention": (True,),
+        "mid_block_type": ("UNetMidBlock2D",), "mid_block_scale_factor": (1,), "resnet_time_scale_shift": ("default",),
+        "attn_norm_num_groups": (None, config["norm_num_groups"]), "class_embed_type": (None,),
+        "num_class_embeds": (None,), "out_channels": (config["in_channels"], 2 * config["in_channels"]),
+    }  # fmt: skip
+    for key, values in expressible.items():
+        _require(config, key, config[key] in values, f"can't be expressed; it must be {values[0]!r}")
+    return _settings(config) | {
+        "sample_size": config["sample_size"] or 32,
+        "out_channels": None if config["out_channels"] == config["in_channels"] else config["out_channels"],
+    }
+
+
+def _settings(config: dict) -> dict:
+    """Those arguments of `DDPMUNet` that widths, blocks and the `SAME` settings of a `UNet2DModel` determine."""
+    widths = list(config["block_out_channels"])
+    attention = [BLOCKS[block] for block in config["down_block_types"]]
+    return (
+        settings_of(widths, config["layers_per_block"], attention)
+        | {key: config[key] for key in SAME}
+        | {
+            "stem_channels": widths[0],
+            "up_block_out_channels": widths[::-1],
+            "downsample": [True] * (len(widths) - 1) + [False],
+            "upsample_type": "nearest",
+            "num_attention_heads": 1,
+            "time_sinusoid_dim": widths[0],
+            "time_embedding_dim": 4 * widths[0],
+        }
+    )
+
+
+def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
+    """The same network as `UNet2DModel`: its weights bit for bit, its predictions to rounding.
+
+    Raises:
+        ValueError: `UNet2DModel` can't express a setting; the message has what it would have to be.
+    """
+    ours = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
+    _require(ours, "num_classes", ours["num_classes"] is None, "can't be: diffusers' DDPMPipeline knows no classes")
+    stages = len(ours["block_out_channels"])
+    attention = ours["attention"]
+    attention = [attention] * stages if isinstance(attention, bool) else list(attention)
+    theirs = {key: ours[key] for key in ("sample_size", "block_out_channels", *SAME)} | {
+        "out_channels": ours["out_channels"] or ours["in_channels"],
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]],
+    }
+    # What the network of these settings is; where ours is another, it can't be expressed.
+    wanted = _settings(theirs) | {"attention_norm": True, "time_table_size": None, "dropout_channels": False}
+    wanted |= {"attention": ours["attention"], "norm_num_groups_out": ours["norm_num_groups"]}
+    as_default = {"downsample": None, "norm_num_groups_out": None}
+    for key, value in wanted.items():
+        same = ours[key] == value or (key in as_default and ours[key] is None)
+        same = same or (key == "num_attention_heads" and ours["attention_head_dim"] is not None)
+        _require(ours, key, same, f"can't be expressed by UNet2DModel; it would have to be {value!r}")
+    model = diffusers.UNet2DModel(**theirs)
+    weights = {}
+    for key, value in unet.state_dict().items():
+        name = _to_diffusers_key(key)
+        if "{}" in name:
+            weights |= {name.format(x): part.clone() for x, part in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            weights[name] = value
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _require(config: dict, key: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{key}={config[key]!r} {rule}")
+
+
+def weights_from(weights: Weights, ours: Weights, path) -> Weights:
+    """Their weights under our keys; a key that they lack is missing in the answer.
+
+    Args:
+        ours: the weights of the network to load them into, for the shapes.
+        path: where they are from, for messages.
+
+    Raises:
+        ValueError: a weight has no place, or the query, key or value of an attention is missing or has another shape.
+    """
+    renamed = {}
+    for key, value in weights.items():
+        for older, newer in OLDER_ATTENTION.items():
+            key = re.sub(rf"(attentions\.\d+)\.{older}\.", rf"\1.{newer}.", key)
+        renamed[key] = value
+    taken = {}
+    for key, wanted in ours.items():
+        theirs = _to_diffusers_key(key)
+        if "{}" not in theirs:
+            if theirs in renamed:
+                taken[key] = renamed.pop(theirs)
+            continue
+        parts = []
+        for part in (theirs.format(x) for x in "qkv"):
+            if part not in renamed:
+                raise ValueError(f"{path} lacks {part}")
+            parts.append(renamed.pop(part))
+            check_shape(path, part, parts[-1], (wanted.shape[0] // 3, *wanted.shape[1:]))
+        taken[key] = torch.cat(parts)
+    if renamed:
+        raise ValueError(f"{path}: no place for {len(renamed)} weights, {', '.join(sorted(renamed)[:3])} among them")
+    return taken
+
+
+def _to_diffusers_key(key: str) -> str:
+    """Our key -> that of `UNet2DModel`; for `to_qkv` with a `{}` where q, k or v stands."""
+    part, *rest = key.split(".")
+    if part in ("stem", "norm_out", "time_embedding", "conv_out"):
+        return ".".join([{"stem": "conv_in", "norm_out": "conv_norm_out"}.get(part, part), *rest])
+    stage, what, *rest = rest
+    block = {"down": f"down_blocks.{stage}", "up": f"up_blocks.{stage}", "middle": "mid_block"}[part]
+    if what == "downsample":
+        return ".".join([block, "downsamplers.0.conv", *rest])
+    if what == "upsample":  # what begins a stage of ours ends the one before in theirs
+        return ".".join([f"up_blocks.{int(stage) - 1}", "upsamplers.0.conv", *rest])
+    layer, kind, name, *rest = rest
+    kind, name = ("resnets", RESIDUAL[name]) if kind == "residual" else ("attentions", ATTENTION[name])
+    return ".".join([block, kind, layer, name, *rest])
