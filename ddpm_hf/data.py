@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ddpm_hf.data_config import EMBEDDED_DIGITS, DataConfig
 from ddpm_hf.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
 from ddpm_hf.seeds import seeded_generator
 from ddpm_hf.signals import raise_if_stopped
-from ddpm_hf.sources import Item, Part, source_of
+from ddpm_hf.sources import Item, source_of
 
 HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
 MEMORY_SHARE = 0.5  # of what is free, for the images of all processes; beyond it they are mapped from the disk
@@ -151,13 +152,13 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
     train, test, label_names = source_of(config)
     license = getattr(train, "license", None)
     if not len(test):
-        train, test = (Part(train, indices.tolist()) for indices in _split(len(train)))
+        train, test = (Subset(train, indices.tolist()) for indices in _split(len(train)))
     elif test_limit is not None and len(test) > test_limit:
-        test = Part(test, np.linspace(0, len(test) - 1, test_limit).astype(int).tolist())
+        test = Subset(test, np.linspace(0, len(test) - 1, test_limit).astype(int).tolist())
     decoder = decoder_of(config)
     workers, folder = config.dataloader_num_workers, Path(config.output_dir)
     images, bad = collect(train, decoder, workers, label_names, folder)
-    held_out, bad_too = collect(test, decoder, workers, label_names, folder, images.shape if images else None)
+    held_out, bad_too = collect(test, decoder, workers, label_names, folder)
     seen = len(train) + len(test)
     if not len(train):
         raise ValueError(f"{config.train_data_dir or config.dataset_name!r} holds no image to train on")
@@ -215,17 +216,18 @@ def _split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
 def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterator[tuple[Item, Decoded | BadImage]]:
     """Each with its image or the reason why it has none, in order however many processes decode.
 
-    The first image decides, into `decoder`, what the settings leave open.
+    The first image decides, into `decoder`, what the settings leave open; the others must be of its size and depth.
     """
     items = iter(items)
     for item in items:
         raise_if_stopped()
         result = _decode(decoder, item)
-        yield item, result
         if isinstance(result, Decoded):
-            decoder.deep = result.pixels.dtype != np.uint8
+            decoder.deep, decoder.shape = result.pixels.dtype != np.uint8, result.pixels.shape
             if decoder.channels is None:
                 decoder.channels, decoder.channels_are_inferred = len(result.pixels), True
+        yield item, result
+        if isinstance(result, Decoded):
             break
     if not workers:
         for item in items:
@@ -271,12 +273,8 @@ def _decode(decoder: Decoder, item: Item) -> Decoded | BadImage:
         raise ValueError(f"{item.name} {error}") from error
 
 
-def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path, shape=None):
-    """`ImageData` of the good ones, or None if there are none, and (name, reason) of the others.
-
-    Args:
-        shape: (C, H, W) that all must have; None: as the first.
-    """
+def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path):
+    """`ImageData` of the good ones, or None if there are none, and (name, reason) of the others."""
     pixels, labels, bad = None, [], []
     bar = tqdm(
         decode_each(items, decoder, workers),
@@ -291,11 +289,9 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
         if isinstance(image, BadImage):
             bad.append((item.name, str(image)))
             continue
-        shape = shape or image.pixels.shape
-        check_shape(item.name, image, shape)
         if pixels is None:
             value_range = image.value_range
-            pixels = _storage((len(items), *shape), image.pixels.dtype, output_dir)
+            pixels = _storage((len(items), *decoder.shape), image.pixels.dtype, output_dir)
         pixels[len(labels)] = image.pixels
         labels.append(item.label)
     if pixels is None:
@@ -316,15 +312,3 @@ def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)  # a disk that is too small says so here
         return np.memmap(file, dtype, "w+", shape=shape)
-
-
-def check_shape(name: str, image: Decoded, shape: tuple[int, int, int]) -> None:
-    """Raises ValueError, naming the image, if it does not have the `shape` (C, H, W) of the first."""
-    if image.pixels.shape != shape:
-        sizes = f"{size_in_words(image.pixels.shape)} and the first image {size_in_words(shape)}"
-        raise ValueError(f"{name} is {sizes}; give --resolution")
-
-
-def size_in_words(shape) -> str:
-    """(C, H, W) as "28x28 pixels with 1 channel"."""
-    return f"{shape[2]}x{shape[1]} pixels with {shape[0]} channel{'s' if shape[0] > 1 else ''}"

@@ -62,7 +62,7 @@ class Decoder:
         background: 0 (black) ... 1 (white), one number or one a colour, to put under transparent images; None: opacity
             is a channel of its own.
         channels_are_inferred: from the first image, so that colour in a later one is a surprise.
-        deep: whether all images have more than 8 bits; None: they may have any number.
+        deep, shape: whether images have more than 8 bits, and (C, H, W) of the results; None: the first image decides.
     """
 
     channels: int | None
@@ -71,6 +71,7 @@ class Decoder:
     background: list[float] | None = None
     channels_are_inferred: bool = False
     deep: bool | None = None
+    shape: tuple[int, int, int] | None = None
 
     def __call__(self, source: str | Path | bytes | np.ndarray) -> Decoded | BadImage:
         try:
@@ -95,6 +96,10 @@ class Decoder:
         if np.float32(least) < np.float32(low) or np.float32(most) > np.float32(high):  # as the pixels are stored
             raise ValueError(f"has values {least:g} ... {most:g}, outside value_range {low:g} ... {high:g}")
         image = self._fit(torch.from_numpy(self._combine(pixels.astype(np.float32), opacity, low, high)))
+        if self.shape not in (None, image.shape):
+            raise ValueError(
+                f"is {size_in_words(image.shape)} and the first image {size_in_words(self.shape)}; give --resolution"
+            )
         return Decoded((image if deep else image.round().to(torch.uint8)).contiguous().numpy(), (low, high))
 
     def _combine(self, colours: np.ndarray, opacity: np.ndarray | None, low: float, high: float) -> np.ndarray:
@@ -140,6 +145,11 @@ class Decoder:
         # antialiased bilinear weights are positive: only their rounding could leave the range
         scaled = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
         return scaled.clamp(image.min(), image.max())
+
+
+def size_in_words(shape) -> str:
+    """(C, H, W) as "28x28 pixels with 1 channel"."""
+    return f"{shape[2]}x{shape[1]} pixels with {shape[0]} channel{'s' if shape[0] > 1 else ''}"
 
 
 def is_image_file(path: Path) -> bool:

@@ -126,13 +126,6 @@ def _pretrained(config: TrainConfig) -> DDPMUNet | UNet2DModel | None:
 # ---------------------------------------------------------------- counted
 
 
-class Flops(NamedTuple):
-    """FLOPs, 2 a multiply-add, of convolutions and of other matrix products."""
-
-    convolutions: int
-    products: int
-
-
 class Memory(NamedTuple):
     """Bytes of `activations` that wait for the backward, and of all at the `peak` of an update; its `operations`."""
 
@@ -141,8 +134,11 @@ class Memory(NamedTuple):
     operations: int
 
 
-def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> tuple[Flops, Flops]:
-    """Forward and backward, of one image. Attention is counted as the products that it is, fused or not."""
+def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """FLOPs of one image, 2 a multiply-add: of convolutions and of other products, in the forward and the backward.
+
+    Attention is counted as the matrix products that it is, fused or not.
+    """
     parts = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with _fake(unet), sdpa_kernel(SDPBackend.MATH):
         with parts[0]:
@@ -152,7 +148,7 @@ def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> tuple[Flops, Flo
     unet.zero_grad()
     counts = [part.get_flop_counts().get("Global", {}) for part in parts]
     convolutions = [sum(n for name, n in count.items() if "convolution" in str(name)) for count in counts]
-    return tuple(Flops(n, sum(count.values()) - n) for n, count in zip(convolutions, counts))
+    return [(n, sum(count.values()) - n) for n, count in zip(convolutions, counts)]
 
 
 def at_rest(unet: DDPMUNet) -> int:

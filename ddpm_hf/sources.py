@@ -216,16 +216,3 @@ class Rows:
             raise ValueError(f"{name} has the label {label}; there are labels 0 ... {len(self.own_names) - 1}, and -1")
         called = self.own_names[label]
         return self.label_names.index(called) if called in self.label_names else None
-
-
-class Part:
-    """Some of a sequence, looked up when it is asked for."""
-
-    def __init__(self, whole, indices: list[int]):
-        self.whole, self.indices = whole, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __iter__(self):
-        return (self.whole[k] for k in self.indices)

@@ -10,7 +10,6 @@ from datasets.distributed import split_dataset_by_node
 
 from ddpm_hf.data import (
     BadImages,
-    check_shape,
     collect,
     decode_each,
     decoder_of,
@@ -57,8 +56,7 @@ class ImageStream:
         self.position = (0, 0)  # epoch and row of the next image
         self._keep_state()
         self.images = None
-        self.shape = self.held_out.shape if self.held_out else None
-        self.shape = self.shape or tuple(self.first(1, config.seed).shape[1:])
+        self.shape = self.held_out.shape if self.held_out else tuple(self.first(1, config.seed).shape[1:])
 
     def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
         """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 of those without a class; the
@@ -107,8 +105,6 @@ class ImageStream:
         for item, image in decode_each(self._items(epoch, row), self.decoder, self.workers):
             self.seen += 1
             if not isinstance(image, BadImage):
-                self.shape = self.shape or image.pixels.shape
-                check_shape(item.name, image, self.shape)
                 yield item, normalized(torch.from_numpy(image.pixels), image.value_range)
             else:
                 self.reasons[item.name] = str(image)

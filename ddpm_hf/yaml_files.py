@@ -27,15 +27,11 @@ def read_yaml(path: str | Path, name: str) -> dict:
     Raises:
         ValueError: the file can't be read, is not UTF-8, is not YAML or JSON, or holds something else.
     """
-    given = f"{name}={str(path)!r}"
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{given} must be a text file in UTF-8: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{given} can't be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{given} is not YAML or JSON: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}={str(path)!r} is not a file of YAML or JSON in UTF-8: {reason}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{given} must hold settings, one `name: value` a line")
+        raise ValueError(f"{name}={str(path)!r} must hold settings, one `name: value` a line")
     return content

@@ -101,7 +101,7 @@ def test_settings_are_utf_8_whatever_the_machines_encoding(tmp_path):
 
 def test_a_recipe_that_is_no_text_is_named(tmp_path):
     (tmp_path / "photo.yaml").write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match="config='.*photo.yaml' must be a text file in UTF-8"):
+    with pytest.raises(ValueError, match="config='.*photo.yaml' is not a file of YAML or JSON in UTF-8"):
         load_recipe(str(tmp_path / "photo.yaml"))
 
 
@@ -198,7 +198,7 @@ def test_flags_that_cannot_be(flags, message):
         ("unet: [1]", r"unet=\[1\] must be names and values"),
         ("value_range: [0, white]", r"value_range=\[0, 'white'\] must hold numbers"),
         ("- a list", "must hold settings"),
-        ("a: [", "is not YAML or JSON"),
+        ("a: [", "is not a file of YAML or JSON"),
     ],
 )
 def test_recipes_that_cannot_be(tmp_path, recipe, message):
