@@ -40,7 +40,7 @@ class Extractor:
                 raises an error or returns something else than finite features.
         """
         if not (images.min() >= 0 and images.max() <= 1):  # NaN fails too
-            raise ValueError("images: values must be in 0 ... 1")
+            raise ValueError("images: must have values in 0 ... 1")
         images = (images.to(self.device, torch.float32) * 255).round() / 255
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)

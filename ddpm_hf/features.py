@@ -1,4 +1,4 @@
-"""From images to the features that they are compared by: `make_extractor`."""
+"""From the name of features, as `--features` has it, to the extractor that computes them: `make_extractor`."""
 
 import hashlib
 import importlib
@@ -6,9 +6,9 @@ import importlib.util
 import inspect
 import json
 import re
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -34,24 +34,24 @@ INCEPTION_NAME = "inception-2015-12-05"
 
 
 def make_extractor(spec: str | None, channels: int, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor that is asked for.
+    """Make the extractor that `spec` names.
 
     Args:
-        spec: None is `"imagenet"`, of an optional package. Others:
+        spec: None is `"imagenet"`, whose weights are an optional package. Others:
             `"digits"`: a small network for scikit-learn's digits, in the package.
             `"transformers:NAME"`: the pooled output of a vision model of `transformers`, of safetensors only, with its
             own image processor.
-            A file: TorchScript, images in [0, 1] -> features or (features, logits), or the Inception of 2015 in one of
-            its two known files, told by their sha256.
+            A file: TorchScript, images in [0, 1] -> features or (features, logits), or one of the two known files of
+            the Inception of 2015, which are recognised by their sha256.
             `FILE.py:CLASS`, `FILE.py` or a folder that holds one: a `torch.nn.Module` made without arguments, whose
-            weights are `model.safetensors` beside it. It has `features(images)` -> (B, D) and gives logits (B, K) when
-            called; without `features`, what it gives when called are the features. The file is run.
+            weights are `model.safetensors` beside it. It has `features(images)` -> (B, D) and returns logits (B, K)
+            when called; if it has no `features`, it returns the features when called. The file is executed.
             `"module:function"`, or `FILE.py:FUNCTION`: images in [0, 1] -> features (B, D).
         channels: of the images.
         device: where the network is put.
 
     Raises:
-        ValueError: the spec names nothing that there is, or a network for other images.
+        ValueError: `spec` names nothing that exists, or a network for images of other channels.
     """
     found = _make("imagenet" if spec is None else spec, torch.device(device))
     if found.channels not in (None, channels, 3 if channels == 1 else channels):
@@ -63,41 +63,50 @@ def make_extractor(spec: str | None, channels: int, device: str | torch.device =
 
 
 def _make(spec: str, device: torch.device) -> Extractor:
+    prefix, _, rest = spec.partition(":")
+    if prefix in BY_NAME and bool(rest) == (prefix == "transformers"):
+        return BY_NAME[prefix](rest, device)
     path, _, attribute = spec.partition(".py:")
-    if spec == "digits":
-        with resources.as_file(resources.files("ddpm_hf") / "digits_features.safetensors") as file:
-            return _known("digits", DigitsNet(), file_sha256(file), load_file(file), device)
-    if spec == "imagenet":
-        return _imagenet(device)
-    if spec.startswith("transformers:"):
-        return _transformers(spec.removeprefix("transformers:"), device)
-    if attribute and Path(path + ".py").is_file():
-        return _python_file(spec, Path(path + ".py"), attribute, device)
-    if spec and Path(spec).is_dir():
-        files = sorted(Path(spec).glob("*.py"))
+    path = Path(f"{path}.py" if attribute else spec)
+    if spec and path.is_dir():
+        files = sorted(path.glob("*.py"))
         if len(files) != 1:
             raise ValueError(
                 f"features={spec!r}: holds {len(files)} Python files and must hold one, or say FILE.py:CLASS"
             )
-        return _python_file(spec, files[0], None, device)
-    if Path(spec).is_file():
-        return _python_file(spec, Path(spec), None, device) if spec.endswith(".py") else _file(Path(spec), device)
+        path = files[0]
+    if path.is_file() and path.suffix == ".py":
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        return _python(spec, module, attribute, device)
+    if path.is_file():
+        return _weights_or_script(path, device)
     if re.fullmatch(r"[A-Za-z_][\w.]*:\w+", spec):
-        return _function(spec, device)
+        try:
+            module = importlib.import_module(prefix)
+        except ImportError as error:
+            raise ValueError(f"features={spec!r}: {error}; it must be one of {CHOICES}") from error
+        return _python(spec, module, rest, device)
     raise ValueError(f"features={spec!r}: no such file, folder or name; it must be one of {CHOICES}")
 
 
-def _known(name, network, sha256, state, device, **kind) -> Extractor:
-    """A network that gives (features, logits) with these weights."""
+def _known(name: str, network: nn.Module, sha256: str, state: dict, device, is_inception_2015=False) -> Extractor:
+    """A network of ours, which returns (features, logits), with these weights."""
     missing, unexpected = network.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]  # which older files lack
     if missing or unexpected:
         raise ValueError(f"the weights of {name!r} are not those of its network: {[*missing, *unexpected][:4]}")
     channels, resize = network.channels, network.resize
-    return Extractor(name, sha256, resize, _ready(network, device), channels, classifies=True, device=device, **kind)
+    return Extractor(name, sha256, resize, _ready(network, device), channels, True, is_inception_2015, device)
 
 
-def _imagenet(device) -> Extractor:
+def _digits(_, device) -> Extractor:
+    with resources.as_file(resources.files("ddpm_hf") / "digits_features.safetensors") as file:
+        return _known("digits", DigitsNet(), file_sha256(file), load_file(file), device)
+
+
+def _imagenet(_, device) -> Extractor:
     module = IMAGENET_PACKAGE.replace("-", "_")
     if importlib.util.find_spec(module) is None:
         raise ValueError(
@@ -105,18 +114,15 @@ def _imagenet(device) -> Extractor:
             f"'ddpm-hf[eval]', or name other features: {CHOICES}"
         )
     with resources.as_file(resources.files(module) / IMAGENET_FILE) as file:
-        if (found := file_sha256(file)) != IMAGENET_SHA256:
-            raise ValueError(f"{file}: has the sha256 {found}, and the file of {IMAGENET_PACKAGE!r} {IMAGENET_SHA256}")
-        return _known("imagenet", EfficientNetLite0(), found, _lite0_weights(file), device)
+        if (sha256 := file_sha256(file)) != IMAGENET_SHA256:
+            raise ValueError(f"{file}: has the sha256 {sha256}, and the file of {IMAGENET_PACKAGE!r} {IMAGENET_SHA256}")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}
+    return _known("imagenet", EfficientNetLite0(), sha256, state, device)
 
 
-def _lite0_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Of a file whose sha256 is known, and even so tensors only."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    return {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}
-
-
-def _file(path: Path, device) -> Extractor:
+def _weights_or_script(path: Path, device) -> Extractor:
+    """The weights of the Inception of 2015, or a network as TorchScript."""
     sha256 = file_sha256(path)
     if sha256 == INCEPTION_WEIGHTS_SHA256:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -128,25 +134,16 @@ def _file(path: Path, device) -> Extractor:
             f"features={str(path)!r}: is not TorchScript, and pickled files are not read but for the Inception of 2015 "
             f"(sha256 {INCEPTION_WEIGHTS_SHA256[:8]}...); it must be one of {CHOICES}"
         ) from error
-    arguments, returned = _interface(network)
-    if {"return_features", "no_output_bias"} <= arguments:
+    resize, schema = "the network's own (TorchScript)", network.forward.schema
+    if {"return_features", "no_output_bias"} <= {argument.name for argument in schema.arguments}:
         is_inception = sha256 == INCEPTION_SCRIPT_SHA256
         name = INCEPTION_NAME if is_inception else path.stem
-        resize = "the network's own (TorchScript)"
-        return Extractor(name, sha256, resize, _of_stylegan(network), 3, True, is_inception, device)
-    classifies = returned.startswith("Tuple")
-    return Extractor(
-        path.stem, sha256, "the network's own (TorchScript)", network, _channels(network), classifies, device=device
-    )
+        return Extractor(name, sha256, resize, _stylegan_detector(network), 3, True, is_inception, device)
+    classifies = str(schema.returns[0].type).startswith("Tuple")
+    return Extractor(path.stem, sha256, resize, network, _channels(network), classifies, device=device)
 
 
-def _interface(network) -> tuple[set[str], str]:
-    """Names of the arguments of a script, and what type it returns."""
-    schema = network.forward.schema if hasattr(network.forward, "schema") else network._c._get_method("forward").schema
-    return {argument.name for argument in schema.arguments}, str(schema.returns[0].type)
-
-
-def _of_stylegan(network) -> Callable:
+def _stylegan_detector(network):
     """A detector as StyleGAN2-ADA (Karras et al. 2020, arXiv:2006.06676) saves it: uint8 -> features, or classes."""
 
     def features_and_logits(images):
@@ -196,21 +193,23 @@ def _transformers(name: str, device) -> Extractor:
     return Extractor(f"transformers:{label}", sha256, resize, pooled, 3, device=device)
 
 
-def _python_file(spec: str, path: Path, attribute: str | None, device) -> Extractor:
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    classes = {
+BY_NAME = {"digits": _digits, "imagenet": _imagenet, "transformers": _transformers}  # of what follows "NAME:", device
+
+
+def _python(spec: str, module: ModuleType, attribute: str, device) -> Extractor:
+    """A network that the module defines, with the weights beside it, or a function; "" is the module's only network."""
+    networks = {
         key: value
         for key, value in vars(module).items()
         if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
     }
-    if attribute is None and len(classes) != 1:
-        raise ValueError(f"features={spec!r}: say which network of {path.name}, FILE.py:CLASS: {sorted(classes)}")
-    attribute = attribute or next(iter(classes))
-    if attribute not in classes:
-        return _callable(spec, getattr(module, attribute, None), f"{path.stem}:{attribute}", device)
-    weights, network = path.parent / "model.safetensors", classes[attribute]()
+    if not attribute and len(networks) != 1:
+        file = Path(module.__file__).name
+        raise ValueError(f"features={spec!r}: say which network of {file}, FILE.py:CLASS: {sorted(networks)}")
+    attribute = attribute or next(iter(networks))
+    if attribute not in networks:
+        return _function(spec, module, attribute, device)
+    weights, network = Path(module.__file__).parent / "model.safetensors", networks[attribute]()
     if not weights.is_file():
         raise ValueError(f"features={spec!r}: the weights of {attribute} must be in {weights}, which does not exist")
     try:
@@ -223,32 +222,24 @@ def _python_file(spec: str, path: Path, attribute: str | None, device) -> Extrac
     return Extractor(attribute, file_sha256(weights), resize, both, _channels(network), classifies, device=device)
 
 
-def _function(spec: str, device) -> Extractor:
-    module, name = spec.split(":")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"features={spec!r}: {error}; it must be one of {CHOICES}") from error
-    return _callable(spec, function, spec, device)
-
-
-def _callable(spec: str, function, name: str, device) -> Extractor:
+def _function(spec: str, module: ModuleType, attribute: str, device) -> Extractor:
+    function = getattr(module, attribute, None)
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"features={spec!r}: names no function; it must be one of {CHOICES}")
     if isinstance(function, nn.Module):
         sha256, function = weights_sha256(function), _ready(function, device)
     else:
         try:
-            sha256 = file_sha256(Path(inspect.getsourcefile(function)))
+            sha256 = file_sha256(inspect.getsourcefile(function))
         except TypeError as error:
-            raise ValueError(f"features={spec!r}: has no Python source whose sha256 tells it from another") from error
-    return Extractor(name, sha256, "the function's own", function, device=device)
+            raise ValueError(f"features={spec!r}: has no Python source whose sha256 identifies it") from error
+    return Extractor(f"{module.__name__}:{attribute}", sha256, "the function's own", function, device=device)
 
 
 def _ready(network: nn.Module, device) -> nn.Module:
     return network.to(device).eval().requires_grad_(False)
 
 
-def _channels(network) -> int | None:
-    """Of the images that it takes: its first convolution tells."""
+def _channels(network: nn.Module) -> int | None:
+    """Of the images that it takes: those of its first convolution, None if it has none."""
     return next((weight.shape[1] for weight in network.parameters() if weight.ndim == 4), None)
