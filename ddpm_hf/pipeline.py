@@ -1,9 +1,10 @@
-"""From noise to images, from images to noise, and what lies between: `DDPMCustomPipeline`."""
+"""Sampling: `DDPMCustomPipeline`, and the loop over timesteps that each of its methods runs."""
 
 import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from os import PathLike
 from typing import Self
@@ -14,16 +15,15 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, PNDMSc
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import logging
 
-from ddpm_hf.images import OUTPUT_TYPES, PIL_MODES, NotFiniteError, from_unit, to_mask, to_output, to_unit
+from ddpm_hf.editing import EditingMixin
+from ddpm_hf.images import OUTPUT_TYPES, PIL_MODES, NotFiniteError, to_output, to_unit
 from ddpm_hf.loading import load_components
 from ddpm_hf.scheduler import CosineNoiseScheduler, LinearNoiseScheduler, draw_noise
-from ddpm_hf.solvers import CLAMPING, make_solver, set_walk
+from ddpm_hf.solvers import make_solver, set_timesteps_checked
 from ddpm_hf.unet import DDPMUNet
 
-INTERPOLATIONS = ("mix", "slerp", "inversion")
 
-
-class DDPMCustomPipeline(DiffusionPipeline):
+class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
     """Sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2), of classes if the network knows some.
 
     Calling it makes images; `inpaint` paints what is missing of some, `interpolate` makes those between two, and
@@ -45,6 +45,7 @@ class DDPMCustomPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.interrupt = False
+        self.num_timesteps = 0
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs) -> Self:
@@ -102,7 +103,8 @@ class DDPMCustomPipeline(DiffusionPipeline):
                 in [-1, 1] and not clamped.
             callback_on_step_end: called after step i with (pipeline, i, timestep, {"sample": x, "pred_original_sample":
                 the x_0 that the step assumed}); a `"sample"` in the dict that it returns takes the place of x. It may
-                set `pipeline.interrupt = True`, and sampling ends with what there is.
+                set `pipeline.interrupt = True`, and sampling ends with what there is. `pipeline.num_timesteps` is how
+                many steps there are.
             class_labels: what to make, of a class-conditional network and of no other: labels or names of classes, one
                 for all images or one an image.
             guidance_scale: of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6, where it is
@@ -131,269 +133,70 @@ class DDPMCustomPipeline(DiffusionPipeline):
         if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise ValueError(f"strength={strength!r} must lie in (0, 1]")
         start = self._latents(latents) if image is None else self._noiseless("image", image)
-        solver, labels, batch_size = self._prepare(
-            batch_size, num_inference_steps, output_type, class_labels, guidance_scale, scheduler, start, clip_sample
+        loop = self._prepare(
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            output_type=output_type,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            generator=generator,
+            callback=callback_on_step_end,
+            start=start,
+            clip_sample=clip_sample,
         )
-        device, dtype = self._execution_device, self._state_dtype
-        timesteps = solver.timesteps
+        solver = loop.solver
+        if start is not None:
+            start = start.expand(loop.batch_size, -1, -1, -1)
         if image is not None:
             steps = solver.num_inference_steps
-            timesteps = self._from(solver, (steps - max(1, round(steps * strength))) * solver.order)
-            start = start.expand(batch_size, -1, -1, -1)
-            noise = draw_noise(start.shape, generator, device, dtype)
-            sample = solver.add_noise(start, noise, timesteps[:1].expand(batch_size))
+            loop.skip_steps(steps - max(1, round(steps * strength)))
+            noise = loop.draw_noise(start.shape)
+            sample = solver.add_noise(start, noise, loop.timesteps[:1].expand(loop.batch_size))
         elif latents is not None:
-            sample = start.expand(batch_size, -1, -1, -1) * solver.init_noise_sigma
+            sample = start * solver.init_noise_sigma
         else:
-            sample = draw_noise((batch_size, *self.image_shape), generator, device, dtype) * solver.init_noise_sigma
-        sample = self._denoise(solver, timesteps, sample, generator, labels, guidance_scale, callback_on_step_end)
-        return self._output(sample, output_type, return_dict, solver)
-
-    @torch.no_grad()
-    def inpaint(
-        self,
-        image,
-        mask,
-        num_inference_steps: int | None = None,
-        jump_length: int = 10,
-        num_resamples: int = 10,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | None = None,
-        class_labels=None,
-        guidance_scale: float = 1.0,
-    ) -> ImagePipelineOutput | tuple:
-        """Paint what is missing of images (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1).
-
-        After each step the known part is replaced by the image with as much noise; every `jump_length` steps the walk
-        goes back by as many, `num_resamples - 1` times, so that the new part can come to fit the known one. That takes
-        up to `num_inference_steps * num_resamples` predictions; 1 resample is the plain walk.
-
-        Args:
-            image: as `__call__` takes it. What the mask covers is not looked at.
-            mask: where to paint: bool or 0 and 1, (H, W), (B, H, W) or (B, 1, H, W), or a `PIL.Image` (white: paint).
-            num_inference_steps: `None`: 250, or all T if they are fewer.
-            generator and all others: as `__call__`'s. The solver is always our own scheduler.
-
-        Returns:
-            As `__call__`. The known pixels are exactly those of `image`.
-        """
-        for name, value in (("jump_length", jump_length), ("num_resamples", num_resamples)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        given = to_unit("image", image, self.unet.config.in_channels).to(self._execution_device)
-        image = given.to(self._state_dtype) * 2 - 1
-        mask = to_mask(mask, image.shape).to(self._execution_device)
-        num_inference_steps = self._at_most(250) if num_inference_steps is None else num_inference_steps
-        solver, labels, batch_size = self._prepare(
-            None, num_inference_steps, output_type, class_labels, guidance_scale, "ddpm", image
-        )
-        image = image.expand(batch_size, -1, -1, -1)
-
-        def noise():
-            return draw_noise(image.shape, generator, image.device, image.dtype)
-
-        visited = solver.timesteps.flip(0).tolist()  # upwards; x is at visited[position], -1 being the image
-        sample, position = noise(), len(visited) - 1
-        moves = _repaint_moves(len(visited), jump_length, num_resamples)
-        i, generator = -1, list(generator) if isinstance(generator, tuple) else generator
-        for move in self.progress_bar(moves):
-            timestep, position = visited[position], position + move
-            if move > 0:
-                sample = solver.renoise(sample, timestep, visited[position], noise())
-                continue
-            tensors, i = self._step(solver, timestep, sample, generator, labels, guidance_scale), i + 1
-            known = solver.add_noise(image, noise(), visited[position]) if position >= 0 else image
-            tensors["sample"] = torch.where(mask, tensors["sample"], known)
-            sample = self._after_step(callback_on_step_end, i, torch.tensor(timestep), tensors)
-            if self.interrupt:
-                break
-        sample = torch.where(mask, sample, image)
-
-        def convert(sample, output_type):
-            if output_type == "latent":
-                return to_output(sample, output_type)
-            # the same bits as given, which [-1, 1] and back would not give
-            return from_unit(torch.where(mask, to_output(sample, "pt"), given), output_type)
-
-        return self._output(sample, output_type, return_dict, solver, convert)
-
-    @torch.no_grad()
-    def interpolate(
-        self,
-        image_a=None,
-        image_b=None,
-        t: int | None = None,
-        steps: int = 9,
-        method: str = "mix",
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable | None = None,
-        class_labels=None,
-        guidance_scale: float = 1.0,
-        scheduler: str | SchedulerMixin | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """`steps` images from one to another.
-
-        Args:
-            image_a, image_b: the ends, as `__call__` takes an image. For `"slerp"` none: its ends are drawn.
-            t: of `"mix"`: the timestep, 0 ... T-1, up to which noise is added; the more, the more is made up. In a walk
-                of fewer than T steps, the last one visited up to it (a ValueError if there is none).
-            method: `"mix"`: noise is added to both, the same to each; mixtures of the two are denoised, with the same
-                noise again (Ho et al. 2020, section 4.3, appendix D). `"slerp"`: images of noise on the arc between two
-                (Song et al. 2021, arXiv:2010.02502, section 5.3). `"inversion"`: the same, between the noises that the
-                two images come from (see `invert`).
-            generator: one, for all that is drawn.
-            class_labels: one for all images, or one each of the `steps`.
-            scheduler: as `__call__`'s; `None`: the pipeline's own for `"mix"`, and DDIM for the others.
-            all others: as `__call__`'s.
-
-        Returns:
-            As `__call__`, `steps` images.
-        """
-        if method not in INTERPOLATIONS:
-            raise ValueError(f"method={method!r}; choose from {', '.join(INTERPOLATIONS)}")
-        if not isinstance(steps, Integral) or steps < 2:
-            raise ValueError(f"steps={steps!r} must be an integer of at least 2")
-        if isinstance(generator, list | tuple):
-            raise ValueError("generator: give one, from which all that is drawn comes, not a list")
-        most = self.scheduler.config.num_train_timesteps - 1
-        if method == "mix" and (not isinstance(t, Integral) or not 0 <= t <= most):
-            raise ValueError(f"t={t!r} must be an integer in 0 ... {most}")
-        if method != "mix" and t is not None:
-            raise ValueError(f"t={t!r}: only method='mix' stops at a timestep; leave it out")
-        ends = [self._noiseless(name, e) for name, e in (("image_a", image_a), ("image_b", image_b)) if e is not None]
-        if len(ends) != (0 if method == "slerp" else 2):
-            raise ValueError(f"image_a, image_b: method={method!r} takes {'none' if method == 'slerp' else 'both'}")
-        if ends and (ends[0].shape != ends[1].shape or len(ends[0]) != 1):
-            shapes = " and ".join(str(tuple(end.shape)) for end in ends)
-            raise ValueError(f"image_a, image_b: are {shapes}; they must be single images of one size")
-
-        scheduler = scheduler or (None if method == "mix" else "ddim")
-        clip = False if method == "inversion" and scheduler in CLAMPING else None
-        solver, labels, _ = self._prepare(
-            steps, num_inference_steps, output_type, class_labels, guidance_scale, scheduler, clip_sample=clip
-        )
-        device, dtype = self._execution_device, self._state_dtype
-        if generator is None:
-            generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
-        weights = torch.linspace(0, 1, steps, dtype=dtype, device=device).reshape(-1, 1, 1, 1)
-        timesteps = solver.timesteps
-        if method == "mix":
-            visited = timesteps[:: solver.order]  # of order 2, each step looks at two
-            if visited[-1] > t:
-                raise ValueError(f"t={t} comes before {visited[-1]:g}, the first timestep that so few steps visit")
-            timesteps = self._from(solver, int((visited > t).sum()) * solver.order)
-            noise = draw_noise(ends[0].shape, generator, device, dtype)
-            a, b = (solver.add_noise(end, noise, timesteps[:1]) for end in ends)
-            sample = a + weights * (b - a)
-        else:
-            if method == "slerp":
-                a, b = (draw_noise((1, *self.image_shape), generator, device, dtype) for _ in range(2))
-            else:
-                own = (None, None) if labels is None else (labels[:1], labels[-1:])
-                steps_back = self._prepare(
-                    None, solver.num_inference_steps, "latent", class_labels, guidance_scale, "ddim", clip_sample=False
-                )[0].timesteps
-                a, b = (
-                    self._invert(end, steps_back, 3, label, guidance_scale, None)
-                    for end, label in zip(ends, own, strict=True)
-                )
-            sample = slerp(a, b, weights) * solver.init_noise_sigma
-        alike = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in range(steps)]
-        sample = self._denoise(solver, timesteps, sample, alike, labels, guidance_scale, callback_on_step_end)
-        return self._output(sample, output_type, return_dict, solver)
-
-    @torch.no_grad()
-    def invert(
-        self,
-        image,
-        num_inference_steps: int | None = None,
-        iterations: int = 3,
-        class_labels=None,
-        guidance_scale: float = 1.0,
-        callback_on_step_end: Callable | None = None,
-    ) -> torch.Tensor:
-        """The noise (B, C, H, W) from which DDIM makes these images in as many steps.
-
-        `pipe(latents=pipe.invert(image), scheduler="ddim", clip_sample=False, num_inference_steps=50)` gives the image
-        back, nearly. Each step solves the DDIM step (Song et al. 2021, arXiv:2010.02502, equation 12) for its start by
-        as many fixed-point `iterations`; the usual inversion is the first of them.
-
-        Args:
-            image: as `__call__` takes it.
-            num_inference_steps, class_labels, guidance_scale: those with which the images will be made again; `None`:
-                50 steps, or all T if they are fewer.
-            callback_on_step_end: as `__call__`'s.
-        """
-        if not isinstance(iterations, Integral) or iterations < 1:
-            raise ValueError(f"iterations={iterations!r} must be an integer of at least 1")
-        image = self._noiseless("image", image)
-        num_inference_steps = self._at_most(50) if num_inference_steps is None else num_inference_steps
-        solver, labels, batch_size = self._prepare(
-            None, num_inference_steps, "latent", class_labels, guidance_scale, "ddim", image, clip_sample=False
-        )
-        sample = image.expand(batch_size, -1, -1, -1)
-        sample = self._invert(sample, solver.timesteps, iterations, labels, guidance_scale, callback_on_step_end)
-        return self._output(sample, "latent", False, solver)[0]
-
-    def _invert(self, sample, timesteps, iterations, labels, guidance_scale, callback) -> torch.Tensor:
-        ours = make_solver("ddpm", self.scheduler)
-        if ours.alphas_cumprod[int(timesteps[0])] == 0:
-            raise ValueError(
-                f"nothing of an image is left at timestep {timesteps[0]} (rescale_betas_zero_snr): no way back"
-            )
-        before = -1
-        for i, timestep in enumerate(self.progress_bar(timesteps.flip(0).tolist())):
-            target = sample
-            for _ in range(iterations):
-                output = self._predict(sample.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
-                output = output[:, : sample.shape[1]]
-                sample = ours.ddim_start(output, timestep, before, sample, target)
-            original = ours.predicted_original(output, timestep, sample)
-            tensors = {"sample": sample, "pred_original_sample": original}
-            sample, before = self._after_step(callback, i, torch.tensor(timestep), tensors), timestep
-            if self.interrupt:
-                break
-        return sample
+            sample = loop.draw_noise((loop.batch_size, *self.image_shape)) * solver.init_noise_sigma
+        return self._output(loop.run(sample), output_type, return_dict, solver)
 
     def check_call(
         self, class_labels=None, guidance_scale=1.0, scheduler=None, num_inference_steps=None, clip_sample=None
     ) -> None:
-        """A ValueError if a call with these arguments can't be."""
-        self._prepare(None, num_inference_steps, "np", class_labels, guidance_scale, scheduler, None, clip_sample)
-
-    # ------------------------------------------------------------------ the walk
+        """Raises the ValueError that a call with these arguments would raise, without sampling."""
+        self._prepare(
+            num_inference_steps=num_inference_steps,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            clip_sample=clip_sample,
+        )
 
     def _prepare(
         self,
-        batch_size,
-        num_inference_steps,
-        output_type,
-        class_labels,
-        guidance_scale,
-        scheduler,
+        *,
+        batch_size=None,
+        num_inference_steps=None,
+        output_type="latent",
+        class_labels=None,
+        guidance_scale=1.0,
+        scheduler=None,
+        generator=None,
+        callback=None,
         start=None,
         clip_sample=None,
-    ):
-        """The solver with its timesteps, the labels (B,) or None, and B; `start`: what is begun with, or None."""
+    ) -> "DenoisingLoop":
+        """Check the arguments of a call and set the solver's timesteps; `start` (N, ...): the images to begin with."""
         solver = make_solver(scheduler, self.scheduler, clip_sample)
         self._check_inputs(batch_size, num_inference_steps, output_type)
-        if start is not None and batch_size not in (None, len(start)) and len(start) > 1:
-            raise ValueError(f"batch_size={batch_size} and {len(start)} images to begin with: give one of them")
-        several = len(start) if start is not None and len(start) > 1 else None
-        labels = self._labels(class_labels, batch_size or several, guidance_scale)
+        given = 1 if start is None else len(start)
+        if given > 1 and batch_size not in (None, given):
+            raise ValueError(f"batch_size={batch_size} and {given} images to begin with: give one of them")
+        labels = self._labels(class_labels, batch_size or (given if given > 1 else None), guidance_scale)
         if batch_size is None:
-            batch_size = several or (1 if labels is None else len(labels))
-        set_walk(solver, num_inference_steps, self._execution_device)
-        self.interrupt = False
-        return solver, labels, batch_size
-
-    def _at_most(self, steps: int) -> int:
-        return min(steps, self.scheduler.config.num_train_timesteps)
+            batch_size = given if labels is None else len(labels)
+        set_timesteps_checked(solver, num_inference_steps, self._execution_device)
+        self.interrupt, self.num_timesteps = False, len(solver.timesteps)
+        return DenoisingLoop(self, solver, batch_size, labels, guidance_scale, generator, callback)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -406,51 +209,11 @@ class DDPMCustomPipeline(DiffusionPipeline):
         # The state stays in float32 whatever the network computes in: a thousand small steps would be rounded away.
         return torch.promote_types(self.unet.dtype, torch.float32)
 
-    def _from(self, solver, first: int) -> torch.Tensor:
-        """The timesteps of the walk without the first ones, of which the solver is told."""
-        if hasattr(solver, "set_begin_index"):
-            solver.set_begin_index(first)
-        elif first and isinstance(solver, PNDMScheduler):
-            raise ValueError("scheduler: PNDM can't begin in the middle of a walk; another solver can")
-        return solver.timesteps[first:]
-
-    def _denoise(self, solver, timesteps, sample, generator, labels, guidance_scale, callback) -> torch.Tensor:
-        generator = list(generator) if isinstance(generator, tuple) else generator
-        ours = None
-        if callback is not None:
-            with contextlib.suppress(ValueError):  # betas that ours can't have: then nobody knows the x_0
-                ours = make_solver("ddpm", solver)
-        for i, timestep in enumerate(self.progress_bar(timesteps)):
-            if self.interrupt:
-                break
-            tensors = self._step(solver, timestep, sample, generator, labels, guidance_scale, ours)
-            sample = self._after_step(callback, i, timestep, tensors)
-        return sample
-
-    def _step(self, solver, timestep, sample, generator, labels, guidance_scale, ours=None) -> dict:
-        """x after one step and the x_0 that it assumed; of solvers that keep that to themselves `ours` knows it."""
-        # Some solvers of diffusers draw noise, others would not take a generator.
-        takes_generator = "generator" in inspect.signature(solver.step).parameters
-        model_input = solver.scale_model_input(sample, timestep)
-        model_output = self._predict(model_input.to(self.unet.dtype), timestep, labels, guidance_scale, sample.dtype)
-        prediction = model_output[:, : sample.shape[1]]
-        learned = solver.config.get("variance_type") == "learned_range"
-        of_step = model_output if learned else prediction  # other solvers have no use for the variance
-        output = solver.step(of_step, timestep, sample, **({"generator": generator} if takes_generator else {}))
-        original = getattr(output, "pred_original_sample", None)
-        if original is None and ours is not None:
-            original = ours.predicted_original(prediction, round(float(timestep)), model_input)
-        return {"sample": output.prev_sample, "pred_original_sample": original}
-
-    def _after_step(self, callback, i: int, timestep, tensors: dict) -> torch.Tensor:
-        changed = {} if callback is None else callback(self, i, timestep, tensors) or {}
-        return changed.get("sample", tensors["sample"])
-
-    def _output(self, sample, output_type: str, return_dict: bool, solver, convert=to_output):
-        """The end of every walk; a `NotFiniteError` tells why too."""
+    def _output(self, sample, output_type: str, return_dict: bool, solver):
+        """What a call returns; samples that are not finite raise `NotFiniteError` with the likely cause."""
         self.maybe_free_model_hooks()
         try:
-            images = convert(sample, output_type)
+            images = to_output(sample, output_type)
         except NotFiniteError as error:
             raise NotFiniteError(f"{error}; {self._why_not_finite(solver)}") from None
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -466,27 +229,6 @@ class DDPMCustomPipeline(DiffusionPipeline):
             return f"{finite}, so something in the network exceeds 65504, the most of float16: use bfloat16 or float32"
         steps = f"{type(solver).__name__} in {len(solver.timesteps)} steps"
         return f"{finite}, so {steps} diverged: use another scheduler or another num_inference_steps"
-
-    def _predict(self, sample, timestep, labels, guidance_scale: float, dtype) -> torch.Tensor:
-        """The network's output in `dtype`, guided.
-
-        At one x_t the noise, x_0 and v are affine in one another, so it is all the same of which of them this mixture
-        is made; the scheduler clamps the x_0 of the mixture. A learned variance is that of the class.
-        """
-        if labels is None:
-            output = self.unet(sample, timestep).sample.to(dtype)
-        elif guidance_scale == 1:
-            output = self.unet(sample, timestep, class_labels=labels).sample.to(dtype)
-        else:
-            null = torch.full_like(labels, self.unet.config.num_classes)
-            both = self.unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
-            of_class, of_none = both.to(dtype).chunk(2)
-            C = sample.shape[1]
-            guided = of_none[:, :C] + guidance_scale * (of_class[:, :C] - of_none[:, :C])
-            output = torch.cat([guided, of_class[:, C:]], dim=1)
-        # A solver that clamps x_0 would make a finite sample, black or white, of an infinity; NaN gets through to the
-        # check at the end, and nobody waits for the device here.
-        return torch.nan_to_num(output, nan=math.nan, posinf=math.nan, neginf=math.nan)
 
     def _labels(self, class_labels, batch_size: int | None, guidance_scale) -> torch.Tensor | None:
         """int64 (batch_size,) on the device, or None for an unconditional network."""
@@ -553,30 +295,99 @@ class DDPMCustomPipeline(DiffusionPipeline):
             raise ValueError(f"output_type='pil' shows 1 to 4 channels, not {channels}: use output_type='np' or 'pt'")
 
 
-def _repaint_moves(length: int, jump_length: int, num_resamples: int) -> list[int]:
-    """-1 (denoise) and 1 (add noise), from the start of a walk of `length` timesteps to the image."""
-    jumps = dict.fromkeys(range(0, length - jump_length, jump_length), num_resamples - 1)
-    moves, position = [], length - 1
-    while position >= 0:
-        moves.append(-1)
-        position -= 1
-        if jumps.get(position, 0) > 0:
-            jumps[position] -= 1
-            moves += [1] * jump_length
-            position += jump_length
-    return moves
+@dataclass
+class DenoisingLoop:
+    """The loop over timesteps of one call of a pipeline, and what all of its steps share.
 
-
-def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation (Shoemake 1985) of a and b (1, ...) by weights (B, 1, 1, 1) in 0 ... 1 -> (B, ...).
-
-    Unlike a + w (b - a), it keeps the length that noise has.
+    Args:
+        pipeline: its network predicts, its progress bar shows the steps, and `interrupt` set on it ends them.
+        solver: the scheduler, with its timesteps set.
+        batch_size: B.
+        labels: int64 (B,) on the network's device, or `None` of an unconditional network.
+        guidance_scale, generator: as `DDPMCustomPipeline.__call__` has them.
+        callback: its `callback_on_step_end`.
     """
-    cosine = (a * b).sum() / (a.norm() * b.norm())
-    angle = torch.arccos(cosine.clamp(-1, 1))
-    if angle < 1e-4:
-        return a + weights * (b - a)
-    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
+    pipeline: DDPMCustomPipeline
+    solver: SchedulerMixin
+    batch_size: int
+    labels: torch.Tensor | None
+    guidance_scale: float
+    generator: torch.Generator | list[torch.Generator] | None
+    callback: Callable | None
+
+    def __post_init__(self) -> None:
+        self.timesteps = self.solver.timesteps
+        # Some of diffusers' solvers draw noise; the others do not take a generator, and none takes a tuple of them.
+        self._draws_noise = "generator" in inspect.signature(self.solver.step).parameters
+        self.generator = list(self.generator) if isinstance(self.generator, tuple) else self.generator
+        self._ours = None
+        if self.callback is not None:
+            with contextlib.suppress(ValueError):  # betas that ours can't have: x_0 is then unknown
+                self._ours = make_solver("ddpm", self.solver)
+
+    def draw_noise(self, shape) -> torch.Tensor:
+        return draw_noise(shape, self.generator, self.pipeline._execution_device, self.pipeline._state_dtype)
+
+    def skip_steps(self, number: int) -> None:
+        """Begin `number` steps later, which the solver is told."""
+        first = number * self.solver.order  # timesteps
+        if hasattr(self.solver, "set_begin_index"):
+            self.solver.set_begin_index(first)
+        elif first and isinstance(self.solver, PNDMScheduler):
+            raise ValueError("scheduler: PNDM can't begin in the middle of its timesteps; another solver can")
+        self.timesteps = self.timesteps[first:]
+        self.pipeline.num_timesteps = len(self.timesteps)
+
+    def run(self, sample: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) at the first timestep -> x after the last."""
+        for i, timestep in enumerate(self.pipeline.progress_bar(self.timesteps)):
+            if self.pipeline.interrupt:
+                break
+            sample = self.end_step(i, timestep, self.step(sample, timestep))
+        return sample
+
+    def step(self, sample: torch.Tensor, timestep) -> dict[str, torch.Tensor | None]:
+        """x after one step, and the x_0 that the step assumed: the solver's own, or else computed for the callback."""
+        model_input = self.solver.scale_model_input(sample, timestep)
+        model_output = self.predict(model_input, timestep)
+        prediction = model_output[:, : sample.shape[1]]
+        learned = self.solver.config.get("variance_type") == "learned_range"
+        of_step = model_output if learned else prediction  # other solvers have no use for the variance
+        more = {"generator": self.generator} if self._draws_noise else {}
+        output = self.solver.step(of_step, timestep, sample, **more)
+        original = getattr(output, "pred_original_sample", None)
+        if original is None and self._ours is not None:
+            original = self._ours.predicted_original(prediction, round(float(timestep)), model_input)
+        return {"sample": output.prev_sample, "pred_original_sample": original}
+
+    def end_step(self, i: int, timestep, tensors: dict) -> torch.Tensor:
+        """x after step `i`: that of `tensors`, or what the callback returns in its place."""
+        changed = {} if self.callback is None else self.callback(self.pipeline, i, timestep, tensors) or {}
+        return changed.get("sample", tensors["sample"])
+
+    def predict(self, sample: torch.Tensor, timestep) -> torch.Tensor:
+        """The network's output for `sample` (B, C, H, W) in the type of `sample`, guided.
+
+        At one x_t the noise, x_0 and v are affine in one another, so it is all the same of which of them this mixture
+        is made; the scheduler clamps the x_0 of the mixture. A learned variance is that of the class.
+        """
+        unet, labels, dtype = self.pipeline.unet, self.labels, sample.dtype
+        sample = sample.to(unet.dtype)
+        if labels is None:
+            output = unet(sample, timestep).sample.to(dtype)
+        elif self.guidance_scale == 1:
+            output = unet(sample, timestep, class_labels=labels).sample.to(dtype)
+        else:
+            null = torch.full_like(labels, unet.config.num_classes)
+            both = unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
+            of_class, of_none = both.to(dtype).chunk(2)
+            C = sample.shape[1]
+            guided = of_none[:, :C] + self.guidance_scale * (of_class[:, :C] - of_none[:, :C])
+            output = torch.cat([guided, of_class[:, C:]], dim=1)
+        # A solver that clamps x_0 would make a finite sample, black or white, of an infinity; NaN gets through to the
+        # check at the end, and nobody waits for the device here.
+        return torch.nan_to_num(output, nan=math.nan, posinf=math.nan, neginf=math.nan)
 
 
 def num_classes(unet) -> int | None:
