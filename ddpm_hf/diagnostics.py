@@ -23,7 +23,7 @@ def measure_by_timestep(
     """What a network predicts for images (N, C, H, W) in [-1, 1], each at all M `chosen_timesteps`.
 
     Args:
-        predict, labels, levels: as in `bound.bound_terms` and `full_bound`.
+        predict, labels, levels: as in `likelihood`.
         numbers: N; the noise of an image is a function of (`seed`, its number).
 
     Returns:

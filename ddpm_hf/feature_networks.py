@@ -54,7 +54,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv_stem, self.bn0 = _SameConv2d(3, 32, 3, 2), _norm(32)
+        self.conv_stem, self.bn0 = SameConv2d(3, 32, 3, 2), _norm(32)
         blocks, width = [], 32
         for count, kernel, stride, expansion, out in self.stages:
             for k in range(count):
@@ -82,7 +82,7 @@ class _InvertedResidual(nn.Module):
         inner = channels * expansion
         if expansion > 1:
             self.expand_conv, self.bn0 = nn.Conv2d(channels, inner, 1, bias=False), _norm(inner)
-        self.depthwise_conv, self.bn1 = _SameConv2d(inner, inner, kernel, stride, inner), _norm(inner)
+        self.depthwise_conv, self.bn1 = SameConv2d(inner, inner, kernel, stride, inner), _norm(inner)
         self.project_conv, self.bn2 = nn.Conv2d(inner, out_channels, 1, bias=False), _norm(out_channels)
         self.expands, self.has_skip = expansion > 1, stride == 1 and channels == out_channels
 
@@ -93,7 +93,7 @@ class _InvertedResidual(nn.Module):
         return x + y if self.has_skip else y
 
 
-class _SameConv2d(nn.Conv2d):
+class SameConv2d(nn.Conv2d):
     """Padded as TensorFlow's SAME: of an odd sum, the larger part on the right and below."""
 
     def __init__(self, channels, out_channels, kernel, stride, groups=1):
@@ -131,28 +131,28 @@ class Inception2015(nn.Module):
         self.Conv2d_3b_1x1 = _ConvNorm(64, 80, (1, 1))
         self.Conv2d_4a_3x3 = _ConvNorm(80, 192, (3, 3), padding=(0, 0))
         for name, channels, pooled in (("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)):
-            self.add_module(f"Mixed_{name}", _Mixed(channels, "average", {
+            self.add_module(f"Mixed_{name}", MixedBlock(channels, "average", {
                 "branch1x1": [("", 64, (1, 1))],
                 "branch5x5": [("_1", 48, (1, 1)), ("_2", 64, (5, 5))],
                 "branch3x3dbl": [("_1", 64, (1, 1)), ("_2", 96, (3, 3)), ("_3", 96, (3, 3))],
             }, pooled))  # fmt: skip
-        self.Mixed_6a = _Mixed(288, "halve", {
+        self.Mixed_6a = MixedBlock(288, "halve", {
             "branch3x3": [("", 384, (3, 3), 2)],
             "branch3x3dbl": [("_1", 64, (1, 1)), ("_2", 96, (3, 3)), ("_3", 96, (3, 3), 2)],
         })  # fmt: skip
         for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
-            self.add_module(f"Mixed_{name}", _Mixed(768, "average", {
+            self.add_module(f"Mixed_{name}", MixedBlock(768, "average", {
                 "branch1x1": [("", 192, (1, 1))],
                 "branch7x7": [("_1", c, (1, 1)), ("_2", c, (1, 7)), ("_3", 192, (7, 1))],
                 "branch7x7dbl": [("_1", c, (1, 1)), ("_2", c, (7, 1)), ("_3", c, (1, 7)), ("_4", c, (7, 1)),
                                  ("_5", 192, (1, 7))],
             }, 192))  # fmt: skip
-        self.Mixed_7a = _Mixed(768, "halve", {
+        self.Mixed_7a = MixedBlock(768, "halve", {
             "branch3x3": [("_1", 192, (1, 1)), ("_2", 320, (3, 3), 2)],
             "branch7x7x3": [("_1", 192, (1, 1)), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, (3, 3), 2)],
         })  # fmt: skip
         for name, channels, pool in (("7b", 1280, "average"), ("7c", 2048, "maximum")):
-            self.add_module(f"Mixed_{name}", _Mixed(channels, pool, {
+            self.add_module(f"Mixed_{name}", MixedBlock(channels, pool, {
                 "branch1x1": [("", 320, (1, 1))],
                 "branch3x3": [("_1", 384, (1, 1)), ("_2a", 384, (1, 3)), ("_2b", 384, (3, 1))],
                 "branch3x3dbl": [("_1", 448, (1, 1)), ("_2", 384, (3, 3)), ("_3a", 384, (1, 3)), ("_3b", 384, (3, 1))],
@@ -160,7 +160,7 @@ class Inception2015(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
-        x = (_tensorflow_bilinear(images * 255, 299) - 128) / 128  # (B, 3, 299, 299)
+        x = (tensorflow_bilinear(images * 255, 299) - 128) / 128  # (B, 3, 299, 299)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (B, 192, 71, 71)
         x = F.max_pool2d(x, 3, 2)  # (B, 192, 35, 35)
@@ -171,7 +171,7 @@ class Inception2015(nn.Module):
         return features, F.linear(features, self.fc.weight)
 
 
-class _Mixed(nn.Module):
+class MixedBlock(nn.Module):
     """Branches side by side: chains of convolutions, one that ends in a fork of "a" and "b", and a pool.
 
     Args:
@@ -221,7 +221,7 @@ class _ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-def _tensorflow_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
+def tensorflow_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
     """(B, C, H, W) -> (B, C, size, size): pixel k lies at k H / size, as `resize_bilinear` of TensorFlow 1 has it."""
     for dim in (2, 3):
         length = images.shape[dim]

@@ -1,4 +1,4 @@
-"""How many samples of the 8x8 digits can be read, with the protocol beside each number."""
+"""How many samples of the 8x8 digits a classifier can read, with the protocol beside each number."""
 
 import warnings
 from dataclasses import dataclass
@@ -16,7 +16,13 @@ CERTAIN = 0.8
 
 @dataclass
 class Legibility:
-    """Shares of images that the classifier reads with more than `CERTAIN` certainty."""
+    """Shares of images that the classifier reads with a probability of more than `CERTAIN`.
+
+    Args:
+        samples, held_out: of `num_samples` samples, and of `num_held_out` real digits that it was not fitted to.
+        kinds: how many of the ten digits are among the samples that it reads.
+        as_asked: of a class-conditional model, the share of samples read, with any probability, as the digit asked for.
+    """
 
     samples: float
     held_out: float
@@ -24,29 +30,27 @@ class Legibility:
     num_held_out: int
     kinds: int
     num_inference_steps: int
-    as_asked: float | None = None  # share that is read, with whatever certainty, as the digit that was asked for
+    as_asked: float | None = None
     guidance_scale: float = 1.0
 
     def metrics(self) -> list[dict]:
-        """As a `Run` keeps them for the model card."""
-        of_all = f"of {self.num_samples} samples, {self.num_inference_steps} steps, none rejected"
+        """Metrics for the model card, as training keeps them."""
         judge = (
             "scikit-learn's SVC(probability=True), fitted to four fifths of its real digits, {}; of "
-            f"{self.num_held_out} real digits that it was not fitted to it is certain of {self.held_out:.1%}"
+            f"{self.num_held_out} real digits that it was not fitted to it is certain of {self.held_out:.1%}; of "
+            f"{self.num_samples} samples, {self.num_inference_steps} steps, none rejected"
         )
-        guided = f", guidance {self.guidance_scale:g}" if self.as_asked is not None else ""
-        certain = judge.format(f"more than {CERTAIN} certain") + f"; {of_all}{guided}"
-        found = [
-            {"type": "legibility", "name": "Share of samples that a classifier reads", "value": self.samples,
-             "split": "test", "protocol": certain}
-        ]  # fmt: skip
         if self.as_asked is not None:
-            name, protocol = "Share of samples read as what was asked for", judge.format("however certain")
-            found.append(
-                {"type": "accuracy", "name": name, "value": self.as_asked, "split": "test",
-                 "protocol": f"{protocol}; {of_all}{guided}"}
-            )  # fmt: skip
-        return found
+            judge += f", guidance {self.guidance_scale:g}"
+        found = [("legibility", "Share of samples that a classifier reads", self.samples,
+                  judge.format(f"more than {CERTAIN} certain"))]  # fmt: skip
+        if self.as_asked is not None:
+            found.append(("accuracy", "Share of samples read as what was asked for", self.as_asked,
+                          judge.format("however certain")))  # fmt: skip
+        return [
+            {"type": kind, "name": name, "value": value, "split": "test", "protocol": protocol}
+            for kind, name, value, protocol in found
+        ]
 
     def __str__(self):
         text = (
@@ -64,11 +68,14 @@ def digits_legibility(
 ) -> Legibility:
     """How many samples of a model of the 8x8 digits can be read, and as what was asked for if it knows the classes.
 
-    Protocol: scikit-learn's `SVC(probability=True)`, fitted to four fifths of its real digits; the last fifth is what
-    `held_out` is measured on. Samples are scaled to the digits' 0 ... 16; a digit counts among the kinds if at least
-    one certain sample is read as it. The certainties are those of pairwise coupling (Wu, Lin & Weng 2004): this
+    Protocol: scikit-learn's `SVC(probability=True)`, fitted to four fifths of its real digits; `held_out` is measured
+    on the last fifth. Samples are scaled to the digits' 0 ... 16; a digit counts among the kinds if at least one
+    certain sample is read as it. The probabilities are those of pairwise coupling (Wu, Lin & Weng 2004): this
     classifier is certain of no noise image, where the usual calibration of one class against the rest is certain of
     two thirds of them. Of a class-conditional model, sample k is asked to be digit k mod 10.
+
+    Raises:
+        Stopped: a signal asked the process to stop; it is noticed after each step.
     """
     digits = load_digits()
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
@@ -77,11 +84,12 @@ def digits_legibility(
         warnings.simplefilter("ignore", FutureWarning)  # scikit-learn 1.11 drops it, and has nothing in its place
         classifier = SVC(probability=True, random_state=0).fit(digits.data[fitted], digits.target[fitted])
 
-    generators = image_generators(seed, range(num_samples))
     asked = np.arange(num_samples) % 10 if pipeline.unet.config.get("num_classes") == 10 else None
     classes = {} if asked is None else {"class_labels": asked, "guidance_scale": guidance_scale}
-    stoppable = {"callback_on_step_end": lambda *_: raise_if_stopped()}
-    samples = pipeline(num_samples, generators, num_inference_steps, output_type="np", **stoppable, **classes).images
+    samples = pipeline(
+        num_samples, image_generators(seed, range(num_samples)), num_inference_steps, output_type="np",
+        callback_on_step_end=lambda *_: raise_if_stopped(), **classes,
+    ).images  # fmt: skip
     certainty = classifier.predict_proba(16 * samples.reshape(num_samples, -1))
     real = classifier.predict_proba(digits.data[held_out])
     certain = certainty.max(1) > CERTAIN

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, tiecorrect
 
 COPY = 1 / 3
 
@@ -28,21 +28,16 @@ def nearness(of_samples: torch.Tensor, of_held_out: torch.Tensor) -> dict[str, f
         of_held_out: (M,) the same of held-out images.
 
     Returns:
-        `value`: z; far below 0 the model copies, or its samples are smoother or paler than images are, which brings
-        them nearer to all; far above 0 they are unlike the data. `p_value`: of so small a z or a smaller one if samples
-        and held-out images are alike. `median_ratio`: of the distances of samples to those of held-out images;
-        None if the latter are 0.
+        `value`: z. Far below 0 the model copies, or its samples are smoother or paler than images are, which brings
+        them nearer to all images; far above 0 the samples are unlike the data. `p_value`: the probability of such a z
+        or a smaller one if samples and held-out images are alike. `median_ratio`: the median distance of samples over
+        that of held-out images; None if the latter is 0.
     """
-    a, b = of_samples.double(), of_held_out.double()
-    n, m = len(a), len(b)
-    if min(n, m) < 2:
-        raise ValueError(f"distances of {n} samples and {m} held-out images: at least 2 of each are needed")
-    both = torch.cat([a, b])
-    ranks = rankdata(both.numpy())
+    n, m = len(of_samples), len(of_held_out)
+    ranks = rankdata(torch.cat([of_samples.double(), of_held_out.double()]).numpy())
     u = ranks[:n].sum() - n * (n + 1) / 2
-    ties = both.unique(return_counts=True)[1].double()
-    variance = n * m / 12 * (n + m + 1 - float((ties**3 - ties).sum()) / ((n + m) * (n + m - 1)))
+    variance = n * m / 12 * (n + m + 1) * tiecorrect(ranks)
     z = (u - n * m / 2) / math.sqrt(variance) if variance > 0 else 0.0
-    unseen = b.median().item()
-    ratio = a.median().item() / unseen if unseen > 0 else None
+    unseen = of_held_out.double().median().item()
+    ratio = of_samples.double().median().item() / unseen if unseen > 0 else None
     return {"value": float(z), "p_value": float(norm.cdf(z)), "median_ratio": ratio}

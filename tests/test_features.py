@@ -26,12 +26,19 @@ from transformers import (
     ViTModel,
 )
 
-from ddpm_hf import feature_networks, features
+from ddpm_hf import features
 from ddpm_hf.checksums import weights_sha256
 from ddpm_hf.config import TrainConfig
 from ddpm_hf.data import load_images
 from ddpm_hf.extractor import Extractor
-from ddpm_hf.feature_networks import DigitsNet, EfficientNetLite0, Inception2015
+from ddpm_hf.feature_networks import (
+    DigitsNet,
+    EfficientNetLite0,
+    Inception2015,
+    MixedBlock,
+    SameConv2d,
+    tensorflow_bilinear,
+)
 from ddpm_hf.feature_stats import unit_batches
 from ddpm_hf.features import make_extractor
 
@@ -269,13 +276,13 @@ def test_the_inceptions_resize_is_tensorflows():
     """Pixel k lies at k H / size: of a ramp of two pixels to four, 0, 1/2, 1 and, past the last pixel, 1."""
     ramp = torch.tensor([[0.0, 1.0], [10.0, 11.0]])[None, None]
     steps = torch.tensor([0, 0.5, 1, 1])
-    close(feature_networks._tensorflow_bilinear(ramp, 4)[0, 0], steps + 10 * steps[:, None])
-    close(feature_networks._tensorflow_bilinear(images(1, 3, 5), 5), images(1, 3, 5))
+    close(tensorflow_bilinear(ramp, 4)[0, 0], steps + 10 * steps[:, None])
+    close(tensorflow_bilinear(images(1, 3, 5), 5), images(1, 3, 5))
 
 
 def test_the_inceptions_averages_leave_the_padding_out():
     """A block whose branches see ones gives ones at the edge as in the middle."""
-    block = feature_networks._Mixed(1, "average", {}, pooled=1).eval()
+    block = MixedBlock(1, "average", {}, pooled=1).eval()
     nn.init.ones_(block.branch_pool.conv.weight)
     close(block(torch.ones(1, 1, 4, 4)), torch.full((1, 1, 4, 4), 1 / math.sqrt(1 + 1e-3)))
 
@@ -490,7 +497,7 @@ def test_models_that_are_no_features_of_images(tmp_path, monkeypatch):
 
 def test_the_stride_of_the_imagenet_network_pads_as_tensorflow_does():
     """SAME: of an odd sum the larger part comes last, so an even image is sampled at 1, 3, 5 ..."""
-    conv = feature_networks._SameConv2d(1, 1, 3, 2)
+    conv = SameConv2d(1, 1, 3, 2)
     nn.init.zeros_(conv.weight)
     conv.weight.data[0, 0, 0, 0] = 1
     x = torch.arange(36.0).reshape(1, 1, 6, 6)
