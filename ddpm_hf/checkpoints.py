@@ -1,4 +1,4 @@
-"""What a run goes on from, and the pipeline folder that it leaves."""
+"""Checkpoints of a training run, and the pipeline folder that it leaves."""
 
 import hashlib
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from safetensors.torch import load
 
-from ddpm_hf.config import TrainConfig
 from ddpm_hf.ema import EMA
 from ddpm_hf.files import (
     clear_parts,
@@ -29,7 +28,7 @@ from ddpm_hf.files import (
 
 WEIGHTS = ("unet", "ema", "optimizer")
 SAVING = ".saving-"
-REPLACED, SUPERSEDED, NAMES = ".replaced", "superseded", ".names.json"
+REPLACING, REPLACED, SUPERSEDED = ".replacing", ".replaced", "superseded"
 TRAIN_CONFIG, LOG = "train_config.json", "log.csv"
 # What a run writes before its first checkpoint, and what it writes besides
 QUARANTINE, QUARANTINE_HEADER = "quarantine.csv", "path,reason"
@@ -40,20 +39,21 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 log = logging.getLogger(__name__)
 
 
-OTHERWISE = "choose another output_dir, or give --overwrite_output_dir to replace it"
-
-
 class Damaged(Exception):  # noqa: N818
     """What is wrong with a checkpoint."""
 
 
 class Checkpoints:
-    """The folders `checkpoint-<step>` of a run: raw and averaged weights, AdamW's moments and the update's number.
+    """The folders `checkpoint-<step>` of a run: training and EMA weights, AdamW's moments and the update's number.
 
     All else that a run goes on from is a function of that number (but the scale of float16's losses and the place in a
     stream, which stand beside it). No file is a pickle. A folder is written beside and renamed, and renamed before it
     is removed: one that bears the name is whole, unless the disk has lost something, which its checksums tell. Nothing
     that was there before a run is removed until the run has a whole checkpoint of its own.
+
+    Args:
+        folder: the run's `output_dir`.
+        limit: checkpoints to keep.
     """
 
     def __init__(self, folder: Path, limit: int):
@@ -69,28 +69,32 @@ class Checkpoints:
     def _step(path: Path) -> int:
         return int(path.name.split("-")[1])
 
-    def find(self, config: TrainConfig) -> list[Path]:
+    def find(self, resume_from_checkpoint: str | None, overwrite_output_dir: bool) -> list[Path]:
         """The checkpoint that `resume_from_checkpoint` names, or of `latest` all, newest first; [] for a fresh start.
 
         Raises:
             ValueError: there is no such checkpoint; or the folder holds a model that this run would replace, and
                 `overwrite_output_dir` is not set.
         """
-        wanted, found = config.resume_from_checkpoint, self.found()
-        if wanted == "latest" and found:
+        found, paths = self.found(), []
+        if resume_from_checkpoint == "latest" and found:
             return found[::-1]
-        paths = []
-        if wanted not in (None, "latest"):
-            here = self.folder / wanted  # before a folder of that name in the working directory
-            paths = [here if (here / "state.json").is_file() else Path(wanted)]
-            if not (paths[0] / "state.json").is_file():
-                there = ", ".join(f.name for f in found) or "none"
+        if resume_from_checkpoint not in (None, "latest"):
+            # In this folder before one of that name in the working directory
+            named = (self.folder / resume_from_checkpoint, Path(resume_from_checkpoint))
+            paths = [path for path in named if (path / "state.json").is_file()][:1]
+            if not paths:
+                there = ", ".join(path.name for path in found) or "none"
                 raise ValueError(
-                    f"resume_from_checkpoint={wanted!r} is no checkpoint; in {self.folder} there is {there}"
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} is no checkpoint; in {self.folder} there is "
+                    f"{there}"
                 )
-        if not config.overwrite_output_dir and not any(self._is_here(path) for path in paths):
-            self._check_free()
-        if wanted == "latest":
+        if not overwrite_output_dir and not any(map(self._is_here, paths)) and (held := self._held()):
+            raise ValueError(
+                f"output_dir={str(self.folder)!r} holds {held}; choose another output_dir, or give "
+                "--overwrite_output_dir to replace it"
+            )
+        if resume_from_checkpoint == "latest":
             log.warning(f"{self.folder} holds no checkpoint yet: starting from the beginning")
         return paths
 
@@ -98,7 +102,7 @@ class Checkpoints:
         return path.parent.resolve() == self.folder.resolve()  # also of a link to where there is more room
 
     def restore(
-        self, config: TrainConfig, paths: list[Path], check: Callable[[dict], None], unet, ema: EMA, optimizer
+        self, paths: list[Path], check: Callable[[dict], None], unet, ema: EMA, optimizer, start_anew: bool
     ) -> dict:
         """Load the first of `paths`, as `find` gives them, that is whole; returns what was saved beside the weights.
 
@@ -108,6 +112,7 @@ class Checkpoints:
         Args:
             check: called with what was saved beside the weights, before they are loaded: raises ValueError if this run
                 can't go on from it.
+            start_anew: whether to begin at update 0 if all are damaged.
 
         Raises:
             ValueError: all are damaged, or of another run.
@@ -117,33 +122,31 @@ class Checkpoints:
                 state = self._load(path, unet, ema, optimizer, check)
                 return {**state, "kept": state["step"] if self._is_here(path) else None}
             except Damaged as error:
-                if before is None and len(paths) == 1 and config.resume_from_checkpoint != "latest":
-                    raise ValueError(f"{path} is damaged ({error}); name an earlier checkpoint") from error
+                if before is None and not start_anew:
+                    raise ValueError(
+                        f"{path} is damaged ({error}), and there is no other checkpoint to take: name one with "
+                        "--resume_from_checkpoint, or start anew with --overwrite_output_dir"
+                    ) from error
                 log.warning(f"{path} is damaged ({error}){': taking the one before' if before else ''}")
-        if paths and not config.overwrite_output_dir:
-            raise ValueError(f"all checkpoints in {self.folder} are damaged; start anew with --overwrite_output_dir")
         return {"step": 0, "kept": None}
 
-    def _check_free(self) -> None:
-        """A ValueError if a run that begins here would replace a model or the files of somebody else."""
-        found = self.found()
-        if found:
+    def _held(self) -> str | None:
+        """What is in the folder, in words, that a run that begins here would replace; None if there is nothing."""
+        if found := self.found():
             try:
                 state = self._state(found[-1])
-                finished, of = state["step"] >= state["total_steps"], state["total_steps"]
             except Damaged:
-                finished, of = False, "an unknown number"
-            what = f"a finished run ({found[-1].name})" if finished else f"an unfinished run ({found[-1].name} of {of})"
-            advice = "go on with --resume_from_checkpoint latest, "
-            raise ValueError(f"output_dir={str(self.folder)!r} holds {what}: {advice}{OTHERWISE}")
-        if held := self._model_file():
-            raise ValueError(f"output_dir={str(self.folder)!r} holds a model ({held}): {OTHERWISE}")
-        if not (self.folder / TRAIN_CONFIG).exists():  # else a run that ended before its first checkpoint wrote them
-            for name in (*EARLY, *LATER):
-                if (self.folder / name).exists() and not is_quarantine(self.folder / name):
-                    raise ValueError(
-                        f"output_dir={str(self.folder)!r} holds {name}, which training would replace: {OTHERWISE}"
-                    )
+                state = {"step": -1, "total_steps": 0}
+            finished, of = state["step"] >= state["total_steps"], state["total_steps"] or "an unknown number"
+            run = f"a finished run ({found[-1].name})" if finished else f"an unfinished run ({found[-1].name} of {of})"
+            return f"{run}: go on with --resume_from_checkpoint latest"
+        if model := self._model_file():
+            return f"a model ({model})"
+        if (self.folder / TRAIN_CONFIG).exists():  # of a run that ended before its first checkpoint, as all else is
+            return None
+        there = (name for name in (*EARLY, *LATER) if (self.folder / name).exists())
+        theirs = next((name for name in there if not is_quarantine(self.folder / name)), None)
+        return theirs and f"{theirs}, which training would replace"
 
     def _model_file(self) -> str | None:
         """The name of a file that tells that the folder holds a model, of whatever kind."""
@@ -179,9 +182,12 @@ class Checkpoints:
             if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
                 raise Damaged(f"{file} is not as it was written")
             weights.append(load(content))
-        raw, average, moments = weights
-        _load_weights(unet, raw, path)
-        _load_weights(ema.model, average, path)
+        of_training, of_ema, moments = weights
+        for model, tensors in ((unet, of_training), (ema.model, of_ema)):
+            try:
+                model.load_state_dict(tensors)
+            except RuntimeError as error:  # its first line names the class
+                raise ValueError(f"{path} is of another network: {str(error).splitlines()[-1].strip()}") from error
         for name, parameter in unet.named_parameters():
             if parameter.requires_grad and moments:
                 keys = ("step", "exp_avg", "exp_avg_sq")
@@ -191,23 +197,21 @@ class Checkpoints:
     def roll_back(self) -> None:
         """Put back what a run replaced that ended before its first checkpoint.
 
-        `.replaced` holds what was moved there so far, and a list of all that was to be moved. What is in the folder is
-        of the run that replaces if it is not on the list, or if that of the same name has been moved. So it does not
-        matter at which of the renames a process was killed, here or in `make_room`.
+        While `.replacing` is there, files are moved into it or back, and all that is in the folder was there before.
+        While `.replaced` is there, all has been moved, and what is in the folder is of the run that replaces. So it
+        does not matter at which of the renames a process was killed, here or in `make_room`.
         """
-        replaced = self.folder / REPLACED
-        if not replaced.is_dir():
-            return
-        listed = replaced / NAMES
-        names = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
-        if any(path.name not in names or (replaced / path.name).exists() for path in self.found()):
-            return remove_tree(replaced)  # it has a checkpoint, and was killed before it came to this
-        for name in names:
-            if (replaced / name).exists():
-                os.replace(replaced / name, self.folder / name)
-        for name in set(EARLY) - set(names):
-            (self.folder / name).unlink(missing_ok=True)
-        remove_tree(replaced)
+        replacing, replaced = self.folder / REPLACING, self.folder / REPLACED
+        if replaced.is_dir():
+            if self.found():  # the run was killed after it had saved the first one
+                return remove_tree(replaced)
+            for name in EARLY:
+                (self.folder / name).unlink(missing_ok=True)
+            os.replace(replaced, replacing)
+        if replacing.is_dir():
+            for path in replacing.iterdir():
+                os.replace(path, self.folder / path.name)
+            replacing.rmdir()
 
     def make_room(self, kept: int | None) -> None:
         """Before a run begins (`kept` is None) or goes on at update `kept`: clear away what killed runs left half done.
@@ -223,10 +227,10 @@ class Checkpoints:
         if kept is None:
             early = [self.folder / name for name in EARLY if (self.folder / name).exists()]
             if later or self._model_file():
-                (self.folder / REPLACED).mkdir(exist_ok=True)
-                write(self.folder / REPLACED / NAMES, json.dumps([path.name for path in (*early, *later)]))
+                (self.folder / REPLACING).mkdir()
                 for path in (*early, *later):
-                    os.replace(path, self.folder / REPLACED / path.name)
+                    os.replace(path, self.folder / REPLACING / path.name)
+                os.replace(self.folder / REPLACING, self.folder / REPLACED)
         elif later:
             superseded = self.folder / SUPERSEDED
             superseded.mkdir(exist_ok=True)
@@ -293,31 +297,47 @@ def _seal(state: dict) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def _load_weights(model, weights: dict, path: Path) -> None:
-    wanted = model.state_dict()
-    for name in sorted(weights.keys() | wanted.keys()):
-        shapes = [tuple(w[name].shape) if name in w else None for w in (weights, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{path} has {name} as {shapes[0]} and the network wants {shapes[1]}: it is of another one"
-            )
-    model.load_state_dict(weights)
-
-
-def save_pipeline(run) -> None:
-    """The pipeline folder of a `Run`: the averaged weights, and the raw ones as `variant="raw"`.
+def save_pipeline(folder: Path, pipeline, unet) -> None:
+    """Save a pipeline folder: the EMA weights, which `pipeline` has, and those of `unet` in training as variant "raw".
 
     It is written beside and moved file by file, so a reader never meets half a file.
     """
-    with tempfile.TemporaryDirectory(dir=run.output_dir, prefix=SAVING) as folder:
-        with writing_tree(Path(folder)):
-            run.pipeline.save_pretrained(folder)
-            run.unet.save_pretrained(Path(folder) / "unet", variant="raw")
-        for path in sorted(Path(folder).rglob("*")):
-            target = run.output_dir / path.relative_to(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
+        beside = Path(beside)
+        with writing_tree(beside):
+            pipeline.save_pretrained(beside)
+            unet.save_pretrained(beside / "unet", variant="raw")
+        for path in sorted(beside.rglob("*")):
+            target = folder / path.relative_to(beside)
             target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
-        for name in ("safetensors.index.json", "safetensors.index.raw.json"):
-            # Of a model in several files that was here before: diffusers would load that one in place of this
-            (run.output_dir / "unet" / f"diffusion_pytorch_model.{name}").unlink(missing_ok=True)
-        for each in (run.output_dir, run.output_dir / "unet", run.output_dir / "scheduler"):
-            sync(each)
+    for name in ("safetensors.index.json", "safetensors.index.raw.json"):
+        # Of a model in several files that was here before: diffusers would load that one in place of this
+        (folder / "unet" / f"diffusion_pytorch_model.{name}").unlink(missing_ok=True)
+    for each in (folder, folder / "unet", folder / "scheduler"):
+        sync(each)
+
+
+# As training.py calls them as yet; to be removed with its last such call
+_find, _restore, _save_pipeline = Checkpoints.find, Checkpoints.restore, save_pipeline
+
+
+def _find_with(self, config, overwrite=False):
+    if hasattr(config, "resume_from_checkpoint"):
+        config, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
+    return _find(self, config, overwrite)
+
+
+def _restore_with(self, *args):
+    if hasattr(args[0], "resume_from_checkpoint"):
+        config, *args = args
+        args = (*args, config.resume_from_checkpoint == "latest" and config.overwrite_output_dir)
+    return _restore(self, *args)
+
+
+def save_pipeline(folder, pipeline=None, unet=None):
+    if pipeline is None:
+        folder, pipeline, unet = folder.output_dir, folder.pipeline, folder.unet
+    _save_pipeline(folder, pipeline, unet)
+
+
+Checkpoints.find, Checkpoints.restore = _find_with, _restore_with

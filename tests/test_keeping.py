@@ -34,7 +34,8 @@ from ddpm_hf import (
     training,
 )
 from ddpm_hf.checkpoints import REPLACED, Checkpoints
-from ddpm_hf.files import Lock
+from ddpm_hf.commands.train import write_facts_and_card
+from ddpm_hf.files import locked
 from ddpm_hf.progress import read_log
 from ddpm_hf.signals import Stopped, StopSignals
 from ddpm_hf.training import train
@@ -323,7 +324,7 @@ def test_a_damaged_log_is_set_aside_and_the_run_goes_on(tmp_path, trained, damag
     damaged = "".join(f"{line}\n" for line in LOG_DAMAGES[damage](lines)).encode("latin-1")
     path.write_bytes(damaged)
     config = {"max_train_steps": 25, "checkpointing_steps": 10, "resume_from_checkpoint": "latest"}
-    train(tiny_config(tmp_path / "run", **config), on_save=[cards.keep_card])
+    train(tiny_config(tmp_path / "run", **config), on_save=[write_facts_and_card])
     assert (tmp_path / "run/log.csv.damaged").read_bytes() == damaged
     assert f"{path} is damaged (line " in caplog.text
     assert read_log(path)[-1]["step"] == 25
@@ -335,14 +336,14 @@ def test_a_damaged_log_is_set_aside_and_the_run_goes_on(tmp_path, trained, damag
 @pytest.mark.parametrize("name", ["run.json", "evaluation.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"5", b'{"data": 1}', b"[" * 100_000, b"null"])
 def test_damaged_facts_are_set_aside_and_made_anew(tmp_path, name, content, caplog):
-    train(tiny_config(tmp_path), on_save=[cards.keep_card])
+    train(tiny_config(tmp_path), on_save=[write_facts_and_card])
     (tmp_path / name).write_bytes(content)
     settings = {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
-    train(tiny_config(tmp_path, **settings), on_save=[cards.keep_card])
+    train(tiny_config(tmp_path, **settings), on_save=[write_facts_and_card])
     assert (tmp_path / f"{name}.damaged").read_bytes() == content
     assert f"{name} is damaged" in caplog.text
     assert "no card" not in caplog.text
-    assert cards.read_facts(tmp_path)["training"]["updates"] == 6
+    assert cards.read_facts(tmp_path / cards.FACTS)["training"]["updates"] == 6
 
 
 @pytest.mark.parametrize("content", [b"[]", b"5", b"null", b'"a"', b"{}", b"[" * 100_000])
@@ -583,11 +584,11 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(tmp_path):
 
 
 def test_sample_and_evaluate_hold_their_folders(tmp_path, trained, capsys):
-    with Lock(tmp_path / "samples", "sample"):
-        words = ["sample", str(trained), "--output", str(tmp_path / "samples"), "--num_images", "1"]
+    with locked(tmp_path / "samples", "sample"):
+        words = ["sample", str(trained), "--output_dir", str(tmp_path / "samples"), "--num_images", "1"]
         assert cli.main([*words, "--num_inference_steps", "2"]) == 2
         assert "samples is in use by process" in capsys.readouterr().err
-    with Lock(tmp_path, "evaluation.json"), pytest.raises(ValueError, match="is in use by process"):
+    with locked(tmp_path, "evaluation.json"), pytest.raises(ValueError, match="is in use by process"):
         evaluation.evaluate(str(trained), output=tmp_path / "evaluation.json", metrics=("loss",))
 
 

@@ -128,7 +128,7 @@ def test_previews_keep_to_their_share_of_the_time(tmp_path, monkeypatch, caplog)
 
 
 def test_the_pictures_of_a_run(tmp_path):
-    settings = {"max_train_steps": 6, "checkpointing_steps": 3, "preview_time_share": 0.99}
+    settings = {"max_train_steps": 6, "checkpointing_steps": 3, "preview_time_share": 0.99, "eval_batch_size": 16}
     seen, measured = [], []
     run = train(
         tiny_config(tmp_path, **settings),
