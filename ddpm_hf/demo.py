@@ -2,7 +2,6 @@
 
 import functools
 import html
-import json
 import math
 import shlex
 import socket
@@ -13,16 +12,15 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import torch
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-import ddpm_hf
-from ddpm_hf.films import Film, grid, save_film
-from ddpm_hf.images import PIL_MODES, to_output
-from ddpm_hf.pipeline import DDPMCustomPipeline, num_classes, slerp
+from ddpm_hf.editing import slerp
+from ddpm_hf.films import Film, grid, save_film, to_unit_range
+from ddpm_hf.images import PIL_MODES
+from ddpm_hf.pipeline import DDPMCustomPipeline, num_classes
 from ddpm_hf.scheduler import draw_noise
 from ddpm_hf.seeds import image_generators, seeded_generator
-from ddpm_hf.solvers import SOLVERS, make_solver, set_walk
+from ddpm_hf.solvers import SOLVERS
 
 OWN, EACH = "", -1  # values of choices: the model's own solver, and each class in turn
 LARGEST_SEED = 2**53 - 1  # beyond it the numbers of a browser are no integers
@@ -40,12 +38,12 @@ LAUNCH = {
 
 
 def draw_samples(pipeline, number, solver, steps, seed, label, guidance_scale, progress=PROGRESS):
-    """Samples 0 ... `number` - 1 of `seed`: (a picture, a line that tells the seconds and the command for the same).
+    """Samples 0 ... `number` - 1 of `seed`: (a picture, a line with the seconds and the command for the same samples).
 
     Args:
         solver: a name, or `OWN`.
-        label: a class, or `EACH`. Of an unconditional model it is not looked at, and neither is `guidance_scale`.
-        progress: is told of each step.
+        label: a class, or `EACH`. An unconditional model ignores it and `guidance_scale`.
+        progress: called with (steps done, steps of the call) after each step.
 
     Raises:
         ValueError: what the pipeline can't do.
@@ -77,14 +75,14 @@ def draw_interpolation(
     """
     began, generators = time.perf_counter(), _generators(seed_a, 1) + _generators(seed_b, 1)
     labels = [label_a] * (number - number // 2) + [label_b] * (number // 2)
-    of_walk = (pipeline, "ddim" if method == "slerp" else OWN, steps)
-    settings = {"output_type": "pt", **_settings(*of_walk, labels, guidance_scale, progress)}
+    of_call = (pipeline, "ddim" if method == "slerp" else OWN, steps)
+    settings = {"output_type": "pt", **_settings(*of_call, labels, guidance_scale, progress)}
     if method == "slerp":
         a, b = (draw_noise((1, *pipeline.image_shape), each, "cpu", torch.float32) for each in generators)
         noise = slerp(a, b, torch.linspace(0, 1, number).reshape(-1, 1, 1, 1))
         row, told = pipeline(latents=noise, **settings).images, "The first and the last are the samples of the seeds."
     else:
-        of_ends = _settings(*of_walk, [label_a, label_b], guidance_scale, progress)
+        of_ends = _settings(*of_call, [label_a, label_b], guidance_scale, progress)
         ends = pipeline(2, generators, output_type="pt", **of_ends).images
         again = seeded_generator(seed_a, "interpolation", seed_b)
         row = pipeline.interpolate(*ends, t, number, method, generator=again, **settings).images
@@ -94,7 +92,7 @@ def draw_interpolation(
 
 
 def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_scale, of, progress=PROGRESS):
-    """How samples come out of noise: (the path of a film, a contact sheet, a line that tells the seconds).
+    """How samples come out of noise: (the path of a film, a contact sheet, a line with the seconds).
 
     Args:
         folder: a `TemporaryDirectory` for the film, which Gradio copies.
@@ -104,7 +102,7 @@ def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_sca
     began, labels, film = time.perf_counter(), _labels(pipeline, label, number), Film()
     settings = _settings(pipeline, solver, steps, labels, guidance_scale, progress, film)
     pipeline(number, _generators(seed, number), output_type="latent", **settings)
-    frames = np.stack([to_output(frame, "np") for frame in getattr(film, of)], axis=1)  # (B, frames, H, W, C)
+    frames = np.stack([to_unit_range(frame) for frame in getattr(film, of)], axis=1)  # (B, frames, H, W, C)
     path = Path(folder.name) / "film.webp"  # lossless, and smaller than a GIF
     save_film([_picture(frames[:, k], number) for k in range(frames.shape[1])], path)
     sheet = frames[:, _spread(frames.shape[1], SHEET_FRAMES)]
@@ -139,24 +137,20 @@ def _labels(pipeline, label, number: int) -> list[int]:
 
 
 def _settings(pipeline, solver, steps, labels, guidance_scale, progress, film=None) -> dict:
-    """What a call is given, so that `progress` is told of each step and `film` has some of them, evenly spread."""
-    made = make_solver(solver or None, pipeline.scheduler)
-    set_walk(made, steps, "cpu")
-    total = len(made.timesteps)  # some solvers have two of them a step
-    if film is not None:
-        film.steps = _spread(total, FILM_FRAMES)
+    """Arguments of a call that reports each step to `progress` and some of them, evenly spread, to `film`."""
 
     def on_step(pipeline, step, timestep, tensors):
-        progress((step + 1, total))
+        progress((step + 1, pipeline.num_timesteps))
         if film is not None:
+            film.steps = _spread(pipeline.num_timesteps, FILM_FRAMES)
             film(pipeline, step, timestep, tensors)
 
     classes = {"class_labels": labels, "guidance_scale": guidance_scale} if _class_names(pipeline) else {}
     return {"num_inference_steps": steps, "scheduler": solver or None, "callback_on_step_end": on_step, **classes}
 
 
-def _told(draw):
-    """`draw`, with a user's mistake as a message on the page in place of a traceback."""
+def with_messages(draw):
+    """`draw`, with a ValueError shown as a message on the page instead of a traceback."""
 
     @functools.wraps(draw)
     def wrapped(*args):
@@ -168,18 +162,29 @@ def _told(draw):
     return wrapped
 
 
+def _describe(pipeline) -> tuple[str, str]:
+    """Name of the model, and its size, images, classes and timesteps in words."""
+    source = str(pipeline.name_or_path or "A model")
+    title = Path(source).resolve().name if Path(source).is_dir() else source
+    names, (channels, height, width) = _class_names(pipeline), pipeline.image_shape
+    facts = [f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.2f} M parameters"]
+    facts += [f"images of {height}x{width} pixels and {channels} channel{'s' * (channels > 1)}"]
+    facts += [f"{len(names)} classes"] if names else []
+    return title, ", ".join([*facts, f"{pipeline.scheduler.config.num_train_timesteps} timesteps"])
+
+
+def _on_press(button: gr.Button, draw, settings: list, shown: list) -> None:
+    # There is one pipeline, and it does one thing at a time, whichever button was pressed.
+    button.click(draw, settings, shown, concurrency_limit=1, concurrency_id="pipeline")
+
+
 def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
     """The page of a model, for `serve` or `.launch(**LAUNCH)`.
 
     Images of 1 to 4 channels are shown as Pillow has them, others channel beside channel in gray.
     """
-    source = str(pipeline.name_or_path or "A model")
-    title = Path(source).resolve().name if Path(source).is_dir() else source
+    title, facts = _describe(pipeline)
     names, T = _class_names(pipeline), pipeline.scheduler.config.num_train_timesteps
-    channels, height, width = pipeline.image_shape
-    facts = [f"{sum(p.numel() for p in pipeline.unet.parameters()) / 1e6:.2f} M parameters"]
-    facts += [f"images of {height}x{width} pixels and {channels} channel{'s' * (channels > 1)}"]
-    facts += ([f"{len(names)} classes"] if names else []) + [f"{T} timesteps"]
 
     def images(most: int, value: int, least: int = 1):
         return gr.Slider(least, most, value, step=1, label="Images")
@@ -207,20 +212,16 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
         given = {"format": "png", "image_mode": None, "buttons": ["download", "fullscreen"]}
         return gr.Image(label=label, interactive=False, elem_classes="picture", **given)
 
-    def on_press(button: gr.Button, draw, settings: list, shown: list) -> None:
-        # There is one pipeline, and it does one thing at a time, whichever button was pressed.
-        button.click(draw, settings, shown, concurrency_limit=1, concurrency_id="pipeline")
-
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         what = "A denoising diffusion probabilistic model: each step takes a little noise away until an image is left."
-        gr.Markdown(f"# {html.escape(title)}\n{what}  \n{', '.join(facts)}.")
+        gr.Markdown(f"# {html.escape(title)}\n{what}  \n{facts}.")
         with gr.Tab("Samples"), gr.Row():
             with gr.Column():
                 settings = sampling(64, min(2 * len(names), 20) or 16)
                 button = gr.Button("Draw samples", variant="primary")
             with gr.Column(scale=2):
                 shown = [picture("Samples"), gr.Markdown()]
-            on_press(button, functools.partial(_told(draw_samples), pipeline), settings, shown)
+            _on_press(button, functools.partial(with_messages(draw_samples), pipeline), settings, shown)
         with gr.Tab("Interpolation"):
             with gr.Row():
                 settings = [gr.Radio(["mix", "slerp"], value="mix", label="Method"), images(16, 9, least=2), steps()]
@@ -230,7 +231,7 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
                 settings += [class_label("First class"), class_label("Last class"), guidance()]
             button = gr.Button("Interpolate", variant="primary")
             shown = [picture("Images between images"), gr.Markdown()]
-            on_press(button, functools.partial(_told(draw_interpolation), pipeline), settings, shown)
+            _on_press(button, functools.partial(with_messages(draw_interpolation), pipeline), settings, shown)
         with gr.Tab("Film"), gr.Row():
             with gr.Column():
                 whats = [("images with their noise", "samples"), ("what it sees in them", "pred_original_samples")]
@@ -238,8 +239,8 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
                 button = gr.Button("Make a film", variant="primary")
             with gr.Column(scale=2):
                 shown = [picture("Film"), picture("Contact sheet"), gr.Markdown()]
-            film = functools.partial(_told(draw_film), tempfile.TemporaryDirectory(), pipeline)
-            on_press(button, film, settings, shown)
+            film = functools.partial(with_messages(draw_film), tempfile.TemporaryDirectory(), pipeline)
+            _on_press(button, film, settings, shown)
     return page
 
 
@@ -258,20 +259,3 @@ def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
         return page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **LAUNCH)[1]
     except (OSError, OverflowError) as error:
         raise ValueError(f"host={host!r}, port={port}: can't serve there: {error}") from error
-
-
-def space_files(repo_id: str) -> dict[str, str]:
-    """The files, by name, of a Space of the Hub that shows the model `repo_id` on the same page."""
-    validate_repo_id(repo_id)  # its error is a ValueError
-    card = {"title": repo_id.split("/")[-1], "sdk": "gradio", "sdk_version": gr.__version__, "app_file": "app.py"}
-    card["models"] = [repo_id]
-    return {
-        "app.py": (
-            "from ddpm_hf import DDPMCustomPipeline\n"
-            "from ddpm_hf.demo import LAUNCH, build_demo\n\n"
-            f"pipeline = DDPMCustomPipeline.from_pretrained({repo_id!r})\n"
-            "build_demo(pipeline).launch(**LAUNCH)\n"
-        ),
-        "requirements.txt": f"ddpm-hf[demo]=={ddpm_hf.__version__}\n",
-        "README.md": "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in card.items()) + "---\n",
-    }

@@ -33,9 +33,9 @@ class EditingMixin:
     ) -> ImagePipelineOutput | tuple:
         """Paint what is missing of images (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1).
 
-        After each step the known part is replaced by the image with as much noise; every `jump_length` steps the walk
+        After each step the known part is replaced by the image with as much noise; every `jump_length` steps sampling
         goes back by as many, `num_resamples - 1` times, so that the new part can come to fit the known one. That takes
-        up to `num_inference_steps * num_resamples` predictions; 1 resample is the plain walk.
+        up to `num_inference_steps * num_resamples` predictions; 1 resample is plain sampling.
 
         Args:
             image: as `__call__` takes it. What the mask covers is not looked at.
@@ -109,8 +109,8 @@ class EditingMixin:
 
         Args:
             image_a, image_b: the ends, as `__call__` takes an image. For `"slerp"` none: its ends are drawn.
-            t: of `"mix"`: the timestep, 0 ... T-1, up to which noise is added; the more, the more is made up. In a walk
-                of fewer than T steps, the last one visited up to it (a ValueError if there is none).
+            t: of `"mix"`: the timestep, 0 ... T-1, up to which noise is added; the more, the more is made up. With
+                fewer than T steps, the last one visited up to it (a ValueError if there is none).
             method: `"mix"`: noise is added to both, the same to each; mixtures of the two are denoised, with the same
                 noise again (Ho et al. 2020, section 4.3, appendix D). `"slerp"`: images of noise on the arc between two
                 (Song et al. 2021, arXiv:2010.02502, section 5.3). `"inversion"`: the same, between the noises that the
@@ -235,7 +235,7 @@ class EditingMixin:
 
 
 def repaint_moves(length: int, jump_length: int, num_resamples: int) -> list[int]:
-    """-1 (denoise) and 1 (add noise), from the start of a walk of `length` timesteps to the image."""
+    """-1 (denoise) and 1 (add noise), from the first of `length` timesteps to the image."""
     jumps = dict.fromkeys(range(0, length - jump_length, jump_length), num_resamples - 1)
     moves, position = [], length - 1
     while position >= 0:

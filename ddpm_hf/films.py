@@ -1,4 +1,4 @@
-"""Pictures of many images: grids, contact sheets and films. Needs nothing but Pillow."""
+"""Pictures of many images: grids, captions, contact sheets and films."""
 
 import importlib.util
 import math
@@ -10,14 +10,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ddpm_hf.files import writing
-from ddpm_hf.images import PIL_MODES, to_output, to_pil, to_unit
-from ddpm_hf.scheduler import draw_noise
 
 LONGEST_NAME = 24  # letters
 FILMS = (".gif", ".webp", ".mp4")
 
 
-def grid(images: np.ndarray, columns: int, scale: int = 1, modes=PIL_MODES) -> Image.Image:
+def to_unit_range(images: torch.Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1], clamped to it -> (B, H, W, C) in [0, 1].
+
+    Raises:
+        ValueError: images hold NaN or infinities, which would become black and white pixels.
+    """
+    bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    if bad:
+        raise ValueError(f"the samples are not finite: {bad} of {len(images)} images hold NaN or infinities")
+    return (images / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: np.ndarray, columns: int, scale: int = 1, modes=(1, 2, 3, 4)) -> Image.Image:
     """(N, H, W, C) in [0, 1] -> one picture, row by row, one pixel between images and each pixel `scale` times.
 
     Images whose number of channels is not in `modes` are shown channel beside channel, in gray.
@@ -32,7 +42,8 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, modes=PIL_MODES) -> I
     for k, image in enumerate(images):
         top, left = k // columns * cell_h, k % columns * cell_w
         canvas[top : top + cell_h - 1, left : left + cell_w - 1] = image
-    return to_pil(canvas[None])[0]
+    pixels = (canvas * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
@@ -121,17 +132,6 @@ class Film:
             if tensors["pred_original_sample"] is not None:
                 self._originals.append(tensors["pred_original_sample"].float().cpu())
 
-    @classmethod
-    def of_forward_process(cls, images: torch.Tensor, scheduler, timesteps: list[int], generator=None) -> "Film":
-        """The images (B, C, H, W) in [0, 1] at these timesteps, all with the same noise."""
-        film, images = cls(), to_unit("images", images, images.shape[1]) * 2 - 1
-        noise = draw_noise(images.shape, generator, images.device, images.dtype)
-        for timestep in timesteps:
-            film.timesteps.append(float(timestep))
-            film._samples.append(scheduler.add_noise(images, noise, torch.tensor([timestep])).cpu())
-            film._originals.append(images.cpu())
-        return film
-
     @property
     def samples(self) -> torch.Tensor:
         if not self._samples:
@@ -158,4 +158,4 @@ class Film:
     def _frames(self, of: str) -> list[np.ndarray]:
         if of not in ("samples", "pred_original_samples"):
             raise ValueError(f"of={of!r}; choose from samples, pred_original_samples")
-        return [to_output(frame, "np") for frame in getattr(self, of)]
+        return [to_unit_range(frame) for frame in getattr(self, of)]

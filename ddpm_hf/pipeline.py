@@ -66,9 +66,9 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
                 `ModelMixin.from_pretrained` has them.
 
         Raises:
-            ValueError: an argument, or what was saved, can't be: a file that is missing, damaged or a link to
-                elsewhere, a setting that nobody knows, weights that are not those of the configuration.
-            OSError: neither here nor on the Hub.
+            ValueError: an unknown argument; or in the folder: missing or damaged files, links out of the folder,
+                unknown settings, weights that do not fit the configuration.
+            OSError: the source is neither a folder nor can be downloaded.
         """
         pipeline = cls(**load_components(pretrained_model_name_or_path, **kwargs))
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
@@ -97,7 +97,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             batch_size: images to make; `None`: one a label, an image or a latent, or one.
             generator: one generator, from which noise for the whole batch is drawn, or a list of one an image: an
                 image then does not depend on the batch it is in.
-            num_inference_steps: steps of the walk, 1 ... T; `None`: all T, or as many as the solver can take.
+            num_inference_steps: denoising steps, 1 ... T; `None`: all T, or as many as the solver can take.
             output_type: `"pil"`: a list of `PIL.Image` (1 to 4 channels); `"np"`: (B, H, W, C) float32 in [0, 1];
                 `"pt"`: (B, C, H, W) float in [0, 1]; `"latent"`: (B, C, H, W) as the network sees images, nominally
                 in [-1, 1] and not clamped.
@@ -114,7 +114,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
                 a scheduler; `None`: the pipeline's own.
             image: begin from this, not from noise alone (SDEdit, Meng et al. 2022, arXiv:2108.01073): one `PIL.Image`
                 or a list, or an array or tensor in [0, 1] as `output_type` gives them; of any height and width.
-            strength: of `image`: the part of the walk to go, in (0, 1]; 1 leaves next to nothing of it. `None`: 0.8.
+            strength: of `image`: the fraction of the steps to take, in (0, 1]; 1 leaves little of it. `None`: 0.8.
             latents: the noise to begin with, (B, C, H, W), in place of drawn noise: what `invert` gives.
             clip_sample: of a `scheduler` by name: whether it clamps the predicted x_0; `None`: as the pipeline's own.
 
@@ -122,8 +122,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             `ImagePipelineOutput` with `images`, or the tuple of it.
 
         Raises:
-            ValueError: an argument that can't be, or samples that are not finite (`NotFiniteError`), of any
-                `output_type`: it names a weight that is not finite, or what else the likely cause is.
+            ValueError: an invalid argument, or samples that are not finite (`NotFiniteError`), whatever the
+                `output_type`: it names a weight that is not finite, or another likely cause.
         """
         if image is not None and latents is not None:
             raise ValueError("image, latents: give one of them to begin with")
@@ -399,7 +399,7 @@ def num_classes(unet) -> int | None:
 
 
 def weight_not_finite(unet) -> str | None:
-    """Tells the first weight that holds NaN or infinities; None if there is none among those that are in memory."""
+    """A message about the first weight in memory that holds NaN or infinities; None if there is none."""
     for name, weight in (*unet.named_parameters(), *unet.named_buffers()):
         if not weight.is_meta and not weight.float().isfinite().all():
             kind = str(weight.dtype).removeprefix("torch.")
@@ -411,7 +411,7 @@ def weight_not_finite(unet) -> str | None:
 
 
 def load_pipeline(source: str, name: str, variant: str | None = None) -> DDPMCustomPipeline:
-    """`DDPMCustomPipeline.from_pretrained` for commands: what goes wrong is told once, by a ValueError about `name`.
+    """`DDPMCustomPipeline.from_pretrained` for commands: what goes wrong is a single ValueError about `name`.
 
     Weights that are not finite go wrong here, before a command spends hours on them or writes anything.
     """

@@ -32,9 +32,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.cli import main
-from ddpm_hf.demo import EACH, LAUNCH, OWN, _told, build_demo, draw_film, draw_interpolation, draw_samples, space_files
+from ddpm_hf.commands.main import main
+from ddpm_hf.demo import EACH, LAUNCH, OWN, build_demo, draw_film, draw_interpolation, draw_samples, with_messages
 from ddpm_hf.seeds import image_generators, seeded_generator
+from ddpm_hf.space import space_files
 
 
 def quiet(pipeline):
@@ -212,7 +213,7 @@ def test_weights_that_are_not_finite_are_told_on_the_page(folder):
         functools.partial(draw_film, folder, pipeline, 2, OWN, 2, 0, EACH, 1.0, "samples", progress=print),
     ):
         with pytest.raises(gr.Error, match="the samples are not finite: 2 of 2 .* weight stem.weight .* is not finite"):
-            _told(draw)()
+            with_messages(draw)()
     assert not list(Path(folder.name).iterdir())
 
 
@@ -229,8 +230,9 @@ def test_what_the_command_refuses(digits_model, monkeypatch, capfd):
         assert message in refused(str(digits_model), "--port", str(port))
     assert "port=70000: can't serve there" in refused(str(digits_model), "--port", "70000")
     assert "model='./nowhere' can't be loaded" in refused("./nowhere")
-    assert "unrecognized arguments: --share" in refused(str(digits_model), "--share")
-    monkeypatch.setitem(sys.modules, "ddpm_hf.demo", None)
+    assert "there is no flag '--share'" in refused(str(digits_model), "--share")
+    monkeypatch.delitem(sys.modules, "ddpm_hf.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     assert "`pip install ddpm-hf[demo]`" in refused(str(digits_model))
 
 

@@ -85,18 +85,6 @@ def test_betas_that_ours_cannot_have_are_filmed_too():
     assert film.pred_original_samples.shape == (3, 1, 1, 8, 8)
 
 
-def test_the_forward_process_is_a_film_too():
-    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    scheduler = LinearNoiseScheduler()
-    film = Film.of_forward_process(images, scheduler, [0, 500, 999], torch.Generator().manual_seed(1))
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    assert_close(film.samples[1], scheduler.add_noise(images * 2 - 1, noise, 500))
-    theirs = Film.of_forward_process(images, diffusers.DDIMScheduler(), [0, 500, 999], torch.Generator().manual_seed(1))
-    assert_close(theirs.samples, film.samples, rtol=0, atol=1e-5)
-    assert_close(film.samples[2], noise, rtol=0, atol=0.03)
-    assert film.contact_sheet().size == (3 * 9 - 1, 2 * 9 - 1)
-
-
 def test_films_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the film has no frame yet"):
         Film().contact_sheet()
