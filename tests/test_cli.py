@@ -1,4 +1,5 @@
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from PIL import Image
 
 import ddpm_hf
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.commands.main import main
+from ddpm_hf.commands.main import COMMANDS, main
 from ddpm_hf.config import recipe_names
 from ddpm_hf.legibility import digits_legibility
 from ddpm_hf.progress import read_log
@@ -81,6 +82,58 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, argv, 
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_diffusers_script_that_are_something_else_here(capfd):
+    for flag, hint in {
+        "--use_ema": "leave it out: the EMA of the weights is always kept",
+        "--ddpm_num_steps=500": "use --scheduler '{\"num_train_timesteps\": 1000}'",
+        "--save-images-epochs": "use --checkpointing_steps, in updates",
+        "--learning_rat": "did you mean --learning_rate?",
+    }.items():
+        for command in ("train", "plan"):
+            assert main([command, flag]) == 2
+            assert f"there is no flag '{flag.partition('=')[0]}'; {hint}" in capfd.readouterr().err
+
+
+def test_flags_spelt_as_before(capfd):
+    """With dashes, or under another name: for a version, and not in the help."""
+    assert main(["sample", "./nowhere", "--output", "out", "--num-images=3", "--seed", "1"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "ddpm-hf: --output is deprecated and will be removed; use --output_dir",
+        "ddpm-hf: --num-images is deprecated and will be removed; use --num_images",
+    ]
+    assert "model='./nowhere' can't be loaded" in lines[2]
+    assert main(["push", "./nowhere", "me/model", "--self-contained", "--create-pr"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split("; ")[1] for line in lines[:2]] == ["use --self_contained", "use --create_pr"]
+    assert "nowhere' does not exist; it must be a pipeline folder" in lines[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (--\S+)", text, re.M)
+    assert not [flag for flag in flags if "-" in flag[2:]]
+    assert "None" not in text
+    defaults = {"train": "learning_rate .*?0.0001", "sample": "num_images .*?16", "evaluate": "num_samples .*?2000"}
+    if command in defaults:
+        flag, default = defaults[command].split(" .*?")
+        assert re.search(rf"^  --{flag} [^(]*\(default: {default}\)", text, re.M)
+        assert len(re.findall(r"^[a-z ]+:$", text, re.M)) >= 4  # headings
+
+
+def test_a_package_that_is_missing(monkeypatch, capfd):
+    monkeypatch.delitem(sys.modules, "ddpm_hf.evaluation", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert main(["evaluate", "model"]) == 2
+    error = capfd.readouterr().err
+    assert "accelerate" in error
+    assert error.endswith("`ddpm-hf evaluate` needs more packages, `pip install ddpm-hf[eval]`\n")
+    assert error.count("\n") == 1
 
 
 def test_a_mistake_has_no_traceback_in_a_real_process(tmp_path):

@@ -1,7 +1,9 @@
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
 
 import diffusers
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
+from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, convert
 from ddpm_hf.commands.main import main
 from ddpm_hf.convert.unet2d import settings_from, to_diffusers, weights_from
 from ddpm_hf.convert.weights import load_checked
@@ -424,3 +426,13 @@ def test_settings_that_unet2d_cannot_express_are_named(tmp_path, capfd):
         capfd, tmp_path / "ours", tmp_path / "o", "--to", "onnx"
     )
     assert os.listdir(tmp_path) == ["ours"]
+
+
+def test_a_source_is_one_file(tmp_path, monkeypatch):
+    code = "from ddpm_hf.convert.labml import SOURCE as labml\nimport dataclasses\n"
+    (tmp_path / "mysource.py").write_text(code + "SOURCE = dataclasses.replace(labml, signature='mine.weight')\n")
+    monkeypatch.setattr(convert, "__path__", [*convert.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "ddpm_hf.convert.convert", raising=False)
+    found = runpy.run_module("ddpm_hf.convert.convert")
+    assert found["KINDS"] == ("explainingai", "labml", "learnopencv", "mysource", "diffusers")
+    assert found["SOURCES"]["mysource"].signature == "mine.weight"

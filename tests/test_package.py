@@ -1,6 +1,7 @@
 """What is true of the repository and of the wheel that is built from it."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_unet
 
 import ddpm_hf
 from ddpm_hf.config import recipe_names, resolve
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted((ROOT / "ddpm_hf").glob("*.py"))
+MODULES = sorted((ROOT / "ddpm_hf").rglob("*.py"))
 
 
 def imports_of(path: Path) -> set[str]:
@@ -34,10 +36,77 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_imports_go_one_way():
-    imports = {path.stem: imports_of(path) for path in MODULES}
+    names = [".".join(path.relative_to(ROOT / "ddpm_hf").with_suffix("").parts) for path in MODULES]
+    imports = dict(zip(names, map(imports_of, MODULES), strict=True))
     assert imports["unet"] == imports["scheduler"] == set()  # each can be shipped as one file
-    assert [name for name, used in imports.items() if "cli" in used] == ["__main__"]
-    assert not imports["training"] & {"hub", "pictures", "legibility", "evaluation", "cli"}
+    using = [name for name, used in imports.items() if any(module.startswith("commands") for module in used)]
+    assert [name for name in using if not name.startswith("commands.")] == ["__main__"]
+    assert not imports["training"] & {"hub", "pictures", "legibility", "evaluation"}
+
+
+IMPORT_ORDERS = {
+    "ours first": "import ddpm_hf; from diffusers import DiffusionPipeline",
+    "ours last": "from diffusers import DiffusionPipeline; import ddpm_hf",
+    "ours between": "import diffusers; import ddpm_hf; from diffusers import DiffusionPipeline",
+    "our network first": "from ddpm_hf import DDPMUNet; from diffusers import DiffusionPipeline",
+}
+
+
+def python(*args: str, **options) -> str:
+    """What a process of Python prints."""
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ddpm_hf",
+        "import ddpm_hf.commands.main as m, contextlib as c\nwith c.suppress(SystemExit): m.main(['--version'])",
+        "import ddpm_hf.commands.main as m, contextlib as c\nwith c.suppress(SystemExit): m.main(['--help'])",
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(code):
+    """Importing torch takes seconds of CPU time; modules are easier to count than seconds."""
+    imported = python("-c", f"{code}\nimport sys; print(*sys.modules)").splitlines()[-1].split()
+    assert "ddpm_hf" in imported
+    assert not {"torch", "diffusers", "numpy", "transformers", "PIL"} & set(imported)
+    assert len(imported) < 500
+
+
+@pytest.fixture(scope="module")
+def tiny_pipeline(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiny_pipeline")
+    ddpm_hf.DDPMCustomPipeline(tiny_unet(), ddpm_hf.LinearNoiseScheduler()).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("order", IMPORT_ORDERS)
+def test_diffusers_finds_our_classes_whoever_is_imported_first(tiny_pipeline, order):
+    code = f"{IMPORT_ORDERS[order]}\nimport sys, diffusers, ddpm_hf\n"
+    code += f"pipeline = DiffusionPipeline.from_pretrained({str(tiny_pipeline)!r})\n"
+    code += "print(type(pipeline).__module__, type(pipeline.unet).__name__, type(pipeline.scheduler).__name__)\n"
+    code += "print(diffusers.DDPMUNet is ddpm_hf.DDPMUNet, hasattr(diffusers, 'DDPMNothing'))\n"
+    code += "print([finder for finder in sys.meta_path if 'WhenImported' in repr(finder)])"
+    printed = python("-W", "error::DeprecationWarning:ddpm_hf", "-c", code).splitlines()[-3:]
+    assert printed == ["ddpm_hf.pipeline DDPMUNet LinearNoiseScheduler", "True False", "[]"]
+
+
+def test_public_names():
+    for name in ddpm_hf.__all__:
+        assert getattr(ddpm_hf, name)
+        assert name in dir(ddpm_hf)
+    with pytest.raises(AttributeError, match="module 'ddpm_hf' has no attribute 'DDPMNothing'"):
+        _ = ddpm_hf.DDPMNothing
+
+
+def test_a_module_under_the_name_that_it_had_before(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ddpm_hf.cli", raising=False)
+    with pytest.warns(DeprecationWarning, match="ddpm_hf.cli is deprecated .*; use ddpm_hf.commands.main"):
+        old = importlib.import_module("ddpm_hf.cli")
+    assert old is importlib.import_module("ddpm_hf.commands.main")
+    assert old.__name__ == old.__spec__.name == "ddpm_hf.commands.main"
 
 
 def test_using_a_model_needs_the_base_dependencies_only():

@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):
             self.error(f"unexpected argument {flag!r}")
-        hint = self.hints.get(flag.replace("-", "_").replace("__", "--", 1))
+        hint = self.hints.get(_with_underscores(flag))
         if hint is None and (close := difflib.get_close_matches(flag, self._option_string_actions, n=1)):
             hint = f"did you mean {close[0]}?"
         self.error(f"there is no flag {flag!r}" + (f"; {hint}" if hint else ""))
@@ -53,8 +53,12 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         if not flag.startswith("--") or flag in known:
             return arg
-        name = self.old_flags.get(flag, "--" + flag[2:].replace("-", "_"))
+        name = self.old_flags.get(flag, _with_underscores(flag))
         if name not in known:
             return arg
         print(f"ddpm-hf: {flag} is deprecated and will be removed; use {name}", file=sys.stderr)
         return name + equals + value
+
+
+def _with_underscores(flag: str) -> str:
+    return "--" + flag[2:].replace("-", "_")
