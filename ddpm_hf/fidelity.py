@@ -67,7 +67,8 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> Estimate:
     sets have the same distribution it is too large by a factor of about sqrt(2).
     """
     m, n = len(x), len(y)
-    xx, yy = (_kernel_sums(z, z)[0] - _kernel(z, z) for z in (x, y))  # (M,), (N,): over the other images of the set
+    # (M,), (N,): sums over the other images of the set
+    xx, yy = (_kernel_sums(z, z)[0] - (z.square().mean(1) + 1) ** 3 for z in (x, y))
     xy, yx = _kernel_sums(x, y)
     sum_xx, sum_yy, sum_xy = xx.sum(), yy.sum(), xy.sum()
     value = sum_xx / (m * (m - 1)) + sum_yy / (n * (n - 1)) - 2 * sum_xy / (m * n)
@@ -78,11 +79,6 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor) -> Estimate:
         without = (own - 2 * within) / ((k - 1) * (k - 2)) + rest - 2 * (sum_xy - between) / ((k - 1) * others)
         variance += (k - 1) * float(without.var(correction=0))
     return Estimate(float(value), math.sqrt(variance), m)
-
-
-def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Of each pair of rows, (N,)."""
-    return ((x * y).sum(1) / x.shape[1] + 1) ** 3
 
 
 def _kernel_sums(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
