@@ -170,15 +170,12 @@ def _rows(path: Path) -> tuple[list[dict[str, str]], int | None]:
         return [], 1
     for number, line in enumerate(lines, start=2):
         row = dict(zip(columns, line.split(",")))
-        if len(row) == len(columns) == line.count(",") + 1 and _are_numbers(row):
+        try:
+            is_row = len(row) == len(columns) == line.count(",") + 1 and _numbers(row)["step"].is_integer()
+        except (ValueError, AttributeError):  # a cell is no number, or the step is missing
+            is_row = False
+        if is_row:
             rows.append(row)
         else:
             odd = odd or number
     return rows, odd
-
-
-def _are_numbers(row: dict[str, str]) -> bool:
-    try:
-        return [float(value) for value in row.values() if value] and float(row["step"]).is_integer()
-    except ValueError:
-        return False
