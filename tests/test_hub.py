@@ -19,13 +19,16 @@ import torch
 from conftest import TINY_UNET, tiny_config, tiny_unet
 from huggingface_hub import HfApi, ModelCard
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cards, demo, training
-from ddpm_hf import hub as sharing
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, background, cards, space, training
 from ddpm_hf.cards import MARK
 from ddpm_hf.checksums import weights_sha256
+from ddpm_hf.commands import train as command
 from ddpm_hf.commands.main import main
+from ddpm_hf.commands.train import write_facts_and_card
 from ddpm_hf.data import ImageData
-from ddpm_hf.hub import check_right_to_push, push
+from ddpm_hf.facts import facts_of
+from ddpm_hf.push import check_right_to_push, push
+from ddpm_hf.self_contained import code_of
 from ddpm_hf.solvers import plain_config
 
 MODEL = {
@@ -56,7 +59,7 @@ def run(made_once, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(sharing, "WAITS", (0, 0))
+    monkeypatch.setattr("ddpm_hf.push.WAITS", (0, 0))
 
 
 def sample(pipeline) -> torch.Tensor:
@@ -126,7 +129,7 @@ def test_a_data_set_in_a_folder_is_none_of_the_hub(run, tmp_path):
     process = SimpleNamespace(num_processes=1, mixed_precision="no", device=torch.device("cpu"))
     made = training.Run(config, pipeline, None, images, images, 3, process)
     shutil.copytree(run, tmp_path / "out")
-    facts = cards.facts_of(made)
+    facts = facts_of(made, before={})
     assert (facts["data"]["name"], facts["data"]["on_hub"]) == ("grace", False)
 
 
@@ -270,9 +273,9 @@ def test_what_somebody_commits_between_the_look_and_the_commit_is_looked_at_too(
 @pytest.mark.parametrize(("status", "code"), [(401, "RepoNotFound"), (403, "GatedRepo"), (503, None)])
 def test_only_the_hub_says_that_a_repository_is_not_there(hub, run, status, code):
     HfApi().create_repo("digits")
-    for settings in ({"private": True}, {"only_to_propose": True}):
+    for settings in ({"private": True}, {"create_pr": True}):
         hub.fail("GET /api/models/me/digits", times=2, status=status, code=code)
-        with pytest.raises(ValueError, match=f"'me/digits' can't be looked at on the Hub: .*{status}"):
+        with pytest.raises(ValueError, match=f"'me/digits' can't be looked up on the Hub: .*{status}"):
             check_right_to_push("digits", **settings)
         hub.faults.clear()
 
@@ -324,12 +327,12 @@ def test_private(hub, run, monkeypatch):
 
 def test_what_is_public_is_not_taken_for_private(hub, run, capsys):
     HfApi().create_repo("digits")
-    with pytest.raises(ValueError, match="is there and public"):
+    with pytest.raises(ValueError, match="exists and is public"):
         push(run, "me/digits", private=True)
     assert (
         main([*TRAIN, "--output_dir", "other", "--push_to_hub", "--hub_private_repo", "--hub_model_id", "digits"]) == 2
     )
-    assert "is there and public" in capsys.readouterr().err
+    assert "exists and is public" in capsys.readouterr().err
     assert not Path("other").exists()
     assert set(hub.files("me/digits")) == {".gitattributes"}
 
@@ -365,7 +368,7 @@ def test_anybody_may_propose_and_does_so_once(hub, run, monkeypatch):
         push(run, "me/digits", create_pr=True)
     assert {name for name in hub.repo("me/digits").branches if name != "main"} == {"refs/pr/1", "refs/pr/2"}
     assert hub.repo("me/digits").sha("main") == before
-    with pytest.raises(ValueError, match="is not on the Hub, or not to be seen by you"):
+    with pytest.raises(ValueError, match="is not on the Hub, or you may not see it"):
         push(run, "me/none", create_pr=True)
 
 
@@ -378,7 +381,7 @@ def test_anybody_may_propose_and_does_so_once(hub, run, monkeypatch):
         (None, "me/digits", "needs a login"),
         ("hf_wrong", "me/digits", "needs a login"),
         ("hf_reader", "me/digits", "may only read"),
-        ("hf_secret", "you/digits", "me may not write to you; of names there are me, club"),
+        ("hf_secret", "you/digits", "me may not write to you, but to me, club"),
         ("hf_fine", "me/digits", "may only read"),
         ("hf_secret", "a/b/c", "a/b/c"),
     ],
@@ -492,7 +495,7 @@ def test_a_run_is_uploaded_at_each_save_and_at_its_end(hub, tmp_path, monkeypatc
         if run.finished:
             ends.set()
 
-    monkeypatch.setattr(cards, "keep_card", lambda run, keep=cards.keep_card: (keep(run), note(run)))
+    monkeypatch.setattr(command, "write_facts_and_card", lambda run: (write_facts_and_card(run), note(run)))
     assert main([*TRAIN, "--checkpointing_steps", "1", *PUSH]) == 0
     assert saves == [1, 2, 3]
     assert begun == ["Train for 1 updates", "Train for 3 updates"]
@@ -507,7 +510,7 @@ def test_a_run_is_uploaded_at_each_save_and_at_its_end(hub, tmp_path, monkeypatc
     assert set(last.files) == MODEL
     assert "3 updates, 24 images seen" in last.files["README.md"].decode()
     assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/me/digits-model/commit/{repo.sha('main')}"
-    assert not list(Path("runs/digits").glob(".saving-*"))
+    assert not list(Path("runs/digits").glob(".part-*"))
 
 
 def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub, tmp_path, monkeypatch):
@@ -518,9 +521,9 @@ def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub
             assert trained.wait(60)
             super().run()
 
-    monkeypatch.setattr(sharing, "threading", SimpleNamespace(Thread=Late))
+    monkeypatch.setattr(background, "threading", SimpleNamespace(Thread=Late))
     hub.plant("me/digits-model", {"README.md": f"---\nlicense: mit\n---\n{MARK}\n".encode()})
-    pushing, folder, waited, saved = sharing.PushInBackground(), tmp_path / "out", [], {}
+    pushing, folder, waited, saved = background.PushInBackground(), tmp_path / "out", [], {}
 
     def save(run):
         if run.step == 1:
@@ -535,7 +538,7 @@ def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub
         waited.append(time.monotonic() - begun)
 
     config = tiny_config(folder, max_train_steps=3, checkpointing_steps=1, hub_model_id="digits-model")
-    run = training.train(config, on_start=[pushing.check], on_save=[cards.keep_card, save])
+    run = training.train(config, on_start=[pushing.check], on_save=[write_facts_and_card, save])
     assert max(waited) < 5, waited  # the client itself waits for an answer for 10 s and more
     hub.release()
     trained.set()
@@ -568,7 +571,7 @@ def test_a_stopped_run_does_not_wait_for_its_upload(hub, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in error
     assert "Traceback" not in error
-    assert not list((tmp_path / "runs/digits").glob(".saving-*"))
+    assert not list((tmp_path / "runs/digits").glob(".part-*"))
 
 
 def test_an_upload_that_fails_neither_loses_nor_ends_a_run(hub, tmp_path, monkeypatch, capsys, caplog):
@@ -651,8 +654,8 @@ def test_another_environment_pulls_and_samples_the_same_pixels(hub, run, elsewhe
 
 
 def test_shipped_code_is_our_code_but_for_the_names_of_modules(run):
-    files = sharing.code_of(run)
-    package = Path(sharing.__file__).parent
+    files = code_of(run)
+    package = Path(cards.__file__).parent
     for name, content in files.items():
         if name.endswith(".py"):
             stem = Path(name).stem.split("_")[-1]
@@ -793,7 +796,9 @@ import sys
 from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import HfApi
 from PIL import Image as Pictures
+from ddpm_hf.commands import train as command
 from ddpm_hf.commands.main import main
+from ddpm_hf.commands.train import write_facts_and_card
 
 pictures = [Pictures.new("RGB", (8, 8), (40 * (n % 6), 0, 0)) for n in range(20)]
 data = Dataset.from_dict({"picture": pictures, "kind": [n % 2 for n in range(20)]})
@@ -843,7 +848,8 @@ def test_a_run_that_is_stopped_has_a_card_of_what_it_had_come_to(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     folder = tmp_path / "out"
-    run = training.train(tiny_config(folder, max_train_steps=9, checkpointing_steps=2), on_save=[stop, cards.keep_card])
+    config = tiny_config(folder, max_train_steps=9, checkpointing_steps=2)
+    run = training.train(config, on_save=[stop, write_facts_and_card])
     assert saves == [2, 2]
     assert run.step == 2
     facts = json.loads((folder / "run.json").read_text())
@@ -858,7 +864,7 @@ def test_a_card_that_can_not_be_made_does_not_end_a_run(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(cards, "forward_flops", fail)
     config = tiny_config(tmp_path / "out", max_train_steps=4, checkpointing_steps=2)
-    assert training.train(config, on_save=[cards.keep_card]).finished
+    assert training.train(config, on_save=[write_facts_and_card]).finished
     assert caplog.text.count("training goes on, but update") == 2
     assert not (tmp_path / "out/README.md").exists()
     assert json.loads((tmp_path / "out/run.json").read_text())["training"]["updates"] == 4
@@ -866,19 +872,19 @@ def test_a_card_that_can_not_be_made_does_not_end_a_run(tmp_path, monkeypatch, c
 
 def test_a_model_that_began_with_another_says_so(tmp_path, run):
     settings = {"pretrained_model_name_or_path": str(run), "max_train_steps": 2}
-    first = training.train(tiny_config(tmp_path / "out", unet={}, **settings), on_save=[cards.keep_card])
+    first = training.train(tiny_config(tmp_path / "out", unet={}, **settings), on_save=[write_facts_and_card])
     card = (tmp_path / "out/README.md").read_text()
     assert "beginning with the weights of a local model" in card
     assert "base_model" not in card
     first.config.pretrained_model_name_or_path = "google/ddpm-cifar10-32"
-    cards.keep_card(first)
+    write_facts_and_card(first)
     assert "base_model: google/ddpm-cifar10-32" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_run_that_is_resumed_behind_its_end_elsewhere_has_a_card(tmp_path, run):
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
     settings = {"resume_from_checkpoint": str(run / "checkpoint-3"), "max_train_steps": 3, "train_batch_size": 8}
-    training.train(tiny_config(tmp_path / "out", scheduler=scheduler, **settings), on_save=[cards.keep_card])
+    training.train(tiny_config(tmp_path / "out", scheduler=scheduler, **settings), on_save=[write_facts_and_card])
     assert "| wall time | not known |" in (tmp_path / "out/README.md").read_text()
 
 
@@ -893,19 +899,19 @@ def test_a_space_with_the_page(hub, run, capsys):
 
 
 def test_a_space_that_somebody_has_edited_stays_so(hub, monkeypatch, caplog):
-    sharing.push_space("me/digits")
+    space.push_space("me/digits")
     hub.plant("me/digits", {"app.py": b"mine\n", "notes.txt": b"mine too\n"}, repo_type="space")
-    files = demo.space_files("me/digits")
+    files = space.space_files("me/digits")
     for words in ("newer", "newest"):
-        monkeypatch.setattr(demo, "space_files", lambda repo_id, words=words: {"app.py": words, "README.md": words})
-        sharing.push_space("me/digits")
+        monkeypatch.setattr(space, "space_files", lambda repo_id, words=words: {"app.py": words, "README.md": words})
+        space.push_space("me/digits")
         there = hub.files("me/digits", repo_type="space")
         assert set(there) == {".gitattributes", "pushed.json", "README.md", "app.py", "notes.txt"}
         assert there["app.py"] == b"mine\n"
         assert there["README.md"] == words.encode()
         assert "app.py stay as somebody has edited them on the Hub" in caplog.text
         caplog.clear()
-    monkeypatch.setattr(demo, "space_files", lambda repo_id: files)
+    monkeypatch.setattr(space, "space_files", lambda repo_id: files)
     hub.plant("me/digits", {"app.py": files["app.py"].encode()}, repo_type="space")  # which they take back
-    sharing.push_space("me/digits")
+    space.push_space("me/digits")
     assert not caplog.records

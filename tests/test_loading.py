@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.hub import code_of
 from ddpm_hf.loading import OLD_NAMES
 from ddpm_hf.pipeline import load_pipeline
+from ddpm_hf.self_contained import code_of
 from ddpm_hf.solvers import SOLVERS, make_solver
 
 HERE = Path(__file__).parent
