@@ -45,9 +45,13 @@ class TrainConfig(DataConfig):
         "where everything is written; default: runs/<recipe>, or runs/<name of the data> for data of your own"
     )
     overwrite_output_dir: bool = _run("start afresh in a folder that holds an unfinished run", False)
-    random_flip: bool = _data("mirror each image left to right with probability 1/2", False)
-    class_conditional: bool = _data("learn the classes too: those of the ClassLabel column, or a folder a class", False)
-    label_dropout: float = _data("hide the class of this part of the images, which guidance needs", 0.1, BELOW_1)
+    random_flip: bool = _data("flip each image left to right with probability 1/2", False)
+    class_conditional: bool = _data(
+        "condition the network on classes: those of the ClassLabel column, or one folder for each class", False
+    )
+    label_dropout: float = _data(
+        "drop the class label of this share of the images, as classifier-free guidance needs", 0.1, BELOW_1
+    )
     data_license: str | None = _data("licence of the images, for the model card; default: what the data set says")
     pretrained_model_name_or_path: str | None = _model(
         "start from this pipeline's network and scheduler (a folder or a Hub id) in place of the recipe's"

@@ -62,7 +62,7 @@ class DataConfig:
     background: list[float] | None = _data(
         "what to put under transparent images: 0 (black) ... 1 (white), one number or one a colour", rule=OPACITIES
     )
-    max_bad_fraction: float = _data("stop if more than this part of the images can't be read", 0.01, BELOW_1)
+    max_bad_fraction: float = _data("stop if more than this share of the images can't be read", 0.01, BELOW_1)
     streaming: bool = _data("read a data set of the Hub, or train*.parquet, while training, and keep none of it", False)
     dataloader_num_workers: int = _data("processes that decode the images; 0: the training process", 0, AT_LEAST_0)
     seed: int = setting("optimisation", "of weights, order of the data, noise, timesteps and samples", 0, (

@@ -217,21 +217,13 @@ class _Live(TorchDispatchMode):
 
 
 class Update(NamedTuple):
-    """Seconds: arithmetic; the all-reduce, and what of it is waited for; the making of the batch.
-
-    `ahead`: it is made while the device computes.
-    """
+    """Seconds of an update: arithmetic; the all-reduce, and what of it is waited for; making the batch; all of it."""
 
     compute: float
     all_reduce: float
     waited_for: float
     data: float
-    ahead: bool
-
-    @property
-    def total(self) -> float:
-        device = self.compute + self.waited_for
-        return max(device, self.data) if self.ahead else device + self.data
+    total: float
 
 
 def ring(size: float, devices: int, bandwidth: float) -> float:
@@ -261,10 +253,12 @@ def time_of_update(config: TrainConfig, shape, flops, operations: int, parameter
     data = images * math.prod(shape) * (gpus * of["drawing"] + of["picking"])
     if config.streaming:
         data += images * of["decoding"] / max(1, config.dataloader_num_workers)
-    return Update(config.gradient_accumulation_steps * micro_batch, all_reduce, waited_for, data, ahead=device != "cpu")
+    compute = config.gradient_accumulation_steps * micro_batch
+    total = compute + waited_for + data if device == "cpu" else max(compute + waited_for, data)
+    return Update(compute, all_reduce, waited_for, data, total)
 
 
-# ---------------------------------------------------------------- told
+# ---------------------------------------------------------------- printed
 
 
 def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: int | None = None) -> list[str]:
@@ -276,17 +270,14 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
             raise ValueError(f"{name}={value} must be at least 1")
     if device == "cpu" and config.mixed_precision == "fp16":
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no")
-    batch, micros, precision = (
-        config.train_batch_size,
-        config.gradient_accumulation_steps,
-        config.mixed_precision or "no",
-    )
+    batch, micros = config.train_batch_size, config.gradient_accumulation_steps
+    precision = config.mixed_precision or "no"
     shape = image_shape(config)
     unet = network(config, shape)
     parameters, flops = sum(p.numel() for p in unet.parameters()), count_flops(unet, shape)
     counted = {n: count_memory(unet, shape, n, precision) for n in sorted({max(1, batch // 2), batch, 2 * batch})}
-    of = {"shape": shape, "flops": flops, "operations": counted[batch].operations, "parameters": parameters}
-    update, alone = (time_of_update(config, **of, device=device, gpus=n) for n in (gpus, 1))
+    operations = counted[batch].operations
+    update, alone = (time_of_update(config, shape, flops, operations, parameters, device, n) for n in (gpus, 1))
     forward, with_backward = sum(flops[0]) / 1e9, sum(map(sum, flops)) / 1e9
     images_an_update = batch * micros * gpus
     buckets = 4 * parameters if gpus > 1 else 0

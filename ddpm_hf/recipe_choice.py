@@ -88,17 +88,16 @@ def listing() -> list[str]:
         config = resolve({"config": name})
         known = KNOWN.get(config.dataset_name)
         channels = config.channels or (known[0][0] if known else None)
-        sides = (config.resolution,) * 2 if config.resolution else known and known[0][1:]
         unet = network(config, (channels or 3, 64, 64))  # the size changes no parameter
         parameters = f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M"
-        images = "x".join(str(n) for n in (channels, *sides) if n) if sides else _sides(name)
+        if config.resolution or known:
+            sides = (config.resolution,) * 2 if config.resolution else known[0][1:]
+            images = "x".join(str(n) for n in (channels, *sides) if n)
+        else:  # the larger sides of the images that it is chosen for
+            most = LARGEST_SIDE[name]
+            least = 1 + max((side for side in LARGEST_SIDE.values() if side < most), default=0)
+            images = f"{least} to {most}" if most < math.inf else f"{least} and more"
         purpose = recipe_text(name).splitlines()[0].removeprefix("# ")
         rows.append((name, config.dataset_name or "your own", images, parameters, purpose))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _sides(name: str) -> str:
-    """The larger sides of the images that a recipe is chosen for."""
-    least = 1 + max((side for side in LARGEST_SIDE.values() if side < LARGEST_SIDE[name]), default=0)
-    return f"{least} to {LARGEST_SIDE[name]}" if LARGEST_SIDE[name] < math.inf else f"{least} and more"
