@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import json
 import logging
-import os
 import pkgutil
 import tempfile
 from pathlib import Path
@@ -18,17 +17,14 @@ from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 
 import ddpm_hf
-from ddpm_hf.checksums import images_sha256, weights_sha256
 from ddpm_hf.data import has_embedded_digits
 from ddpm_hf.data_config import DataConfig
-from ddpm_hf.evaluation_context import FEWEST, METRICS, Context, Findings
+from ddpm_hf.evaluation_context import FEWEST, METRICS, Context, Findings, protocol_of
 from ddpm_hf.evaluation_data import data_config, load_references, train_config
 from ddpm_hf.features import make_extractor
 from ddpm_hf.files import locked, write
 from ddpm_hf.pipeline import load_pipeline, num_classes
 from ddpm_hf.report import ENOUGH, write_report  # noqa: F401
-from ddpm_hf.scheduler import NoiseScheduler
-from ddpm_hf.solvers import SOLVERS, plain_config
 from ddpm_hf.versions import versions
 
 OUTPUT, CURVES, REPORT = "evaluation.json", "by_timestep.csv", "report.html"
@@ -86,20 +82,21 @@ def evaluate(
     """
     _check(metrics, weights, num_samples, seed, bpd_images, batch_size)
     output = _writable(output_of(model) if output is None else Path(output))
-    accelerator = _accelerator()
+    accelerator = Accelerator()
     # Two at once would do the same work and mix their reports
     with locked(output.parent, output.name) if accelerator.is_main_process else contextlib.nullcontext():
         pipeline = load_pipeline(model, "model", "raw" if weights == "raw" else None).to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.unet.eval().requires_grad_(False)
+        steps = pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)  # of a solver often one fewer
         config = data_config(model, pipeline, dataset_name, train_data_dir, output)
         context = Context(
             pipeline, accelerator, *load_references(config, pipeline), seed, batch_size, num_samples,
-            num_inference_steps or _default_steps(pipeline, scheduler), scheduler, guidance_scale, bpd_images,
-            Path(cache) if cache else Path(HF_HOME) / "ddpm_hf" / "features",
+            min(50, max(1, steps)) if num_inference_steps is None else num_inference_steps, scheduler, guidance_scale,
+            bpd_images, Path(cache) if cache else Path(HF_HOME) / "ddpm_hf" / "features",
         )  # fmt: skip
         found = _measure(context, _prepare(context, metrics, features, config))
-        protocol = _protocol(context, model, config)
+        protocol = protocol_of(context, model, config)
         protocol["weights"] = weights if weights == "raw" or train_config(model) else "as saved"
         protocol["reference"]["as_trained"] = dataset_name is None and train_data_dir is None
         evaluation = {"protocol": protocol | found.protocol | {"versions": versions(PACKAGES)}, "metrics": found.rows}
@@ -139,21 +136,6 @@ def _writable(output: Path) -> Path:
             return output.absolute()
     except OSError as error:
         raise ValueError(f"output={str(output)!r} can't be written: {error}") from error
-
-
-def _accelerator() -> Accelerator:
-    accelerator = Accelerator()
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were launched and each would do all of the work: use "
-            "`accelerate launch`, or set ACCELERATE_USE_CPU=true where there is no other device"
-        )
-    return accelerator
-
-
-def _default_steps(pipeline, scheduler: str | None) -> int:
-    timesteps = pipeline.scheduler.config.num_train_timesteps
-    return min(50, max(1, timesteps - (scheduler is not None)))  # some solvers can't visit every timestep
 
 
 def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, config: DataConfig) -> list[str]:
@@ -199,52 +181,6 @@ def _measure(context: Context, names: list[str]) -> Findings:
     return found
 
 
-def _protocol(context: Context, model: str, config: DataConfig) -> dict:
-    """How samples and references were made; how each metric was measured is told by its `Findings`."""
-    pipeline, train, extractor = context.pipeline, context.train, context.extractor
-    data = config.train_data_dir or config.dataset_name
-    sets = {"train": train, "held_out": context.held_out}
-    protocol = {
-        "model": {
-            "name": _name(model),
-            "sha256": weights_sha256(pipeline.unet),
-            "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
-            "scheduler": plain_config(pipeline.scheduler),
-        },
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
-        "seed": context.seed,
-        "reference": {"name": _name(data)} | {
-            split: {"n": len(images), "sha256": images_sha256(images), "shape": list(images.shape)}
-            for split, images in sets.items() if images is not None
-        },
-    }  # fmt: skip
-    if "samples" in vars(context):  # a cached property that some metric has needed
-        asked = "as in the training images" if train.labels is not None else "in turns"
-        protocol |= {
-            "num_samples": context.num_samples,
-            "solver": context.solver or _own_solver(pipeline.scheduler),
-            "num_inference_steps": context.num_inference_steps,
-            "guidance_scale": context.guidance_scale,
-            "class_labels": None if context.sample_labels is None else asked,
-        }
-    if extractor is not None:
-        pixels = "rounded to 8 bits, as an image file holds them"
-        protocol["features"] = {key: getattr(extractor, key) for key in ("name", "sha256", "resize")}
-        protocol["features"]["pixels"] = pixels
-    return protocol
-
-
-def _name(place: str) -> str:
-    """Of a folder its name alone, of a repository its whole name."""
-    return Path(place).resolve().name if Path(place).exists() else place
-
-
-def _own_solver(scheduler) -> str:
-    """The name by which one would ask for the model's own scheduler."""
-    names = [name for name, of in SOLVERS.items() if of == type(scheduler).__name__]
-    return "ddpm" if isinstance(scheduler, NoiseScheduler) else (names or [type(scheduler).__name__])[0]
-
-
 def _write(output: Path, evaluation: dict, found: Findings) -> None:
     """The numbers first, so that nothing that happens to a picture can take them away."""
     prefix = "" if output.name == OUTPUT else f"{output.stem}-"
@@ -253,13 +189,10 @@ def _write(output: Path, evaluation: dict, found: Findings) -> None:
         (output.parent / f"{prefix}{name}").unlink(missing_ok=True)
     write(output, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
     if found.by_timestep:
-        lines = [found.by_timestep[0], *(row.values() for row in found.by_timestep)]
-        write(output.parent / f"{prefix}{CURVES}", "".join(",".join(map(_cell, line)) + "\n" for line in lines))
+        rows = [["" if value is None else f"{value:.9g}" for value in row.values()] for row in found.by_timestep]
+        text = "".join(",".join(row) + "\n" for row in [found.by_timestep[0], *rows])
+        write(output.parent / f"{prefix}{CURVES}", text)
     try:
         write_report(output.parent / f"{prefix}{REPORT}", evaluation, found.pictures, found.by_timestep)
     except Exception as error:
         log.warning(f"{output} is written, but its report can't be: {type(error).__name__} {error}")
-
-
-def _cell(value: str | float | None) -> str:
-    return value if isinstance(value, str) else "" if value is None else f"{value:.9g}"
