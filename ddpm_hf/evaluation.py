@@ -57,7 +57,7 @@ def evaluate(
     output: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> dict:
-    """Measure a model, by all processes of a launcher; the main one writes `output` and the report beside it.
+    """Measure a model, by all processes of a launcher, and return what the main one writes: `output`, beside a report.
 
     Args:
         model: a pipeline folder, or user/model on the Hub.
@@ -73,9 +73,6 @@ def evaluate(
         output: the JSON file, by default evaluation.json in the folder of the model, or here for one of the Hub;
             by_timestep.csv and report.html are written beside it, after its name if it has another.
         cache: the folder of the references' features, found again by the content of the images.
-
-    Returns:
-        What is in the file.
 
     Raises:
         ValueError: a wrong argument, or images that can't be read; nothing has been written then.
