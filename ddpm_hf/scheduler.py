@@ -251,11 +251,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         Args:
             timestep: one for all, or a tensor (B,).
         """
-        if isinstance(timestep, torch.Tensor) and timestep.ndim:
-            row = self._rows_at(self._all_steps, timestep, sample)
-        else:
-            row = self._all_steps[int(timestep)].tolist()
-        return StepCoefficients(*row).original(model_output, sample)
+        return StepCoefficients(*self._rows_at(self._all_steps, timestep, sample)).original(model_output, sample)
 
     def renoise(self, sample, timestep: int, to_timestep: int, noise) -> torch.Tensor:
         """A draw from q(x_to | x_timestep), which adds noise; `timestep` may be -1, the image itself."""
@@ -363,17 +359,16 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         coefficients = self._coefficients_at(timestep, sample)
         pred_original_sample = self._clamp_(coefficients.original(model_output, sample))
         std = coefficients.std
-        if isinstance(std, torch.Tensor):
-            if share is not None:
-                std = torch.where(std > 0, (0.5 * coefficients.log_variance(share)).exp(), 0.0)
-            noise = std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
-        elif std == 0:
+        on_device = isinstance(std, torch.Tensor)
+        if not on_device and std == 0:  # the last step
             noise = torch.zeros_like(sample)
-        elif share is not None:
-            std = (0.5 * coefficients.log_variance(share)).exp()
-            noise = std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
-        else:
+        elif not on_device and share is None:
             noise = draw_noise(sample.shape, generator, sample.device, sample.dtype, std)
+        else:
+            if share is not None:
+                learned = (0.5 * coefficients.log_variance(share)).exp()
+                std = torch.where(std > 0, learned, 0.0) if on_device else learned
+            noise = std * draw_noise(sample.shape, generator, sample.device, sample.dtype)
         prev_sample = coefficients.mean(pred_original_sample, sample, noise)
 
         if not return_dict:

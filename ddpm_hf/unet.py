@@ -9,13 +9,13 @@ stage, numbered from the image inwards:
 After Ho et al. 2020 (arXiv:2006.11239, appendix B), of which every tutorial's network is a relative.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
@@ -30,20 +30,12 @@ class DDPMUNetOutput(BaseOutput):
     sample: torch.Tensor
 
 
-def sinusoids(timesteps: torch.Tensor, channels: int, cos_first: bool = False, shift: float = 0) -> torch.Tensor:
-    """(B,) -> (B, channels), float32: all sines, then all cosines, of frequencies 10000^(-i / (channels / 2 - shift)).
-
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), where sines and cosines take turns and `shift` is 0.
-    """
-    half = channels // 2
-    i = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * i / (half - shift))
-    waves = [angles.cos(), angles.sin()] if cos_first else [angles.sin(), angles.cos()]
-    return torch.cat(waves, dim=1)
-
-
 class TimeEmbedding(nn.Module):
-    """timesteps (B,) -> (B, E)"""
+    """timesteps (B,) -> (B, E): two linear layers of sinusoids (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)
+
+    First all sines and then all cosines, or with `flip_sin_to_cos` the other way round, in float32, of the frequencies
+    10000^(-i / (time_sinusoid_dim / 2 - freq_shift)).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -57,7 +49,8 @@ class TimeEmbedding(nn.Module):
             self.table = nn.Embedding.from_pretrained(table, freeze=True)
 
     def _sinusoids(self, timesteps):
-        return sinusoids(timesteps, self.linear_1.in_features, self.cos_first, self.shift)
+        width = self.linear_1.in_features
+        return get_timestep_embedding(timesteps, width, self.cos_first, downscale_freq_shift=self.shift)
 
     def forward(self, timesteps):
         # The angles reach 1000 radians, too many for half precision: cast after the sine.
@@ -130,7 +123,7 @@ class Downsample(nn.Conv2d):
         super().__init__(channels, channels, config.downsample_kernel_size, 2, config.downsample_padding)
 
     def forward(self, x):
-        # without padding, a kernel of 3 wants one more row and column; the authors' code adds them right and bottom
+        # without padding, a kernel of 3 needs one more row and column; the authors' code adds them right and bottom
         return super().forward(F.pad(x, (0, 1, 0, 1)) if self.padding == (0, 0) else x)
 
 
@@ -165,7 +158,7 @@ UPSAMPLE_TYPES = {"transposed": TransposedUpsample, "nearest": NearestUpsample}
 
 
 class DownStage(nn.Module):
-    """(B, in, H, W) -> (B, out, H/2, W/2), or H, W unchanged without `downsample`; and what the up stage will see."""
+    """(B, in, H, W) -> (B, out, H/2, W/2), or H, W unchanged without `downsample`; and the skip connections."""
 
     def __init__(self, widths: list[int], attention: bool, downsample: bool, config):
         super().__init__()
@@ -215,14 +208,14 @@ class UpStage(nn.Module):
 
 
 class DDPMUNet(ModelMixin, ConfigMixin):
-    """The network of a DDPM: noisy images, their timesteps and perhaps classes in, a prediction of their shape out.
+    """The network of a DDPM: from noisy images, timesteps and optional class labels to a prediction of their shape.
 
-    The defaults are the network of the ExplainingAI tutorial for MNIST (10.2 M parameters). Any height and width will
-    do, whatever `sample_size` says: what the stages can't halve is padded inside (the last row and column repeated)
-    and cropped from the prediction.
+    The defaults are the network of the ExplainingAI tutorial for MNIST (10.2 M parameters). Images may have any height
+    and width, whatever `sample_size` is: those that the stages cannot halve are padded inside (the last row and column
+    repeated), and the prediction is cropped.
 
     Args:
-        sample_size: side, or (height, width), of the images it is made for; the default size of what is sampled.
+        sample_size: side, or (height, width), of the training images; the default size of samples.
         in_channels: channels of the images.
         out_channels: channels of the prediction; `None`: as many. Twice as many with a learned variance, of which the
             second half says where between its bounds the variance lies (Nichol & Dhariwal 2021, arXiv:2102.09672).
@@ -246,21 +239,21 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         project_every_shortcut: a 1x1 convolution in every shortcut of a residual block, or only where widths differ.
         num_attention_heads: heads of every attention.
         attention_head_dim: width of a head, in place of their number; the widths with attention are multiples of it.
-        attention_norm: normalise what attention sees.
+        attention_norm: normalise the input of attention.
         time_sinusoid_dim: width of the sinusoids; `None`: `time_embedding_dim`.
         time_embedding_dim: width of the time embedding.
         flip_sin_to_cos: cosines first.
         freq_shift: the s of the sinusoids' frequencies 10000^(-i / (time_sinusoid_dim / 2 - s)).
-        time_table_size: keep the sinusoids of so many timesteps with the weights, as a table that is not trained;
+        time_table_size: store the sinusoids of this many timesteps with the weights, as a table that is not trained;
             `None`: compute them.
         norm_num_groups: groups of the normalisations; divides all widths.
         norm_num_groups_out: groups of the last one, before the head; `None`: `norm_num_groups`.
         norm_eps: epsilon of all normalisations.
         dropout: probability, inside the residual blocks.
         dropout_channels: drop whole channels.
-        num_classes: classes whose labels are 0 ... num_classes - 1; one label more, `num_classes`, stands for none of
-            them (the null label of Ho & Salimans 2022, arXiv:2207.12598). `None`: unconditional.
-        class_names: what the classes are called, in the order of their labels.
+        num_classes: number of classes, with labels 0 ... num_classes - 1; the label `num_classes` is the null label,
+            for no class (Ho & Salimans 2022, arXiv:2207.12598). `None`: unconditional.
+        class_names: names of the classes, in the order of their labels.
     """
 
     _supports_gradient_checkpointing = True
@@ -346,13 +339,13 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """`ModelMixin.from_pretrained`, of safetensors alone: that would take a pickle where there are none.
+        """`ModelMixin.from_pretrained` for safetensors only: without this, it falls back to a pickle file.
 
-        Weights on the CPU are copied out of the file that they are mapped from: there they lie as the header's length
-        has it, and products of matrices that are aligned otherwise differ in their last bits.
+        Weights on the CPU are copied out of the memory-mapped file: their alignment there depends on the length of the
+        file's header, and matrix products of data aligned differently differ in their last bits.
         """
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False: only safetensors are read; a pickle can run anything")
+            raise ValueError("use_safetensors=False: only safetensors are read; loading a pickle can run any code")
         loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
         unet = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         for tensor in (*unet.parameters(), *unet.buffers()):
@@ -407,7 +400,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             return
         if labels is None:
             raise ValueError(
-                f"class_labels: this network wants them, in 0 ... {classes - 1}; {classes} is for no class"
+                f"class_labels: this network needs them, in 0 ... {classes - 1}; {classes} is for no class"
             )
         if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (batch_size,):
             what = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
@@ -426,56 +419,53 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
 
 def _check(config) -> None:
-    """A ValueError, for the first setting that makes no network, that says what would."""
+    """A ValueError for the first setting that makes no network, with its name, its value and what it must be."""
 
     def require(name, holds, rule):
         if not holds:
             raise ValueError(f"{name}={config[name]!r} {rule}")
 
+    def is_count(value):
+        return type(value) is int and value >= 1
+
     def is_list_of(kind, value):
         return isinstance(value, list | tuple) and len(value) > 0 and all(type(v) is kind for v in value)
 
-    for name in ("in_channels", "stem_channels", "layers_per_block", "mid_layers_per_block", "time_embedding_dim",
-                 "norm_num_groups"):  # fmt: skip
-        require(name, type(config[name]) is int and config[name] >= 1, "must be an integer of at least 1")
+    counts = ["in_channels", "stem_channels", "layers_per_block", "mid_layers_per_block", "time_embedding_dim"]
+    counts += ["norm_num_groups", "num_attention_heads" if config.attention_head_dim is None else "attention_head_dim"]
+    for name in counts:
+        require(name, is_count(config[name]), "must be an integer of at least 1")
+    for name in ("up_layers_per_block", "num_classes"):
+        require(name, config[name] is None or is_count(config[name]), "must be an integer of at least 1, or None")
+    for name in ("block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
+        require(name, is_list_of(int, config[name]) and min(config[name]) >= 1, "must be a list of integers >= 1")
+    for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
+        widths = [config[name]] if name == "stem_channels" else config[name]
+        holds = not any(width % config.norm_num_groups for width in widths)
+        require(name, holds, f"must be multiples of norm_num_groups={config.norm_num_groups}")
+    for name, choices in (("skip_connections", SKIP_CONNECTIONS), ("upsample_type", UPSAMPLE_TYPES)):
+        require(name, config[name] in choices, f"must be one of {', '.join(choices)}")
+
+    stages = len(config.block_out_channels)
+    one_a_stage = f"must have one entry a stage: block_out_channels has {stages}"
+    require("up_block_out_channels", len(config.up_block_out_channels) == stages, one_a_stage)
+    for name, for_all in (("downsample", config.downsample is None), ("attention", type(config.attention) is bool)):
+        require(name, for_all or (is_list_of(bool, config[name]) and len(config[name]) == stages), one_a_stage)
+
     holds = config.out_channels in (None, config.in_channels, 2 * config.in_channels)
     require("out_channels", holds, f"must be None, in_channels={config.in_channels}, or twice that: a learned variance")
     sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
     holds = is_list_of(int, sides) and len(sides) <= 2 and min(sides) >= 1
     require("sample_size", holds, "must be a side or a (height, width) of at least 1")
-    for name in ("block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
-        require(name, is_list_of(int, config[name]) and min(config[name]) >= 1, "must be a list of integers >= 1")
-
-    stages = len(config.block_out_channels)
-    one_a_stage = f"must have one entry a stage: block_out_channels has {stages}"
-    require("up_block_out_channels", len(config.up_block_out_channels) == stages, one_a_stage)
-    flags = config.downsample is None or is_list_of(bool, config.downsample)
-    require("downsample", flags and len(config.downsample or range(stages)) == stages, one_a_stage)
-    flags = isinstance(config.attention, bool) or is_list_of(bool, config.attention)
-    require("attention", flags and (config.attention in (True, False) or len(config.attention) == stages), one_a_stage)
-
-    every_layer = config.skip_connections == "layer"
-    require("skip_connections", config.skip_connections in SKIP_CONNECTIONS, f"must be one of {SKIP_CONNECTIONS}")
-    if config.up_layers_per_block is not None:
-        holds = type(config.up_layers_per_block) is int and config.up_layers_per_block >= 1
-        require("up_layers_per_block", holds, "must be an integer of at least 1")
-        holds = not every_layer or config.up_layers_per_block == config.layers_per_block + 1
-        require("up_layers_per_block", holds, "must be layers_per_block + 1 where every layer has a skip connection")
+    holds = config.skip_connections == "stage" or config.up_layers_per_block in (None, config.layers_per_block + 1)
+    require("up_layers_per_block", holds, "must be layers_per_block + 1 where every layer has a skip connection")
     kernel, padding = config.downsample_kernel_size, config.downsample_padding
-    rule = f"with downsample_kernel_size={kernel} can't be; of kernel and padding there are 4 and 1, 3 and 1, 3 and 0"
+    rule = f"does not go with downsample_kernel_size={kernel}; kernel and padding must be 4 and 1, 3 and 1, or 3 and 0"
     require("downsample_padding", (kernel, padding) in ((4, 1), (3, 1), (3, 0)), rule)
-    require("upsample_type", config.upsample_type in UPSAMPLE_TYPES, f"must be one of {', '.join(UPSAMPLE_TYPES)}")
     sinusoids_from = "time_embedding_dim" if config.time_sinusoid_dim is None else "time_sinusoid_dim"
     half = config[sinusoids_from] / 2
     require(sinusoids_from, half == int(half) and half > config.freq_shift, "must be even: half sines, half cosines")
     require("dropout", isinstance(config.dropout, int | float) and 0 <= config.dropout < 1, "must lie in [0, 1)")
-    heads = "num_attention_heads" if config.attention_head_dim is None else "attention_head_dim"
-    require(heads, type(config[heads]) is int and config[heads] >= 1, "must be an integer of at least 1")
-    classes, names = config.num_classes, config.class_names
-    require("num_classes", classes is None or (type(classes) is int and classes >= 1), "must be at least 1, or None")
-    holds = names is None or (is_list_of(str, names) and len(set(names)) == len(names) == classes)
-    require("class_names", holds, f"must be as many names as num_classes={classes}, no two of them the same")
-    for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
-        widths = [config[name]] if isinstance(config[name], int) else config[name]
-        holds = not any(width % config.norm_num_groups for width in widths)
-        require(name, holds, f"must be multiples of norm_num_groups={config.norm_num_groups}")
+    names = config.class_names
+    holds = names is None or (is_list_of(str, names) and len(set(names)) == len(names) == config.num_classes)
+    require("class_names", holds, f"must be as many names as num_classes={config.num_classes}, each a different one")

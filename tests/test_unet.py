@@ -13,18 +13,11 @@ from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.config import recipe_names, resolve
 from ddpm_hf.convert.convert import SOURCES
 from ddpm_hf.convert.unet2d import settings_from, to_diffusers
-from ddpm_hf.unet import NearestUpsample, sinusoids
+from ddpm_hf.unet import NearestUpsample
 
 
 def test_the_default_is_the_tutorials_network():
     assert sum(p.numel() for p in DDPMUNet().parameters()) == 10_188_081  # its own, counted from its code
-
-
-def test_sinusoids_are_those_of_diffusers():
-    from diffusers.models.embeddings import get_timestep_embedding
-
-    timesteps = torch.tensor([0.0, 1.0, 17.5, 999.0])
-    assert_close(sinusoids(timesteps, 32), get_timestep_embedding(timesteps, 32, downscale_freq_shift=0))
 
 
 def noisy(*shape, seed=0):
@@ -300,7 +293,7 @@ def test_class_names_are_saved(tmp_path):
     ("classes", "labels", "message"),
     [
         (None, torch.tensor([0, 1]), r"class_labels: this network is unconditional \(num_classes=None\)"),
-        (3, None, "class_labels: this network wants them, in 0 ... 2; 3 is for no class"),
+        (3, None, "class_labels: this network needs them, in 0 ... 2; 3 is for no class"),
         (3, torch.tensor([0, 4]), r"class_labels=\[0, 4\] must lie in 0 ... 2, or be 3 for none"),
         (3, torch.tensor([0, -1]), r"class_labels=\[0, -1\] must lie in 0 ... 2"),
         (3, torch.tensor([0]), r"class_labels=torch.int64 \(1,\) must be an int64 tensor of shape \(2,\)"),
