@@ -1,4 +1,4 @@
-"""From a folder or the Hub to a network and a scheduler: nothing is run or unpickled that came with them."""
+"""Load a network and a scheduler from a folder or the Hub, without running or unpickling anything in it."""
 
 import contextlib
 import inspect
@@ -54,16 +54,16 @@ def load_components(
 ) -> dict:
     """`unet` and `scheduler` of a pipeline folder; arguments as `DDPMCustomPipeline.from_pretrained` has them.
 
-    Classes are looked up among ours and diffusers' by the names that model_index.json has for them, so it does not
-    matter which module it was saved from, or what code lies beside it. Weights are read from safetensors alone, and
-    only if their names and shapes are those of the configuration.
+    Classes are found by the names in model_index.json among ours and those of diffusers, so the module that they were
+    saved from and the code in the folder do not matter. Weights are read from safetensors only, and only if their
+    names and shapes are those of the configuration.
 
     Raises:
-        ValueError: an argument, or what the folder holds, can't be.
-        OSError: it is neither here nor on the Hub.
+        ValueError: an unknown argument; or in the folder: missing or damaged files, links out of the folder, path
+            traversal, unknown or too large settings, weights that do not fit the configuration.
+        OSError: the source is neither a folder nor can be downloaded.
     """
     unknown = {name: v for name, v in options.items() if name not in MODEL_OPTIONS and v is not None and v is not False}
-    options = {name: options[name] for name in MODEL_OPTIONS if name in options}
     if unknown:
         why = ""
         if {"trust_remote_code", "custom_pipeline"} & unknown.keys():
@@ -73,79 +73,82 @@ def load_components(
         raise ValueError(
             "use_safetensors=False: only safetensors are read; a pickle can run anything when it is loaded"
         )
-    dtype = torch_dtype if dtype is None else dtype
-    dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, or a dict of them by component")
+    of_model = {name: options[name] for name in MODEL_OPTIONS if name in options}
+    of_model |= {"torch_dtype": _dtype_of_unet(torch_dtype if dtype is None else dtype), "variant": variant or None}
     if not str(source):
         raise ValueError("pretrained_model_name_or_path is empty; it must be a folder, or user/model on the Hub")
-    subfolder, variant = subfolder or "", variant or None
+    subfolder = subfolder or ""
     if Path(source).is_dir():
         folder = Path(source)
     else:
         of_hub = {"token": token, "cache_dir": cache_dir, "revision": revision}
         of_hub |= {"local_files_only": local_files_only, "force_download": force_download}
-        folder = _download(str(source), subfolder, variant, of_hub)
+        folder = _download(str(source), subfolder, of_model["variant"], of_hub)
     root, folder = root_of(folder), folder / subfolder
-    with _telling(folder / INDEX):
-        check_inside(folder / INDEX, root)
-        index = _read_json(folder / INDEX)
-        others = [name for name, entry in index.items() if name[:1] != "_" and _is_component(entry)]
-        if others := sorted(set(others) - KINDS.keys()):
-            also = ", ".join(others)
-            raise ValueError(f"{folder / INDEX}: a pipeline with {also} besides unet and scheduler is no DDPM")
+    index = _read_index(folder, root)
     if scheduler is None:
         path = folder / "scheduler" / "scheduler_config.json"
-        with _telling(path):
+        with _naming(path):
             kind = _class_of(index, "scheduler", folder)
             _check_scheduler(path, kind, root)
         scheduler = kind.from_pretrained(folder, subfolder="scheduler")
     if unet is None:
-        with _telling(folder / "unet" / "config.json"):
+        with _naming(folder / "unet" / "config.json"):
             kind = _class_of(index, "unet", folder)
-            _check_unet(folder / "unet", kind, variant, root)
-        unet = kind.from_pretrained(
-            folder, subfolder="unet", variant=variant, torch_dtype=dtype, use_safetensors=True, **options
-        )
+            _check_unet(folder / "unet", kind, of_model["variant"], root)
+        unet = kind.from_pretrained(folder, subfolder="unet", use_safetensors=True, **of_model)
     return {"unet": unet, "scheduler": scheduler}
 
 
+def _dtype_of_unet(dtype) -> torch.dtype | None:
+    """The type for the network from a `torch_dtype`, which may be a dict by component."""
+    dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, or a dict of them by component")
+    return dtype
+
+
+def _read_index(folder: Path, root: Path) -> dict:
+    """The content of model_index.json, if it is that of a pipeline of `unet` and `scheduler`."""
+    path = folder / INDEX
+    with _naming(path):
+        check_inside(path, root)
+        index = _read_json(path)
+        components = {name for name, entry in index.items() if name[:1] != "_" and _is_component(entry)}
+        if others := ", ".join(sorted(components - KINDS.keys())):
+            raise ValueError(f"{path}: a pipeline with {others} besides unet and scheduler is no DDPM")
+    return index
+
+
 @contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """Whatever fails of what a stranger has written is a ValueError about that file, in a line of moderate length."""
+def _naming(path: Path) -> Iterator[None]:
+    """Turn any exception into a ValueError that names the file, of limited length and without control characters."""
     try:
         yield
     except Exception as error:
-        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        told = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in told)  # nor is a terminal told what to do
-        told = told if len(told) <= 2 * MOST_SHOWN else f"{told[:MOST_SHOWN]} ... {told[-MOST_SHOWN:]}"
-        raise ValueError(told if str(path.parent) in told else f"{path}: {told}") from error
+        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        if len(message) > 2 * MOST_SHOWN:
+            message = f"{message[:MOST_SHOWN]} ... {message[-MOST_SHOWN:]}"
+        raise ValueError(message if str(path.parent) in message else f"{path}: {message}") from error
 
 
 def _download(source: str, subfolder: str, variant: str | None, options: dict) -> Path:
-    """The snapshot of a repository in the cache, with what loading needs, and with none of its code."""
+    """The snapshot of a repository in the cache, with the files that loading needs and none of its code."""
 
     def fetch(*names: str) -> Path:
         patterns = [str(PurePosixPath(subfolder) / name) for name in names]
-        return Path(snapshot_download(source, allow_patterns=patterns, **options))
+        try:
+            return Path(snapshot_download(source, allow_patterns=patterns, **options))
+        except Exception as error:  # no network, no such repository, no access, no space: each raises its own
+            raise OSError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
 
     index, whole = _weight_names(variant)
     configs = [INDEX, "scheduler/scheduler_config.json", "unet/config.json", f"unet/{index}"]
-    try:
-        validate_repo_id(source)
-        folder = fetch(*configs)  # first, because they say what else is needed
-        _check_names(source, options)
-        path = folder / subfolder / "unet" / index
-        shards = _shards_of(path) if path.is_file() else [whole]
-        return fetch(*configs, *(f"unet/{name}" for name in shards))
-    except _Refused:
-        raise
-    except Exception as error:  # no network, no such repository, no right to it, no room: each has an error of its own
-        raise OSError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
-
-
-class _Refused(ValueError):  # noqa: N818
-    """What is there can't be."""
+    path = fetch(*configs) / subfolder / "unet" / index  # first, because they name the files of weights
+    _check_names(source, options)
+    shards = _shards_of(path) if path.is_file() else [whole]
+    return fetch(*configs, *(f"unet/{name}" for name in shards))
 
 
 def _check_names(source: str, options: dict) -> None:
@@ -156,24 +159,24 @@ def _check_names(source: str, options: dict) -> None:
     for name in (file.path for file in tree):
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or parts[:1] == ("/",):
-            raise _Refused(f"{source!r} has a file called {name!r}, which would lie outside of it: not loaded")
+            raise ValueError(f"{source!r} has a file called {name!r}, which would lie outside of it: not loaded")
 
 
 def _weight_names(variant: str | None) -> tuple[str, str]:
-    """Of the index, if the weights are in several files, and of the file if they are in one."""
+    """File names of the index, where the weights are in several files, and of the weights in a single file."""
     dot = f".{variant}" if variant else ""
     return f"{WEIGHTS}.safetensors.index{dot}.json", f"{WEIGHTS}{dot}.safetensors"
 
 
 def _shards_of(index: Path) -> list[str]:
-    """Names of the files that an index of weights tells."""
+    """Names of the files that an index of weights refers to."""
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise _Refused(f"{index}: weight_map must tell the file of each weight")
+        raise ValueError(f"{index}: weight_map must map each weight to its file")
     shards = sorted(set(names.values()))
     for name in shards:
         if PurePosixPath(name.replace("\\", "/")).name != name or not name.endswith(".safetensors"):
-            raise _Refused(f"{index}: {name!r} is no safetensors file beside it")
+            raise ValueError(f"{index}: {name!r} is no safetensors file beside it")
     return shards
 
 
@@ -196,6 +199,15 @@ def _class_of(index: dict, name: str, folder: Path) -> type:
 
 
 # ---------------------------------------------------------------- what a stranger may have written
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is one of a repository on the Hub, and no path here."""
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return not Path(name).exists()
 
 
 def root_of(folder: Path) -> Path:
@@ -223,9 +235,9 @@ def _read_json(path: Path, infinite: bool = False) -> dict:
     try:
         content = json.loads(path.read_bytes(), parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise _Refused(f"{path} can't be read: {error}") from error
+        raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(content, dict):
-        raise _Refused(f"{path} must hold an object, not {type(content).__name__}")
+        raise ValueError(f"{path} must hold an object, not {type(content).__name__}")
     return content
 
 
@@ -233,13 +245,16 @@ def _defaults(kind: type) -> dict:
     return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
 
 
-def _check_arguments(path: Path, config: dict, kind: type, others: Iterable[type] = ()) -> None:
-    """That each key is an argument of `kind` or, to be kept and no more, of `others`, and of its default's type."""
-    defaults = _defaults(kind)
-    known = defaults.keys() | {name for other in others for name in _defaults(other)}
-    unknown = sorted(key for key in config.keys() - known if key[:1] != "_")
-    if unknown:
+def _check_keys(path: Path, config: dict, kind: type, others: Iterable[type] = ()) -> None:
+    """Raise ValueError for keys that are arguments neither of `kind` nor of `others`."""
+    known = set().union(*(_defaults(each) for each in (kind, *others)))
+    if unknown := sorted(key for key in config.keys() - known if key[:1] != "_"):
         raise ValueError(f"{path}: unknown {', '.join(unknown)}; written by a newer version, or for something else")
+
+
+def _check_types(path: Path, config: dict, kind: type) -> None:
+    """Raise ValueError for values that are not of the type of the argument's default."""
+    defaults = _defaults(kind)
     for name, value in config.items():
         wanted = {bool: "bool", int: "int", float: "number", str: "str"}.get(type(defaults.get(name)))
         given = {bool: ("bool",), int: ("int", "number"), float: ("number",), str: ("str",)}.get(type(value), ())
@@ -257,9 +272,8 @@ def _check_scheduler(path: Path, kind: type, root: Path) -> None:
         if type(value) is int and abs(value) > MOST_TIMESTEPS:
             raise ValueError(f"{path}: {name}={value!r} is larger than anything that makes sense")
     if kind in OURS.values():
-        unknown = config.keys() - _defaults(kind).keys()
-        # a scheduler keeps the settings of the one that it was built from
-        _check_arguments(path, config, kind, kind()._get_compatibles() if unknown else ())
+        _check_keys(path, config, kind, kind()._get_compatibles())  # it keeps settings of the one it was built from
+        _check_types(path, config, kind)
     kind.from_config(config)
 
 
@@ -270,11 +284,10 @@ def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> No
     tensors = {}
     for file in _weight_files(folder, variant, root):
         tensors |= _header(file)
+    _check_keys(path, config, kind)
     if kind is DDPMUNet:
-        _check_arguments(path, config, kind)
-    elif unknown := sorted(key for key in config.keys() - _defaults(kind).keys() if key[:1] != "_"):
-        raise ValueError(f"{path}: unknown {', '.join(unknown)}; written by a newer version, or for something else")
-    else:  # diffusers' defaults are not of the types that its values are
+        _check_types(path, config, kind)
+    else:  # diffusers' defaults are not of the types of their values
         tensors = {_renamed(name): shape for name, shape in tensors.items()}
     _check_sizes(path, config, kind, tensors)
     with torch.device("meta"):  # takes no memory
