@@ -234,7 +234,7 @@ def test_comparing_begins_with_the_same_noise():
         (["--class_labels", "3"], "class_labels=[3]: this model is unconditional"),
         (["--guidance_scale", "2"], "guidance_scale=2.0: this model is unconditional"),
         (["--compare", "--solvers", "ddim", "magic"], "solvers: there is no 'magic'; choose from ddpm, ddim"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--nonsense"], "there is no flag '--nonsense'"),
         (
             ["--scheduler", "dpm++", "--num_inference_steps", "1000"],
             "num_inference_steps=1000: DPMSolverMultistepSched",
