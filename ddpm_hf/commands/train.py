@@ -70,9 +70,11 @@ def run(args) -> int:
     from huggingface_hub.utils import disable_progress_bars
 
     from ddpm_hf import pictures, recipe_choice, training
+    from ddpm_hf.allocator import tune_process
     from ddpm_hf.background import PushInBackground
     from ddpm_hf.data import has_embedded_digits
 
+    tune_process()
     config = recipe_choice.for_training(vars(args))
     on_start, on_save = [_announce], [write_facts_and_card]
     if config.push_to_hub:
