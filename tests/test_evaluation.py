@@ -446,7 +446,7 @@ def test_features_that_do_not_fit_are_told_before_anything_is_measured(trained, 
 def test_a_cache_that_can_not_be_written(trained, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file")
     found = quick(trained, tmp_path, metrics=("kid",))
-    assert "can't keep the statistics" in caplog.text
+    assert "can't write the cache of features" in caplog.text
     assert "kid_train" in found["metrics"]
 
 
