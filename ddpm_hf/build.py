@@ -1,10 +1,58 @@
-"""The network that a configuration asks for, for images of a shape and of classes."""
+"""The network and the scheduler that a configuration asks for, for images of a shape and of classes."""
+
+import inspect
 
 from diffusers import UNet2DModel
 
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.pipeline import num_classes
+from ddpm_hf.pipeline import load_pipeline, num_classes
+from ddpm_hf.solvers import scheduler_class
 from ddpm_hf.unet import DDPMUNet
+
+
+def build_model(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None):
+    """The network and the scheduler to train with, new or those of `pretrained_model_name_or_path`.
+
+    Args:
+        shape: (C, H, W) of the images.
+        class_names: of the images; None if they have no classes.
+
+    Raises:
+        ValueError: settings that make no network or scheduler, or not one for these images.
+    """
+    source = config.pretrained_model_name_or_path
+    pipeline = None if source is None else load_pipeline(source, "pretrained_model_name_or_path")
+    scheduler = _build_scheduler(config, {} if pipeline is None else pipeline.scheduler.config)
+    unet = build_network(config, shape, class_names, None if pipeline is None else pipeline.unet)
+    learned, predicts = scheduler.config.variance_type == "learned_range", unet.config.get("out_channels") or shape[0]
+    if learned != (predicts == 2 * shape[0]):
+        raise ValueError(
+            f"learned_variance={config.learned_variance}: the network predicts {predicts} channels of images of "
+            f"{shape[0]}, and the scheduler has variance_type={scheduler.config.variance_type!r}: set learned_variance "
+            "and neither of the others for a new network, and leave it out to go on with one that has it"
+        )
+    return unet, scheduler
+
+
+def _build_scheduler(config: TrainConfig, pretrained: dict):
+    settings = {**config.scheduler, **({"prediction_type": config.prediction_type} if config.prediction_type else {})}
+    if config.learned_variance:
+        settings["variance_type"] = "learned_range"
+    kind = scheduler_class({**pretrained, **settings})
+    unknown = sorted(settings.keys() - inspect.signature(kind.__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"scheduler={config.scheduler!r}: {kind.__name__} has no {', '.join(unknown)}")
+    try:
+        scheduler = kind.from_config({**pretrained, **settings})
+    except TypeError as error:  # a value of the wrong type
+        raise ValueError(f"scheduler={config.scheduler!r}: {error}") from error
+    if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
+        raise ValueError(
+            f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the last timestep, where samples begin, "
+            "the weight 0: leave one of them out"
+        )
+    scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
+    return scheduler
 
 
 def build_network(

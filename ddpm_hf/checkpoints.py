@@ -315,29 +315,3 @@ def save_pipeline(folder: Path, pipeline, unet) -> None:
         (folder / "unet" / f"diffusion_pytorch_model.{name}").unlink(missing_ok=True)
     for each in (folder, folder / "unet", folder / "scheduler"):
         sync(each)
-
-
-# As training.py calls them as yet; to be removed with its last such call
-_find, _restore, _save_pipeline = Checkpoints.find, Checkpoints.restore, save_pipeline
-
-
-def _find_with(self, config, overwrite=False):
-    if hasattr(config, "resume_from_checkpoint"):
-        config, overwrite = config.resume_from_checkpoint, config.overwrite_output_dir
-    return _find(self, config, overwrite)
-
-
-def _restore_with(self, *args):
-    if hasattr(args[0], "resume_from_checkpoint"):
-        config, *args = args
-        args = (*args, config.resume_from_checkpoint == "latest" and config.overwrite_output_dir)
-    return _restore(self, *args)
-
-
-def save_pipeline(folder, pipeline=None, unet=None):
-    if pipeline is None:
-        folder, pipeline, unet = folder.output_dir, folder.pipeline, folder.unet
-    _save_pipeline(folder, pipeline, unet)
-
-
-Checkpoints.find, Checkpoints.restore = _find_with, _restore_with

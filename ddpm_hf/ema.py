@@ -18,18 +18,18 @@ class EMA:
         self.model = copy.deepcopy(network).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int, moved: torch.Tensor | None = None) -> None:
+    def update(self, network: nn.Module, step: int, applied: torch.Tensor | bool = True) -> None:
         """Move towards `network` after its update number `step`, counted from 1.
 
         Args:
-            moved: 1.0 if that update took place and 0.0 if it was skipped, (), on the device, where nobody waits to
-                read it; `None`: it took place.
+            applied: whether that update took place: a bool, or a bool tensor () on the device, which the host does not
+                wait to read.
         """
         decay = min(self.max_decay, (1 + step) / (10 + step))
         average, weights = list(self.model.parameters()), list(network.parameters())
-        if moved is None:
-            torch._foreach_lerp_(average, weights, 1 - decay)
-        else:
+        if isinstance(applied, torch.Tensor):
             steps = torch._foreach_sub(weights, average)
-            torch._foreach_mul_(steps, (1 - decay) * moved)
+            torch._foreach_mul_(steps, (1 - decay) * applied)
             torch._foreach_add_(average, steps)
+        elif applied:
+            torch._foreach_lerp_(average, weights, 1 - decay)

@@ -16,7 +16,8 @@ from ddpm_hf.images import to_output
 from ddpm_hf.neighbours import nearest_images
 from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.previews import sample_together
-from ddpm_hf.training import Run, draw
+from ddpm_hf.training.batch import draw_random
+from ddpm_hf.training.run import Run
 
 FILM_FRAMES = 40
 FIRST_SAMPLES = "first_samples.png"
@@ -30,8 +31,8 @@ def draw_data(run: Run) -> None:
     """Write data.png before the first update: training images as the network gets them, and statistics of them."""
     images, (channels, height, width) = run.images, run.images.shape
     shown = images.first(64, run.config.seed)
-    flips = draw(run.config, run.pipeline.scheduler, shown.shape, 0)[2]
-    shown = torch.where(flips, shown.flip(3), shown)
+    flips = draw_random(run.config, 0, torch.arange(len(shown)), len(shown), images.shape).flips
+    shown = torch.where(flips[:, None, None, None], shown.flip(3), shown)
     columns = math.ceil(math.sqrt(len(shown)))
     picture = grid(to_output(shown, "np"), columns, _scale(run), modes=(1, 3))  # opacity would not be seen
     count = "a stream of" if images.num_images is None else f"{images.num_images:,}"

@@ -15,48 +15,46 @@ from ddpm_hf.images import to_output
 from ddpm_hf.pipeline import DDPMCustomPipeline
 from ddpm_hf.seeds import image_generators
 from ddpm_hf.signals import Stopped, StopSignals, stop_requested
+from ddpm_hf.training.run import Run, TrainCallback
 
 log = logging.getLogger(__name__)
 
 
-class Previews:
-    """Calls `draw(run)` in all processes as often as `preview_time_share` of the time so far allows.
+class Previews(TrainCallback):
+    """Draws samples in all processes, as often as `preview_time_share` of the time so far allows.
 
-    What it will take is guessed from the training's speed, and then known from the last time. The last one of a run is
-    always drawn. A preview that fails is logged, and training continues.
+    What it will take is guessed from the training's speed, and then known from the last time. The last preview of a run
+    is always drawn. If one fails, that is logged and training continues.
 
     Args:
-        draw: returns what it has measured, a list of metrics for the model card, or None.
-        share: the part of the time that may be taken.
+        draw: called with the `Run`; returns what it has measured, a list of metrics, or None.
     """
 
     BACKWARD = 2  # costs this many forward passes
 
-    def __init__(self, draw: Callable | None, share: float):
-        self.draw, self.share = draw, share
-        self.spent, self.last, self.began, self.logged = 0.0, None, time.monotonic(), False
+    def __init__(self, draw: Callable[[Run], list[dict] | None]):
+        self.draw, self.spent, self.last, self.began, self.logged = draw, 0.0, None, time.monotonic(), False
 
-    def after_save(self, run, images_per_second: float) -> list[dict]:
-        """Draw if there is time for it, in all processes together; returns the metrics of `draw`, [] if it fails."""
-        if self.draw is None:
-            return []
-        expected = self.last
+    def on_evaluate(self, run: Run) -> list[dict] | None:
+        """Draw if there is time for it."""
+        config, expected, share = run.config, self.last, run.config.preview_time_share
+        images_per_second = run.log_history[-1]["images_per_second"] if run.log_history else None
         if expected is None and images_per_second:
-            passes = 2 * run.config.eval_batch_size * run.config.ddpm_num_inference_steps  # EMA and training weights
-            passes *= 1 if run.config.guidance_scale == 1 else 2
+            passes = 2 * config.eval_batch_size * config.ddpm_num_inference_steps  # EMA and training weights
+            passes *= 1 if config.guidance_scale == 1 else 2
             expected = passes / ((1 + self.BACKWARD) * images_per_second)
         elapsed = time.monotonic() - self.began
-        allowed = self.share * elapsed - self.spent
+        allowed = share * elapsed - self.spent
         due = [run.finished or (expected is not None and expected <= allowed)]
-        broadcast_object_list(due)  # each has a clock of its own
+        broadcast_object_list(due)  # each process has a clock of its own, and the main one the log
         if not due[0]:
             if run.accelerator.is_main_process and not self.logged:
                 log.warning(
                     f"no preview at update {run.step}: it would take about {expected or 0:.0f} s, and "
-                    f"preview_time_share={self.share:g} of {elapsed:.0f} s has {max(0, allowed):.0f} s left; later then"
+                    f"preview_time_share={share:g} of {elapsed:.0f} s has {max(0, allowed):.0f} s left; later then"
                 )
                 self.logged = True
-            return []
+            return None
         began, metrics = time.monotonic(), None
         try:
             metrics = self.draw(run)
@@ -67,7 +65,7 @@ class Previews:
             log.warning(f"the preview of update {run.step} failed ({type(error).__name__}: {reason}); training goes on")
         self.last = time.monotonic() - began
         self.spent += self.last
-        return metrics or []
+        return metrics
 
 
 def sample_together(

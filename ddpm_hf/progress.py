@@ -98,22 +98,25 @@ class Progress:
         self.counted = torch.zeros(2, device=device)
         self.by_timestep = torch.zeros(2, PARTS, device=device)
 
-    def update(self, loss: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], finite: torch.Tensor) -> None:
-        """An update has been done with this loss, or skipped.
+    def update(
+        self, loss: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], applied: torch.Tensor, rate: float
+    ) -> None:
+        """Count an update that was applied with this loss, or skipped.
 
         Args:
             seen: of each micro-batch the timesteps (B,) and the mean squared errors of the prediction (B,).
-            finite: whether it was not skipped, ().
+            applied: bool ().
+            rate: its learning rate.
         """
         self.bar.update()
-        skipped = ~finite
+        self.rate, skipped = rate, ~applied
         self.counted += torch.stack([loss, torch.ones_like(loss)]).masked_fill(skipped, 0.0)  # NaN * 0 is NaN
         for timesteps, errors in seen:
             parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
             counted = torch.stack([errors, torch.ones_like(errors)]).masked_fill(skipped, 0.0)
             self.by_timestep.index_add_(1, parts, counted)
 
-    def write_row(self, learning_rate: float, held_out: float | None = None) -> float | None:
+    def write_row(self, held_out: float | None = None) -> float | None:
         """A row of log.csv, if there was an update since the last one; returns the loss in the last row."""
         run = self.run
         if run.step == self.logged_step:  # stopped just now, or resumed behind the end
@@ -129,7 +132,7 @@ class Progress:
             "images_seen": run.step * self.global_batch,
             "loss": loss,
             "held_out_loss": held_out,
-            "learning_rate": learning_rate,
+            "learning_rate": self.rate,
             "skipped_updates": run.step - self.logged_step - round(done),
             **dict(zip(self.BY_TIMESTEP, by_timestep, strict=True)),
             "images_per_second": round(self.images_per_second, 1),

@@ -4,15 +4,15 @@ import numpy as np
 import torch
 
 
-def stream_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed in 0 ... 2^63 - 1 that depends on all three and that no other purpose or index shares."""
-    words = np.random.SeedSequence([seed, index, *purpose.encode()]).generate_state(2)
+def stream_seed(seed: int, purpose: str, *indices: int) -> int:
+    """A seed in 0 ... 2^63 - 1 that depends on all of them, and that no other purpose or indices share."""
+    words = np.random.SeedSequence([seed, *indices, *purpose.encode()]).generate_state(2)
     return int(words[0]) << 31 ^ int(words[1])
 
 
-def seeded_generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator of that seed."""
-    return torch.Generator().manual_seed(stream_seed(seed, purpose, index))
+def seeded_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+    """A generator with the seed `stream_seed(seed, purpose, *indices)`."""
+    return torch.Generator().manual_seed(stream_seed(seed, purpose, *indices))
 
 
 def image_generators(seed: int, numbers) -> list[torch.Generator]:

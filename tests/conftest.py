@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from ddpm_hf import DDPMUNet
 from ddpm_hf.config import TrainConfig
-from ddpm_hf.training import train
+from ddpm_hf.training import TrainCallback, train
 
 torch.set_num_threads(2)
 
@@ -46,6 +46,15 @@ def tiny_config(output_dir, **settings) -> TrainConfig:
         "ddpm_num_inference_steps": 3,
     }
     return TrainConfig(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+def calls(**events) -> TrainCallback:
+    """A callback that calls a function at an event: `calls(on_save=print)`."""
+    callback = TrainCallback()
+    for name, function in events.items():
+        assert hasattr(callback, name)
+        setattr(callback, name, function)
+    return callback
 
 
 @pytest.fixture(autouse=True)

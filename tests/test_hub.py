@@ -16,15 +16,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_UNET, tiny_config, tiny_unet
+from conftest import TINY_UNET, calls, tiny_config, tiny_unet
 from huggingface_hub import HfApi, ModelCard
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, background, cards, space, training
 from ddpm_hf.cards import MARK
 from ddpm_hf.checksums import weights_sha256
-from ddpm_hf.commands import train as command
+from ddpm_hf.commands import train_callbacks as command
 from ddpm_hf.commands.main import main
-from ddpm_hf.commands.train import write_facts_and_card
+from ddpm_hf.commands.train_callbacks import write_facts_and_card
 from ddpm_hf.data import ImageData
 from ddpm_hf.facts import facts_of
 from ddpm_hf.push import check_right_to_push, push
@@ -538,7 +538,9 @@ def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub
         waited.append(time.monotonic() - begun)
 
     config = tiny_config(folder, max_train_steps=3, checkpointing_steps=1, hub_model_id="digits-model")
-    run = training.train(config, on_start=[pushing.check], on_save=[write_facts_and_card, save])
+    run = training.train(
+        config, callbacks=[calls(on_init_end=pushing.check), calls(on_save=write_facts_and_card), calls(on_save=save)]
+    )
     assert max(waited) < 5, waited  # the client itself waits for an answer for 10 s and more
     hub.release()
     trained.set()
@@ -796,9 +798,9 @@ import sys
 from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import HfApi
 from PIL import Image as Pictures
-from ddpm_hf.commands import train as command
+from ddpm_hf.commands import train_callbacks as command
 from ddpm_hf.commands.main import main
-from ddpm_hf.commands.train import write_facts_and_card
+from ddpm_hf.commands.train_callbacks import write_facts_and_card
 
 pictures = [Pictures.new("RGB", (8, 8), (40 * (n % 6), 0, 0)) for n in range(20)]
 data = Dataset.from_dict({"picture": pictures, "kind": [n % 2 for n in range(20)]})
@@ -849,7 +851,7 @@ def test_a_run_that_is_stopped_has_a_card_of_what_it_had_come_to(tmp_path):
 
     folder = tmp_path / "out"
     config = tiny_config(folder, max_train_steps=9, checkpointing_steps=2)
-    run = training.train(config, on_save=[stop, write_facts_and_card])
+    run = training.train(config, callbacks=[calls(on_save=stop), calls(on_save=write_facts_and_card)])
     assert saves == [2, 2]
     assert run.step == 2
     facts = json.loads((folder / "run.json").read_text())
@@ -864,7 +866,7 @@ def test_a_card_that_can_not_be_made_does_not_end_a_run(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(cards, "forward_flops", fail)
     config = tiny_config(tmp_path / "out", max_train_steps=4, checkpointing_steps=2)
-    assert training.train(config, on_save=[write_facts_and_card]).finished
+    assert training.train(config, callbacks=[calls(on_save=write_facts_and_card)]).finished
     assert caplog.text.count("training goes on, but update") == 2
     assert not (tmp_path / "out/README.md").exists()
     assert json.loads((tmp_path / "out/run.json").read_text())["training"]["updates"] == 4
@@ -872,7 +874,9 @@ def test_a_card_that_can_not_be_made_does_not_end_a_run(tmp_path, monkeypatch, c
 
 def test_a_model_that_began_with_another_says_so(tmp_path, run):
     settings = {"pretrained_model_name_or_path": str(run), "max_train_steps": 2}
-    first = training.train(tiny_config(tmp_path / "out", unet={}, **settings), on_save=[write_facts_and_card])
+    first = training.train(
+        tiny_config(tmp_path / "out", unet={}, **settings), callbacks=[calls(on_save=write_facts_and_card)]
+    )
     card = (tmp_path / "out/README.md").read_text()
     assert "beginning with the weights of a local model" in card
     assert "base_model" not in card
@@ -884,7 +888,9 @@ def test_a_model_that_began_with_another_says_so(tmp_path, run):
 def test_a_run_that_is_resumed_behind_its_end_elsewhere_has_a_card(tmp_path, run):
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
     settings = {"resume_from_checkpoint": str(run / "checkpoint-3"), "max_train_steps": 3, "train_batch_size": 8}
-    training.train(tiny_config(tmp_path / "out", scheduler=scheduler, **settings), on_save=[write_facts_and_card])
+    training.train(
+        tiny_config(tmp_path / "out", scheduler=scheduler, **settings), callbacks=[calls(on_save=write_facts_and_card)]
+    )
     assert "| wall time | not known |" in (tmp_path / "out/README.md").read_text()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_UNET, tiny_config, tiny_unet
+from conftest import TINY_UNET, calls, tiny_config, tiny_unet
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,14 +31,16 @@ from ddpm_hf import (
     evaluation,
     pictures,
     previews,
-    training,
 )
 from ddpm_hf.checkpoints import REPLACED, Checkpoints
-from ddpm_hf.commands.train import write_facts_and_card
+from ddpm_hf.commands.train_callbacks import write_facts_and_card
 from ddpm_hf.files import locked
+from ddpm_hf.previews import Previews
 from ddpm_hf.progress import read_log
 from ddpm_hf.signals import Stopped, StopSignals
-from ddpm_hf.training import train
+from ddpm_hf.training import DenoisingLoss, train
+from ddpm_hf.training.guards import divergence
+from ddpm_hf.training.resume import check_same
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,14 +91,14 @@ def test_what_a_folder_holds_is_not_replaced_unasked(tmp_path, trained, held, re
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_begun_again_without_a_question(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(tmp_path), on_begin=[pictures.draw_data, die])
+        train(tiny_config(tmp_path), callbacks=[calls(on_train_begin=pictures.draw_data), calls(on_train_begin=die)])
     assert (tmp_path / "data.png").exists()
     train(tiny_config(tmp_path))
     assert steps_of(tmp_path) == ["checkpoint-4"]
 
 
 def test_what_is_replaced_waits_for_the_first_new_checkpoint(tmp_path):
-    train(tiny_config(tmp_path, checkpointing_steps=2), on_begin=[pictures.draw_data])
+    train(tiny_config(tmp_path, checkpointing_steps=2), callbacks=[calls(on_train_begin=pictures.draw_data)])
     before = contents(tmp_path)
 
     def look(run):
@@ -106,7 +108,10 @@ def test_what_is_replaced_waits_for_the_first_new_checkpoint(tmp_path):
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            train(tiny_config(tmp_path, seed=1, overwrite_output_dir=True), on_begin=[pictures.draw_data, look])
+            train(
+                tiny_config(tmp_path, seed=1, overwrite_output_dir=True),
+                callbacks=[calls(on_train_begin=pictures.draw_data), calls(on_train_begin=look)],
+            )
         assert contents(tmp_path) == before
     train(tiny_config(tmp_path, max_train_steps=6, resume_from_checkpoint="latest"))
     assert steps_of(tmp_path) == ["checkpoint-4", "checkpoint-6"]
@@ -211,7 +216,10 @@ def test_a_named_checkpoint_is_that_of_the_output_folder_and_newer_ones_stay(tmp
     shutil.copytree(trained / "checkpoint-20", tmp_path / "elsewhere" / "checkpoint-4")
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_config(tmp_path / "run", **settings, resume_from_checkpoint="checkpoint-4"), on_begin=[die])
+        train(
+            tiny_config(tmp_path / "run", **settings, resume_from_checkpoint="checkpoint-4"),
+            callbacks=[calls(on_train_begin=die)],
+        )
     assert steps_of(tmp_path / "run") == ["checkpoint-4"]
     assert contents(tmp_path / "run/superseded/checkpoint-8") == kept
     assert [row["step"] for row in read_log(tmp_path / "run/superseded/log.csv")] == [4, 8]
@@ -248,9 +256,9 @@ def test_another_number_of_processes_is_no_resume(tmp_path, trained):
     state = json.loads((trained / "checkpoint-20/state.json").read_text(encoding="utf-8"))
     state["batch"]["processes"] = 2
     with pytest.raises(ValueError, match="sees 16 images and one of the checkpoint's saw 32 .processes=1 was 2."):
-        training._check_same(state, run)
+        check_same(state, run, DenoisingLoss())
     state["batch"]["train_batch_size"] = 8  # the same product
-    training._check_same(state, run)
+    check_same(state, run, DenoisingLoss())
 
 
 def folder_of_images(folder: Path, value: int) -> str:
@@ -279,7 +287,7 @@ def test_the_lowest_held_out_loss_is_that_of_the_same_images(tmp_path):
     folder_of_images(folder, 100)
     seen = []
     again = {**settings, "max_train_steps": 8, "resume_from_checkpoint": "latest"}
-    train(tiny_config(tmp_path / "run", **again), on_begin=[lambda run: seen.append(run.best)])
+    train(tiny_config(tmp_path / "run", **again), callbacks=[calls(on_train_begin=lambda run: seen.append(run.best))])
     assert seen == [{}]
 
 
@@ -324,7 +332,7 @@ def test_a_damaged_log_is_set_aside_and_the_run_goes_on(tmp_path, trained, damag
     damaged = "".join(f"{line}\n" for line in LOG_DAMAGES[damage](lines)).encode("latin-1")
     path.write_bytes(damaged)
     config = {"max_train_steps": 25, "checkpointing_steps": 10, "resume_from_checkpoint": "latest"}
-    train(tiny_config(tmp_path / "run", **config), on_save=[write_facts_and_card])
+    train(tiny_config(tmp_path / "run", **config), callbacks=[calls(on_save=write_facts_and_card)])
     assert (tmp_path / "run/log.csv.damaged").read_bytes() == damaged
     assert f"{path} is damaged (line " in caplog.text
     assert read_log(path)[-1]["step"] == 25
@@ -336,10 +344,10 @@ def test_a_damaged_log_is_set_aside_and_the_run_goes_on(tmp_path, trained, damag
 @pytest.mark.parametrize("name", ["run.json", "evaluation.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"5", b'{"data": 1}', b"[" * 100_000, b"null"])
 def test_damaged_facts_are_set_aside_and_made_anew(tmp_path, name, content, caplog):
-    train(tiny_config(tmp_path), on_save=[write_facts_and_card])
+    train(tiny_config(tmp_path), callbacks=[calls(on_save=write_facts_and_card)])
     (tmp_path / name).write_bytes(content)
     settings = {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
-    train(tiny_config(tmp_path, **settings), on_save=[write_facts_and_card])
+    train(tiny_config(tmp_path, **settings), callbacks=[calls(on_save=write_facts_and_card)])
     assert (tmp_path / f"{name}.damaged").read_bytes() == content
     assert f"{name} is damaged" in caplog.text
     assert "no card" not in caplog.text
@@ -382,8 +390,7 @@ def test_a_run_that_diverges_neither_drops_nor_replaces_what_is_good(tmp_path, c
     with pytest.raises(FloatingPointError, match=r"update 60 the held-out loss .* times its lowest .*checkpoint-20 is"):
         train(
             tiny_config(tmp_path, **settings, learning_rate=1e-9),
-            on_save=[after(20, explode, seen)],
-            preview=lambda run: drawn.append(run.step),
+            callbacks=[calls(on_save=after(20, explode, seen)), Previews(lambda run: drawn.append(run.step))],
         )
     assert seen == [10, 20]
     assert set(drawn) <= {10, 20}
@@ -402,7 +409,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_a_run(tmp_path):
             run.pipeline.unet.conv_out.weight.fill_(1e30)
 
     with pytest.raises(FloatingPointError, match=r"held-out loss is (inf|nan), .*checkpoint-10 is from before it"):
-        train(tiny_config(tmp_path, **settings), on_save=[after(10, spoil, [])])
+        train(tiny_config(tmp_path, **settings), callbacks=[calls(on_save=after(10, spoil, []))])
     assert steps_of(tmp_path) == ["checkpoint-10"]
     saved = load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")
     assert_close(saved, load_file(tmp_path / "checkpoint-10/ema.safetensors"), rtol=0, atol=0)
@@ -421,7 +428,7 @@ def test_a_run_that_is_stopped_after_it_has_diverged_replaces_nothing(tmp_path, 
             threading.Thread(target=kill).start()
 
     settings = {"max_train_steps": 100_000, "checkpointing_steps": 10, "learning_rate": 1e-9}
-    run = train(tiny_config(tmp_path, **settings), on_save=[spoil_and_stop])
+    run = train(tiny_config(tmp_path, **settings), callbacks=[calls(on_save=spoil_and_stop)])
     assert run.stopped_by == "SIGTERM"
     assert steps_of(tmp_path) == ["checkpoint-10"]
     assert "the training has diverged" in caplog.text
@@ -434,10 +441,10 @@ def test_what_is_learnt_by_heart_has_not_diverged(tmp_path):
     run = train(tiny_config(tmp_path, max_train_steps=2))
     checkpoints = Checkpoints(tmp_path, 2)
     run.best = {"step": 1, "held_out_loss": 0.1, "loss": 0.1}
-    assert training._diverged(run, checkpoints, 0.9, 0.02) is None
-    assert "more than 3 times its lowest (0.1 after update 1)" in training._diverged(run, checkpoints, 0.9, 0.3)
-    assert training._diverged(run, checkpoints, 0.29, 0.3) is None
-    assert training._diverged(run, checkpoints, None, math.inf) is None  # nothing was held out
+    assert divergence(run, checkpoints, 0.9, 0.02) is None
+    assert "more than 3 times its lowest (0.1 after update 1)" in divergence(run, checkpoints, 0.9, 0.3)
+    assert divergence(run, checkpoints, 0.29, 0.3) is None
+    assert divergence(run, checkpoints, None, math.inf) is None  # nothing was held out
 
 
 def test_the_best_loss_is_kept_with_the_checkpoint(tmp_path):
@@ -463,7 +470,7 @@ def test_a_stop_is_seen_within_a_preview(tmp_path, caplog):
     began = time.monotonic()
     settings = {"max_train_steps": 8, "checkpointing_steps": 4, "preview_time_share": 0.99}
     for resume in (None, "latest"):
-        run = train(tiny_config(tmp_path, **settings, resume_from_checkpoint=resume), preview=preview)
+        run = train(tiny_config(tmp_path, **settings, resume_from_checkpoint=resume), callbacks=[Previews(preview)])
         assert run.exit_status == 143
         if run.finished:
             break
@@ -577,7 +584,7 @@ def test_a_folder_in_use_is_refused_and_its_run_unharmed(tmp_path):
                 train(tiny_config(tmp_path, overwrite_output_dir=overwrite))
             told.append(caught.value)
 
-    train(tiny_config(tmp_path), on_begin=[train_beside])
+    train(tiny_config(tmp_path), callbacks=[calls(on_train_begin=train_beside)])
     assert len(told) == 2
     assert steps_of(tmp_path) == ["checkpoint-4"]
     assert not list(tmp_path.glob(".*"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_config
+from conftest import calls, tiny_config
 from numpy.testing import assert_allclose
 from PIL import Image
 
@@ -80,7 +80,7 @@ def test_a_preview_that_fails_does_not_end_the_run(tmp_path, caplog):
     def fail(run):
         raise RuntimeError("no room\nat all")
 
-    assert train(tiny_config(tmp_path), preview=fail).finished
+    assert train(tiny_config(tmp_path), callbacks=[Previews(fail)]).finished
     assert "the preview of update 4 failed (RuntimeError: no room at all); training goes on" in caplog.text
 
 
@@ -132,9 +132,11 @@ def test_the_pictures_of_a_run(tmp_path):
     seen, measured = [], []
     run = train(
         tiny_config(tmp_path, **settings),
-        on_start=[draw_data],
-        on_save=[lambda run: seen.append({path.name for path in tmp_path.glob("*.*[gf]")})],
-        preview=lambda run: measured.extend(draw_pictures(run)),
+        callbacks=[
+            calls(on_init_end=draw_data),
+            calls(on_save=lambda run: seen.append({path.name for path in tmp_path.glob("*.*[gf]")})),
+            Previews(lambda run: measured.extend(draw_pictures(run))),
+        ],
     )
     finished = {"data.png", "samples.png", "first_samples.png", "loss.png"}
     finished |= {"forward.png", "denoising.gif", "neighbours.png"}
@@ -162,7 +164,7 @@ def test_the_samples_of_classes_have_a_row_each(tmp_path, monkeypatch):
 
     monkeypatch.setattr(DDPMCustomPipeline, "__call__", note)
     settings = {"class_conditional": True, "guidance_scale": 3.0, "eval_batch_size": 25}
-    train(tiny_config(tmp_path, **settings), preview=draw_pictures)
+    train(tiny_config(tmp_path, **settings), callbacks=[Previews(draw_pictures)])
     two_each = [k // 2 for k in range(20)]
     assert asked == [(two_each, 3.0), (two_each, 3.0)]  # EMA and training weights
     picture = Image.open(tmp_path / "samples.png")
@@ -173,7 +175,7 @@ def test_the_samples_of_classes_have_a_row_each(tmp_path, monkeypatch):
 
 
 def test_each_class_is_drawn_however_few_images_are_asked_for(tmp_path):
-    train(tiny_config(tmp_path, class_conditional=True, eval_batch_size=4), preview=draw_pictures)
+    train(tiny_config(tmp_path, class_conditional=True, eval_batch_size=4), callbacks=[Previews(draw_pictures)])
     assert Image.open(tmp_path / "samples.png").height == 10 * 65 - 1
 
 

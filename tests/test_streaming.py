@@ -6,15 +6,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import calls, tiny_config
 from PIL import Image
 
-from ddpm_hf import training
 from ddpm_hf.data import BadImages
 from ddpm_hf.pictures import draw_data
 from ddpm_hf.sources import Rows
 from ddpm_hf.streaming import ImageStream
-from ddpm_hf.training import diffusion_loss, train
+from ddpm_hf.training import DenoisingLoss, train
 
 FEATURES_OF_IMAGE = datasets.Features({"image": datasets.Image()})
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
@@ -136,7 +135,9 @@ def test_what_can_not_be_streamed(tmp_path):
 def test_a_run_on_a_stream_goes_on_to_the_same_bytes(tmp_path, workers):
     write(tmp_path, bad={7})
     settings = {"checkpointing_steps": 5, "train_batch_size": 32}  # an epoch has about 8 updates
-    train(config(tmp_path, "whole", **settings), on_start=[draw_data])  # without workers, which change nothing
+    train(
+        config(tmp_path, "whole", **settings), callbacks=[calls(on_init_end=draw_data)]
+    )  # without workers, which change nothing
     settings["dataloader_num_workers"] = workers
 
     def stop(run):
@@ -144,8 +145,10 @@ def test_a_run_on_a_stream_goes_on_to_the_same_bytes(tmp_path, workers):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path, "cut", **settings), on_save=[stop])
-    train(config(tmp_path, "cut", **settings, resume_from_checkpoint="latest"), on_start=[draw_data])
+        train(config(tmp_path, "cut", **settings), callbacks=[calls(on_save=stop)])
+    train(
+        config(tmp_path, "cut", **settings, resume_from_checkpoint="latest"), callbacks=[calls(on_init_end=draw_data)]
+    )
     for name in ("unet.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"):
         a, b = ((tmp_path / run / "checkpoint-20" / name).read_bytes() for run in ("whole", "cut"))
         assert a == b
@@ -164,17 +167,17 @@ def test_a_stream_has_the_labels_of_its_images(tmp_path):
     assert run.pipeline.unet.config.class_names == ["a", "b"]
 
 
-def test_an_image_without_a_class_is_learnt_without_one(tmp_path, monkeypatch):
+def test_an_image_without_a_class_is_learnt_without_one(tmp_path):
     rows = {"image": [{"bytes": encoded(k), "path": None} for k in range(100)]}
     rows["label"] = [-1 if k % 3 else k % 2 for k in range(100)]
     datasets.Dataset.from_dict(rows, features=FEATURES).to_parquet(tmp_path / "train.parquet")
     seen = []
 
-    def loss(network, scheduler, images, noise, timesteps, labels, levels=256):
-        seen.extend((value_of(image), label) for image, label in zip(images, labels.tolist(), strict=True))
-        return diffusion_loss(network, scheduler, images, noise, timesteps, labels, levels)
+    def loss(network, scheduler, batch):
+        seen.extend((value_of(image), label) for image, label in zip(batch.images, batch.labels.tolist(), strict=True))
+        return DenoisingLoss()(network, scheduler, batch)
 
-    monkeypatch.setattr(training, "diffusion_loss", loss)
-    train(config(tmp_path, class_conditional=True, label_dropout=0, max_train_steps=3))
+    settings = {"class_conditional": True, "label_dropout": 0, "max_train_steps": 3}
+    train(config(tmp_path, **settings), objective=loss)
     assert len(seen) > 48
     assert all(label == (2 if value % 3 else value % 2) for value, label in seen)

@@ -1,14 +1,10 @@
 """Train a model on images, from a recipe and from settings that change it."""
 
 import dataclasses
-import json
-import logging
 import sys
 import typing
 
 from ddpm_hf.commands.parsing import add_setting
-
-log = logging.getLogger(__name__)
 
 # Flags of diffusers' train_unconditional.py that are something else here.
 HINTS = {
@@ -69,24 +65,21 @@ _boolean.__name__ = "true or false"  # argparse: invalid true or false value: 'm
 def run(args) -> int:
     from huggingface_hub.utils import disable_progress_bars
 
-    from ddpm_hf import pictures, recipe_choice, training
     from ddpm_hf.allocator import tune_process
     from ddpm_hf.background import PushInBackground
-    from ddpm_hf.data import has_embedded_digits
+    from ddpm_hf.commands.train_callbacks import Report, Upload
+    from ddpm_hf.pictures import draw_pictures
+    from ddpm_hf.previews import Previews
+    from ddpm_hf.recipe_choice import for_training
+    from ddpm_hf.training import train
 
-    tune_process()
-    config = recipe_choice.for_training(vars(args))
-    on_start, on_save = [_announce], [write_facts_and_card]
+    config = for_training(vars(args))
+    callbacks, pushing = [Previews(draw_pictures), Report()], PushInBackground()
     if config.push_to_hub:
-        pushing = PushInBackground()
         disable_progress_bars()  # beside that of the training
-        on_start.insert(0, pushing.check)
-        on_save.append(pushing)
-    if has_embedded_digits(config):  # before the card
-        on_save.insert(0, _measure_legibility)
-    run = training.train(
-        config, on_start=on_start, on_save=on_save, preview=pictures.draw_pictures, on_begin=[pictures.draw_data]
-    )
+        callbacks.append(Upload(pushing))
+    tune_process()
+    run = train(config, callbacks)
     if config.push_to_hub and run.accelerator.is_main_process:
         if not run.stopped_by:
             pushing.finish(run)
@@ -94,49 +87,3 @@ def run(args) -> int:
             print(f"the model is trained and saved in {run.output_dir}, and not pushed: stopped by {run.stopped_by}; "
                   f"ddpm-hf push {run.output_dir} {pushing.repo_id} does it", file=sys.stderr)  # fmt: skip
     return run.exit_status
-
-
-def _announce(run) -> None:
-    parameters = sum(p.numel() for p in run.pipeline.unet.parameters())
-    shape = "x".join(map(str, run.images.shape))
-    count = "a stream of" if run.images.num_images is None else run.images.num_images
-    print(
-        f"{type(run.pipeline.unet).__name__} of {parameters / 1e6:.2f} M parameters, {count} images of "
-        f"{shape}, {run.total_steps - run.step} updates to go -> {run.output_dir}",
-        flush=True,
-    )
-
-
-def write_facts_and_card(run) -> None:
-    """After a save: write run.json, and README.md unless somebody has edited it.
-
-    Damaged files are set aside. A failure is logged; training continues.
-    """
-    from ddpm_hf.cards import EVALUATION, FACTS, read_facts, write_card
-    from ddpm_hf.facts import facts_of
-    from ddpm_hf.files import set_aside, write
-    from ddpm_hf.results import read_evaluation
-
-    try:
-        for path, read in ((run.output_dir / FACTS, read_facts), (run.output_dir / EVALUATION, read_evaluation)):
-            try:
-                if path.exists():
-                    read(path)
-            except ValueError as error:  # not the model itself, so the run does not depend on it
-                set_aside(path, str(error))
-        facts = facts_of(run, before=read_facts(run.output_dir / FACTS))
-        write(run.output_dir / FACTS, json.dumps(facts, indent=2) + "\n")
-        write_card(run.pipeline, run.output_dir)
-    except Exception as error:
-        log.warning(f"training goes on, but update {run.step} has no card: {type(error).__name__} {error}")
-
-
-def _measure_legibility(run) -> None:
-    if run.finished and run.pipeline.unet.config.sample_size == 8:  # what the classifier can read
-        from ddpm_hf.legibility import digits_legibility
-
-        config = run.config
-        steps, guidance = config.ddpm_num_inference_steps, config.guidance_scale
-        legibility = digits_legibility(run.pipeline, steps, config.seed, guidance_scale=guidance)
-        run.metrics.extend(legibility.metrics())
-        print(legibility, flush=True)

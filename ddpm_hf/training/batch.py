@@ -1,0 +1,80 @@
+"""What each update sees: images and random numbers that are functions of (seed, update, position in the global batch).
+
+So a resumed run continues as if it had not been interrupted, and several processes, or several micro-batches, see what
+one large batch would. Random numbers are drawn in blocks of positions: a process draws its own and few others.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ddpm_hf.data import flip_horizontally_
+from ddpm_hf.scheduler import to_device
+from ddpm_hf.seeds import seeded_generator
+from ddpm_hf.training.loss import Batch
+
+BLOCK = 16  # positions that share a generator; another number would draw other noise
+
+
+class Draws(NamedTuple):
+    """Random numbers of some positions (B,): `noise` (B, C, H, W), `uniform` float64, `flips` and `drops` bool."""
+
+    noise: torch.Tensor
+    uniform: torch.Tensor
+    flips: torch.Tensor
+    drops: torch.Tensor
+
+
+def draw_random(config, step: int, positions: torch.Tensor, global_batch: int, shape: tuple[int, ...]) -> Draws:
+    """The random numbers of update `step` at `positions` (B,) of the global batch, for images of `shape` (C, H, W).
+
+    With `antithetic_timesteps`, `uniform` is (u + i / global_batch) mod 1 at position i, with one u for all (Kingma et
+    al. 2021, arXiv:2107.00630, appendix I.1): each alone is uniform, and together they leave no part of [0, 1) out.
+    """
+    blocks, place = (positions // BLOCK).unique(return_inverse=True)
+    noise, others = [], []
+    for block in blocks.tolist():
+        generator = seeded_generator(config.seed, "batch", step, block)
+        noise.append(torch.randn((BLOCK, *shape), generator=generator))
+        others.append(torch.rand((BLOCK, 3), generator=generator, dtype=torch.float64))
+    rows = place * BLOCK + positions % BLOCK
+    uniform, flips, drops = torch.cat(others)[rows].unbind(1)
+    if config.antithetic_timesteps:
+        offset = torch.rand((), generator=seeded_generator(config.seed, "offset", step), dtype=torch.float64)
+        uniform = (offset + positions / global_batch) % 1
+    flips = flips < (0.5 if config.random_flip else 0.0)
+    return Draws(torch.cat(noise)[rows], uniform, flips, drops < config.label_dropout)
+
+
+class Batches:
+    """Draws the micro-batches of this process.
+
+    Args:
+        config: a `TrainConfig`.
+        images: `ImageData` or `ImageStream`.
+        null_label: the label that stands for no class; None for an unconditional network.
+        rank, world: which of how many processes this is.
+    """
+
+    def __init__(self, config, images, null_label: int | None, rank: int, world: int):
+        self.config, self.images, self.null_label = config, images, null_label
+        size, micros = config.train_batch_size, config.gradient_accumulation_steps
+        self.global_batch, self.micros = size * micros * world, micros * world
+        self.numbers = range(rank, self.micros, world)  # of the micro-batches that this process sees
+        self.positions = (torch.tensor(self.numbers)[:, None] * size + torch.arange(size)).flatten()
+
+    def draw(self, step: int) -> list[Batch]:
+        """This process's micro-batches of update `step`, on the CPU. A stream must stand where that update begins."""
+        config, global_batch = self.config, self.global_batch
+        images, labels = self.images.batch_for_step(config.seed, step, global_batch, self.positions)
+        noise, uniform, flips, drops = draw_random(config, step, self.positions, global_batch, self.images.shape)
+        flip_horizontally_(images, flips)
+        parts = [images, noise, uniform]
+        if self.null_label is not None:
+            parts.append(torch.where(drops | (labels < 0), self.null_label, labels))
+        return [Batch(*micro) for micro in zip(*(part.split(config.train_batch_size) for part in parts), strict=True)]
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`, to which the host does not wait for it to come."""
+    return Batch(*(None if part is None else to_device(part, device) for part in batch))

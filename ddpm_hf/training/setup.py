@@ -1,0 +1,253 @@
+"""From a configuration to a run that is ready to train: images, network, optimizer, and where a checkpoint goes on."""
+
+import contextlib
+import importlib.util
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ddpm_hf.build import build_model
+from ddpm_hf.checkpoints import TRAIN_CONFIG, Checkpoints
+from ddpm_hf.config import TrainConfig
+from ddpm_hf.data import ImageData
+from ddpm_hf.distributed import by_main
+from ddpm_hf.ema import EMA
+from ddpm_hf.files import Lock
+from ddpm_hf.pipeline import DDPMCustomPipeline
+from ddpm_hf.progress import LOG_EVERY, Progress
+from ddpm_hf.seeds import stream_seed
+from ddpm_hf.signals import StopSignals
+from ddpm_hf.streaming import open_images
+from ddpm_hf.training.batch import Batches
+from ddpm_hf.training.guards import Skips, can_sync_each_step, explain_bad_images, write_quarantine
+from ddpm_hf.training.loss import DenoisingLoss
+from ddpm_hf.training.resume import check_same, restore_run_state
+from ddpm_hf.training.run import Run, TrainCallback
+
+FEW_IMAGES = 500
+# With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets go of
+# the last tensor it sent while Python ends makes the process abort, all being saved.
+GLOO_SHUTDOWN_SECONDS = 0.3
+log = logging.getLogger(__name__)
+
+
+class Training:
+    """What the loop works with.
+
+    Attributes:
+        run: the `Run`.
+        network, optimizer: as Accelerate wraps them.
+        ema, objective, batches, checkpoints, callbacks: see their classes.
+        progress: the bar and log.csv.
+        stop: the signals that arrived.
+        saved: whether the last save wrote a checkpoint.
+        looks: whether the host reads each update whether it was applied.
+    """
+
+    def __init__(self, run: Run, ema: EMA, optimizer, objective, checkpoints: Checkpoints, callbacks, stop):
+        self.run, self.ema, self.objective, self.stop = run, ema, objective, stop
+        self.checkpoints, self.callbacks, self.saved = checkpoints, callbacks, False
+        config, accelerator, self.optimizer = run.config, run.accelerator, optimizer
+        null_label = run.unet.config.num_classes if config.class_conditional else None
+        world = accelerator.num_processes
+        self.batches = Batches(config, run.images, null_label, accelerator.process_index, world)
+        self.skips = Skips(run, checkpoints)
+        self.looks = can_sync_each_step(accelerator.device)
+        self.to_compile = config.compile
+
+    def start(self, kept: int | None) -> None:
+        """Wrap network and optimizer for the devices. `kept`: the update up to which log.csv is of this run."""
+        run, accelerator = self.run, self.run.accelerator
+        self.network, self.optimizer = accelerator.prepare(run.unet.train(), self.optimizer)
+        self.ema.model.to(accelerator.device)
+        if self.to_compile:
+            run.unet.compile()  # in place: forward and backward, when they are first called
+        self.progress = Progress(run, self.batches.global_batch, kept or 0)
+
+    def dropout_seed(self, step: int, k: int) -> int:
+        """The seed of this process's micro-batch number `k` of update `step`."""
+        return stream_seed(self.run.config.seed, "dropout", step * self.batches.micros + self.batches.numbers[k])
+
+    def after_update(self, loss, seen, applied: torch.Tensor, rate: float) -> None:
+        """Count an update and log it; see `Progress.update` for the arguments."""
+        run = self.run
+        self.progress.update(loss, seen, applied, rate)
+        self.skips.update(applied)
+        due = run.finished or run.step % run.config.checkpointing_steps == 0  # for a save, which writes a row itself
+        to_log = run.step % LOG_EVERY == 0
+        if due or to_log or self.looks:
+            self.skips.check()
+        if to_log and not due:
+            self.progress.write_row()
+        for callback in self.callbacks if run.accelerator.is_main_process else ():
+            callback.on_step_end(run)
+
+    @contextlib.contextmanager
+    def log_first_compile(self) -> Iterator[None]:
+        """Around what calls the network for the first time."""
+        compiles, self.to_compile = self.to_compile and self.run.accelerator.is_main_process, False
+        began = time.monotonic()
+        if compiles:
+            log.warning("compiling the network: the first update takes longer, from half a minute to several minutes")
+        yield
+        if compiles:
+            log.warning(f"compiled the network in {time.monotonic() - began:.0f} seconds")
+
+
+@contextlib.contextmanager
+def open_run(config: TrainConfig, callbacks: list[TrainCallback], objective=None) -> Iterator[Training]:
+    """A `Training` in a folder that no other process works in meanwhile; at the end the last words and the clean-up.
+
+    All is checked before anything is written. Raises as `train`.
+    """
+    folder = Path(config.output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir={config.output_dir!r} is a file; it must be a folder or not be there yet")
+    accelerator = make_accelerator(config)
+    with StopSignals() as stop, contextlib.ExitStack() as stack, own_random_numbers(accelerator.device):
+        by_main(accelerator, lambda: stack.enter_context(Lock(folder, "train")))
+        checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
+        by_main(accelerator, checkpoints.roll_back)
+        paths = checkpoints.find(config.resume_from_checkpoint, config.overwrite_output_dir)
+        accelerator.wait_for_everyone()
+        try:
+            training, kept = _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop)
+            _begin(training, kept)
+            began_at, stop.may_raise = training.run.step, accelerator.num_processes == 1  # else the others would wait
+            yield training
+            _end(training, began_at)
+        finally:
+            if accelerator.is_main_process:
+                checkpoints.roll_back()  # if it has ended before its first checkpoint
+
+
+@contextlib.contextmanager
+def own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leaves torch's global generators as they were: a run seeds them for weights and dropout."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    cpu = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The process's `Accelerator`, whose precision `config` then has; ValueError for what is not supported."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"{name} has not been tested with this training loop, whose networks fit one device: run `accelerate "
+                "config` anew without it, or start with `accelerate launch --multi_gpu`"
+            )
+    if config.logger and importlib.util.find_spec(config.logger) is None:
+        raise ValueError(f"logger={config.logger!r} is not installed: `pip install {config.logger}`")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=config.logger, project_dir=config.output_dir
+    )
+    config.mixed_precision = accelerator.mixed_precision  # which the launcher may have decided
+    if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        # Accelerate would silently run in float32.
+        raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no")
+    return accelerator
+
+
+def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop) -> tuple[Training, int | None]:
+    """The training at the update from which it goes on, and that update if the checkpoint is of this folder."""
+    images, held_out = _images(config, accelerator)
+    torch.manual_seed(config.seed)
+    unet, scheduler = build_model(config, images.shape, images.label_names)
+    ema = EMA(unet, config.ema_max_decay)
+    betas = config.adam_beta1, config.adam_beta2
+    adam = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
+    optimizer = torch.optim.AdamW(unet.parameters(), **adam, weight_decay=config.adam_weight_decay, fused=True)
+    global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
+    run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
+    objective = DenoisingLoss(config.snr_gamma, images.levels) if objective is None else objective
+    training = Training(run, ema, optimizer, objective, checkpoints, callbacks, stop)
+
+    def check(saved: dict) -> None:
+        check_same(saved, run, objective)
+
+    start_anew = config.overwrite_output_dir and config.resume_from_checkpoint == "latest"  # if all are damaged
+    state = checkpoints.restore(paths, check, unet, ema, optimizer, start_anew)
+    run.step = state["step"]
+    restore_run_state(state, run)
+    return training, state["kept"]
+
+
+def _begin(training: Training, kept: int | None) -> None:
+    """Write the first files and start trackers and network."""
+    run, accelerator = training.run, training.run.accelerator
+    accelerator.wait_for_everyone()  # until all have read what is now written over
+    if accelerator.is_main_process:
+        for callback in training.callbacks:
+            callback.on_init_end(run)
+        training.checkpoints.make_room(kept)
+        run.config.save(run.output_dir / TRAIN_CONFIG)  # first: it marks what is in the folder as that of a run
+        write_quarantine(run.output_dir, run.images.bad)
+        for callback in training.callbacks:
+            callback.on_train_begin(run)
+    training.start(kept)
+    if run.config.logger:
+        name = {"name": run.output_dir.name}
+        settings = {key: v if isinstance(v, int | float | str) else str(v) for key, v in vars(run.config).items()}
+        trackers = {"wandb": {**name, "dir": str(run.output_dir)}, "trackio": name}
+        accelerator.init_trackers("ddpm_hf", settings, trackers)
+
+
+def _end(training: Training, began_at: int) -> None:
+    """Say how the run ended, and let the processes part."""
+    run, accelerator, stop = training.run, training.run.accelerator, training.stop
+    if run.stopped_by and accelerator.is_main_process:
+        by = f"stopped by {stop.name or 'a signal to another process'}"
+        if run.step == began_at:
+            log.warning(f"{by} before the first update: nothing is saved")
+        elif training.saved:
+            log.warning(
+                f"{by} after update {run.step} of {run.total_steps}; the same command with --resume_from_checkpoint "
+                "latest goes on from there"
+            )
+        else:
+            log.warning(f"{by} after update {run.step} of {run.total_steps}, of which nothing is saved")
+    run.stopped_by = run.stopped_by or stop.name
+    accelerator.end_training()
+    for callback in training.callbacks if accelerator.is_main_process else ():
+        callback.on_train_end(run)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        time.sleep(GLOO_SHUTDOWN_SECONDS)
+
+
+def _images(config: TrainConfig, accelerator: Accelerator):
+    """Images to train on and to measure on; the main process logs what can't be used."""
+    main = accelerator.is_main_process
+    with explain_bad_images(config):
+        images, held_out = open_images(config, accelerator.process_index, accelerator.num_processes)
+    if len(set(gather_object([images.fingerprint]))) > 1:
+        raise ValueError("the processes have read different images: is the data set being changed?")
+    without = int((images.labels < 0).sum()) if isinstance(images, ImageData) and images.label_names else 0
+    if config.class_conditional and (images.label_names is None or without == images.num_images):
+        raise ValueError(
+            f"class_conditional=True: the images of {config.train_data_dir or config.dataset_name!r} have no classes; "
+            "they need a column of type ClassLabel, or folders, one a class, with every image in one of them"
+        )
+    if config.class_conditional and without and main:
+        log.warning(f"{without} of {images.num_images} images have no class and are learnt without one")
+    if main and images.bad:
+        log.warning(f"{len(images.bad)} images can't be used and are left out: quarantine.csv says why")
+    if main and images.num_images is not None and images.num_images < FEW_IMAGES:
+        log.warning(
+            f"{images.num_images} images are fewer than {FEW_IMAGES}: the network will learn them by heart rather than "
+            "what they have in common; compare neighbours.png"
+        )
+    return images, held_out
