@@ -1,13 +1,13 @@
 """How many samples are the digit that was asked for, by guidance: `python benchmarks/classes.py MODEL`.
 
 MODEL is the folder of a finished run of `--config digits-classes`. The protocol is that of
-`ddpm_hf.legibility.digits_legibility`, 200 samples at each guidance.
+`ddpm_hf.evaluation.legibility.digits_legibility`, 200 samples at each guidance.
 """
 
 import sys
 
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.legibility import digits_legibility
+from ddpm_hf.evaluation.legibility import digits_legibility
 
 SAMPLES, STEPS = 200, 50
 

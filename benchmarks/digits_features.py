@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.feature_networks import DigitsNet
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation.features.networks import DigitsNet
+from ddpm_hf.training.config import TrainConfig
 
 EPOCHS, BATCH, LR = 60, 64, 3e-3
 

@@ -1,4 +1,4 @@
-"""Memory of training, counted by `ddpm_hf.plan` and measured on the CPU: `python benchmarks/memory.py` -> memory.csv.
+"""Memory of training, counted by `ddpm_hf.training.plan` and measured on the CPU: `python benchmarks/memory.py` -> memory.csv.
 
 Measured is the growth of the process's peak (VmHWM, Linux) from before there is a network to after three updates, each
 in a fresh process: once with the C library's allocator as the training loop sets it, and once with one that maps every
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from ddpm_hf.allocator import keep_freed_memory
-from ddpm_hf.config import resolve
-from ddpm_hf.ema import EMA
-from ddpm_hf.plan import at_rest, count_memory, image_shape, network
-from ddpm_hf.unet import DDPMUNet
+from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.training.config import resolve
+from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.plan import at_rest, count_memory, image_shape, network
+from ddpm_hf.utils.memory import keep_freed_memory
 
 IMAGENET = str(Path(__file__).with_name("imagenet-64.yaml"))
 CASES = [("digits", "no", 32), ("digits", "no", 128)]

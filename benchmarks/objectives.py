@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ddpm_hf.config import resolve
-from ddpm_hf.films import grid
-from ddpm_hf.legibility import digits_legibility
-from ddpm_hf.scheduler import PREDICTION_TYPES
+from ddpm_hf.evaluation.legibility import digits_legibility
+from ddpm_hf.schedulers.noise import PREDICTION_TYPES
 from ddpm_hf.training import train
+from ddpm_hf.training.config import resolve
+from ddpm_hf.utils.pictures import grid
 
 SAMPLES, STEPS, EVERY = 256, 50, 150
 

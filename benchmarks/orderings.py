@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d, pad
 
-from ddpm_hf.data import ImageData, load_images
-from ddpm_hf.evaluation_data import data_config
-from ddpm_hf.feature_stats import measure, measure_cached, unit_batches
-from ddpm_hf.features import make_extractor
-from ddpm_hf.fidelity import frechet_estimate, kernel_distance, precision_recall_density_coverage
-from ddpm_hf.films import grid, with_row_names
-from ddpm_hf.images import from_unit
-from ddpm_hf.pipeline import load_pipeline
-from ddpm_hf.seeds import image_generators
+from ddpm_hf.data.dataset import ImageData, load_images
+from ddpm_hf.evaluation.features.choose import make_extractor
+from ddpm_hf.evaluation.features.stats import measure, measure_cached, unit_batches
+from ddpm_hf.evaluation.fidelity import frechet_estimate, kernel_distance, precision_recall_density_coverage
+from ddpm_hf.evaluation.reference import data_config
+from ddpm_hf.pipelines.images import from_unit
+from ddpm_hf.pipelines.pipeline import load_pipeline
+from ddpm_hf.utils.pictures import grid, with_row_names
+from ddpm_hf.utils.seeds import image_generators
 
 N, BATCH, SIGMA, SHOWN = 2000, 100, 1.5, 16
 

@@ -40,15 +40,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, training
-from ddpm_hf.allocator import keep_freed_memory
-from ddpm_hf.config import TrainConfig, load_recipe, resolve
-from ddpm_hf.data import load_images
-from ddpm_hf.ema import EMA
-from ddpm_hf.feature_stats import measure, unit_batches
-from ddpm_hf.features import make_extractor
-from ddpm_hf.fidelity import frechet_estimate, kernel_distance
-from ddpm_hf.films import grid
-from ddpm_hf.seeds import image_generators
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation.features.choose import make_extractor
+from ddpm_hf.evaluation.features.stats import measure, unit_batches
+from ddpm_hf.evaluation.fidelity import frechet_estimate, kernel_distance
+from ddpm_hf.training.config import TrainConfig, load_recipe, resolve
+from ddpm_hf.training.ema import EMA
+from ddpm_hf.utils.memory import keep_freed_memory
+from ddpm_hf.utils.pictures import grid
+from ddpm_hf.utils.seeds import image_generators
 
 OURS, THEIRS, MIXED = "ours", "diffusers", "diffusers, our settings"
 CONTESTANTS = {"digits": (OURS, THEIRS, MIXED), "mnist": (OURS, THEIRS)}

@@ -48,7 +48,7 @@ NETWORKS = {  # recipe, or settings of DDPMUNet; (C, H, W)
 
 def our_network(name: str):
     from ddpm_hf import DDPMUNet
-    from ddpm_hf.config import load_recipe
+    from ddpm_hf.training.config import load_recipe
 
     settings, (channels, height, _) = NETWORKS[name]
     settings = settings if isinstance(settings, dict) else load_recipe(settings).get("unet", {})
@@ -76,7 +76,7 @@ def as_in_tutorial(network: nn.Module, name: str) -> nn.Module:
 
 def _tutorial_attention(network):
     """By torch's module, which returns its weights, with the parameters of ours."""
-    from ddpm_hf.unet import SelfAttention
+    from ddpm_hf.models.unet import SelfAttention
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -95,7 +95,7 @@ def _tutorial_attention(network):
 
 def _labml_attention(network):
     """By einsums, which make the weights as (B, i, j, heads)."""
-    from ddpm_hf.unet import SelfAttention
+    from ddpm_hf.models.unet import SelfAttention
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -112,7 +112,7 @@ def _labml_attention(network):
 
 
 def _swish(network):
-    from ddpm_hf import unet
+    from ddpm_hf.models import unet
 
     unet.F = types.SimpleNamespace(**vars(F) | {"silu": lambda x: x * torch.sigmoid(x)})  # in this process
     return network
@@ -198,8 +198,8 @@ def train(contestant, network, name, batch, dtype, variant) -> Callable[[], None
     from diffusers.training_utils import EMAModel
 
     from ddpm_hf import LinearNoiseScheduler
-    from ddpm_hf.ema import EMA
     from ddpm_hf.training import diffusion_loss
+    from ddpm_hf.training.ema import EMA
 
     network = CHANGES[variant](network.train()) if variant in CHANGES else network.train()
     ours, shape = contestant == "ours", NETWORKS[name][1]
@@ -314,7 +314,7 @@ def scheduler_work(contestant, what, batch) -> Callable[[], None]:
 
 def average(contestant, network) -> Callable[[], None]:
     if contestant == "ours":
-        from ddpm_hf.ema import EMA
+        from ddpm_hf.training.ema import EMA
 
         ema = EMA(network, 0.9999)
         return lambda: ema.update(network, 1000)
@@ -347,9 +347,9 @@ def png_files(n: int = 2048) -> list[bytes]:
 
 def our_data(batch: int) -> Callable[[], None]:
     """Decoded once, before; then what the training loop does for an update."""
-    from ddpm_hf.data import collect, flip_horizontally_
-    from ddpm_hf.decoding import Decoder
-    from ddpm_hf.sources import Item
+    from ddpm_hf.data.dataset import collect, flip_horizontally_
+    from ddpm_hf.data.decoding import Decoder
+    from ddpm_hf.data.sources import Item
 
     items = [Item(str(k), source, None) for k, source in enumerate(png_files())]
     images, step = collect(items, Decoder(3, None), 0, None, Path("."))[0], 0
@@ -435,7 +435,7 @@ def lucidrains(diffusion, what, batch) -> Callable[[], None]:
 
 
 def _pixels_doubled(network):
-    from ddpm_hf.unet import NearestUpsample
+    from ddpm_hf.models.unet import NearestUpsample
 
     def forward(self, x):
         return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), self.weight, self.bias, padding=1)
@@ -460,7 +460,7 @@ def _weights_channels_last(network):
 
 def _one_time_product(network):
     """All time projections as one layer."""
-    from ddpm_hf.unet import ResidualBlock
+    from ddpm_hf.models.unet import ResidualBlock
 
     class Part(nn.Module):
         def forward(self, time):
@@ -565,7 +565,7 @@ def main() -> None:
                 message.pop("do")
                 import_all(message["contestant"])
                 if message.pop("malloc"):
-                    from ddpm_hf.allocator import keep_freed_memory
+                    from ddpm_hf.utils.memory import keep_freed_memory
 
                     keep_freed_memory()
                 before = status("VmRSS")

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.config import resolve
-from ddpm_hf.data import load_images
+from ddpm_hf.data.dataset import load_images
 from ddpm_hf.training import diffusion_loss, draw
+from ddpm_hf.training.config import resolve
 
 BATCHES, BATCHES_OF_GRADIENT = 1000, 300
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.evaluation import evaluate
+from ddpm_hf.evaluation.evaluate import evaluate
 
 STEPS, SAMPLES, IMAGES = (5, 10, 25, 50, 100), 1617, 180
 

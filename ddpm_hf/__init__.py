@@ -10,15 +10,15 @@ import warnings
 __version__ = "0.1.0"
 
 _CLASSES = {
-    "DDPMUNet": "ddpm_hf.unet",
-    "LinearNoiseScheduler": "ddpm_hf.scheduler",
-    "CosineNoiseScheduler": "ddpm_hf.scheduler",
-    "DDPMCustomPipeline": "ddpm_hf.pipeline",
+    "DDPMUNet": "ddpm_hf.models.unet",
+    "LinearNoiseScheduler": "ddpm_hf.schedulers.noise",
+    "CosineNoiseScheduler": "ddpm_hf.schedulers.noise",
+    "DDPMCustomPipeline": "ddpm_hf.pipelines.pipeline",
 }
 _PUBLIC = _CLASSES | {
-    "Film": "ddpm_hf.films",
-    "SOLVERS": "ddpm_hf.solvers",
-    "TrainConfig": "ddpm_hf.config",
+    "Film": "ddpm_hf.utils.pictures",
+    "SOLVERS": "ddpm_hf.schedulers.solvers",
+    "TrainConfig": "ddpm_hf.training.config",
     "train": "ddpm_hf.training",
     # The base classes by which diffusers' loader knows what our components are: it looks for them here.
     "ModelMixin": "diffusers.models.modeling_utils",
@@ -29,6 +29,13 @@ __all__ = [*_CLASSES, "SOLVERS", "Film", "TrainConfig", "train"]
 # Modules under the names that they had before -> their names.
 _MOVED = {
     "ddpm_hf.cli": "ddpm_hf.commands.main",  # scripts of editable installations import it
+    "ddpm_hf.config": "ddpm_hf.training.config",
+    "ddpm_hf.demo": "ddpm_hf.commands.page",  # Spaces that were pushed import it
+    "ddpm_hf.films": "ddpm_hf.utils.pictures",
+    "ddpm_hf.pipeline": "ddpm_hf.pipelines.pipeline",
+    "ddpm_hf.scheduler": "ddpm_hf.schedulers.noise",
+    "ddpm_hf.solvers": "ddpm_hf.schedulers.solvers",
+    "ddpm_hf.unet": "ddpm_hf.models.unet",
 }
 
 

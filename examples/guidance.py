@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.films import grid, with_caption, with_row_names
+from ddpm_hf.utils.pictures import grid, with_caption, with_row_names
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="folder or Hub id of a class-conditional model")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.films import grid
+from ddpm_hf.utils.pictures import grid
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=1500)

@@ -9,8 +9,8 @@ import argparse
 import torch
 
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.films import Film, grid
-from ddpm_hf.seeds import image_generators
+from ddpm_hf.utils.pictures import Film, grid
+from ddpm_hf.utils.seeds import image_generators
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="folder or Hub id")

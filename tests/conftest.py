@@ -10,8 +10,8 @@ from hub_server import HubServer
 from huggingface_hub import constants
 
 from ddpm_hf import DDPMUNet
-from ddpm_hf.config import TrainConfig
 from ddpm_hf.training import TrainCallback, train
+from ddpm_hf.training.config import TrainConfig
 
 torch.set_num_threads(2)
 

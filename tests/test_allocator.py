@@ -6,7 +6,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, resource, sys
-from ddpm_hf.allocator import tune_process
+from ddpm_hf.utils.memory import tune_process
 try:
     ctypes.CDLL("libc.so.6").gnu_get_libc_version
 except (OSError, AttributeError):
@@ -35,7 +35,7 @@ def test_freed_memory_is_kept_only_where_it_is_asked_for(keeps):
 def test_a_process_that_is_launched_alone_computes_on_all_cores(launched, processes, one):
     code = """
 import torch
-from ddpm_hf.allocator import tune_process
+from ddpm_hf.utils.memory import tune_process
 torch.set_num_threads(1)
 torch.set_num_threads, threads = (lambda n: threads.append(n)), []
 tune_process()

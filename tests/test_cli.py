@@ -12,10 +12,10 @@ from PIL import Image
 import ddpm_hf
 from ddpm_hf import DDPMCustomPipeline
 from ddpm_hf.commands.main import COMMANDS, main
-from ddpm_hf.config import recipe_names
-from ddpm_hf.legibility import digits_legibility
-from ddpm_hf.progress import read_log
+from ddpm_hf.evaluation.legibility import digits_legibility
 from ddpm_hf.training import train
+from ddpm_hf.training.config import recipe_names
+from ddpm_hf.training.log import read_log
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--max_train_steps", "6", "--checkpointing_steps", "4", "--eval_batch_size", "9"]
@@ -127,7 +127,7 @@ def test_the_help_of_a_command(capsys, command):
 
 
 def test_a_package_that_is_missing(monkeypatch, capfd):
-    monkeypatch.delitem(sys.modules, "ddpm_hf.evaluation", raising=False)
+    monkeypatch.delitem(sys.modules, "ddpm_hf.evaluation.evaluate", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert main(["evaluate", "model"]) == 2
     error = capfd.readouterr().err
@@ -215,7 +215,7 @@ LARGE = ("explainingai", "labml", "learnopencv", "ddpm", "course", "images-64", 
 )
 def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ddpm_hf.data.HELD_OUT_LIMIT", 8)  # a thousand take the larger networks minutes
+    monkeypatch.setattr("ddpm_hf.data.dataset.HELD_OUT_LIMIT", 8)  # a thousand take the larger networks minutes
     argv = ["train", "--config", name, "--train_data_dir", str(shared / "data" / IMAGES_OF_THEIR_KIND[name])]
     argv += ["--train_batch_size", "2", "--max_train_steps", "2", "--eval_batch_size", "1"]
     assert main([*argv, "--ddpm_num_inference_steps", "2"]) == 0

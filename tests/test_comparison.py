@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from ddpm_hf.comparison import compare, table
-from ddpm_hf.results import number, read_evaluation
+from ddpm_hf.evaluation.comparison import compare, table
+from ddpm_hf.utils.results import number, read_evaluation
 
 EVALUATION = {
     "protocol": {"model": {"name": "a", "sha256": "1"}, "weights": "ema", "num_samples": 2000,

@@ -8,9 +8,9 @@ import pytest
 
 from ddpm_hf.commands import train
 from ddpm_hf.commands.parsing import Parser
-from ddpm_hf.config import TrainConfig, load_recipe, recipe_names, resolve
-from ddpm_hf.data_config import DataConfig
-from ddpm_hf.recipe_choice import LARGEST_SIDE, OF_GRAY
+from ddpm_hf.data.config import DataConfig
+from ddpm_hf.training.config import TrainConfig, load_recipe, recipe_names, resolve
+from ddpm_hf.training.recipes import LARGEST_SIDE, OF_GRAY
 
 
 def parse_train_config(args) -> TrainConfig:
@@ -93,7 +93,7 @@ def test_recipes_that_images_choose_count_updates_and_mirror_nothing(name):
 def test_settings_are_utf_8_whatever_the_machines_encoding(tmp_path):
     """As of a machine whose locale is C, which reads and writes ASCII."""
     (tmp_path / "mine.yaml").write_text("train_data_dir: Blüten\n", encoding="utf-8")
-    code = "from ddpm_hf.config import resolve; resolve({'config': 'mine.yaml'}).save('again.json')\n"
+    code = "from ddpm_hf.training.config import resolve; resolve({'config': 'mine.yaml'}).save('again.json')\n"
     code += "assert resolve({'config': 'again.json'}).train_data_dir == 'Bl\\xfcten'"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)

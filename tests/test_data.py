@@ -12,11 +12,11 @@ from huggingface_hub import constants
 from PIL import Image
 from torch.testing import assert_close
 
-from ddpm_hf import data
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import BadImages, ImageData, batch_indices, load_images
-from ddpm_hf.seeds import seeded_generator
-from ddpm_hf.sources import _license_on_card
+from ddpm_hf.data import dataset as data
+from ddpm_hf.data.dataset import BadImages, ImageData, batch_indices, load_images
+from ddpm_hf.data.sources import _license_on_card
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.utils.seeds import seeded_generator
 
 
 def pictures(n, size=(8, 8), mode="RGB", seed=0):
@@ -447,7 +447,7 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
     folder_of(tmp_path, pictures(3))
     script = (
         "import sys, time, signal, os, psutil\n"
-        "from ddpm_hf.data import decode_each\nfrom ddpm_hf.decoding import Decoder\nfrom ddpm_hf.sources import Item\n"
+        "from ddpm_hf.data.dataset import decode_each\nfrom ddpm_hf.decoding import Decoder\nfrom ddpm_hf.sources import Item\n"
         "def items():\n    while True:\n        yield Item('a', sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    each = decode_each(items(), Decoder(None), 2)\n"

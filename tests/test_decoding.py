@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from ddpm_hf.decoding import ORIENTED, BadImage, Decoder, read_image
+from ddpm_hf.data.decoding import ORIENTED, BadImage, Decoder, read_image
 
 HEIGHT, WIDTH = 5, 7
 rng = np.random.default_rng(0)

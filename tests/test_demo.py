@@ -33,9 +33,18 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import main
-from ddpm_hf.demo import EACH, LAUNCH, OWN, build_demo, draw_film, draw_interpolation, draw_samples, with_messages
-from ddpm_hf.seeds import image_generators, seeded_generator
-from ddpm_hf.space import space_files
+from ddpm_hf.commands.page import (
+    EACH,
+    LAUNCH,
+    OWN,
+    build_demo,
+    draw_film,
+    draw_interpolation,
+    draw_samples,
+    with_messages,
+)
+from ddpm_hf.hub.space import space_files
+from ddpm_hf.utils.seeds import image_generators, seeded_generator
 
 
 def quiet(pipeline):
@@ -231,7 +240,7 @@ def test_what_the_command_refuses(digits_model, monkeypatch, capfd):
     assert "port=70000: can't serve there" in refused(str(digits_model), "--port", "70000")
     assert "model='./nowhere' can't be loaded" in refused("./nowhere")
     assert "there is no flag '--share'" in refused(str(digits_model), "--share")
-    monkeypatch.delitem(sys.modules, "ddpm_hf.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "ddpm_hf.commands.page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "`pip install ddpm-hf[demo]`" in refused(str(digits_model))
 

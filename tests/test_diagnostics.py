@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.diagnostics import channel_moments, chosen_timesteps, columns_by_timestep, measure_by_timestep
+from ddpm_hf.evaluation.diagnostics import channel_moments, chosen_timesteps, columns_by_timestep, measure_by_timestep
 
 SPREAD = 0.5  # standard deviation of the pixels
 

@@ -16,17 +16,20 @@ from conftest import tiny_config, tiny_unet
 from PIL import Image
 from torch.testing import assert_close
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, evaluation, evaluation_data, metrics_likelihood
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import main
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.diagnostics import channel_moments
-from ddpm_hf.evaluation import METRICS, evaluate
-from ddpm_hf.evaluation_context import Context, Findings, Metric, record
-from ddpm_hf.fidelity import Estimate
-from ddpm_hf.metrics_drift import mean_and_std
-from ddpm_hf.results import number
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation import evaluate as evaluation
+from ddpm_hf.evaluation import reference as evaluation_data
+from ddpm_hf.evaluation.context import Context, Findings, Metric, record
+from ddpm_hf.evaluation.diagnostics import channel_moments
+from ddpm_hf.evaluation.evaluate import METRICS, evaluate
+from ddpm_hf.evaluation.fidelity import Estimate
+from ddpm_hf.evaluation.metrics import likelihood as metrics_likelihood
+from ddpm_hf.evaluation.metrics.drift import mean_and_std
 from ddpm_hf.training import train
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.utils.results import number
 
 # The names that evaluation.json has and keeps: other people's scripts read them.
 NAMES = [

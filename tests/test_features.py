@@ -26,12 +26,11 @@ from transformers import (
     ViTModel,
 )
 
-from ddpm_hf import features
-from ddpm_hf.checksums import weights_sha256
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.extractor import Extractor
-from ddpm_hf.feature_networks import (
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation.features import choose as features
+from ddpm_hf.evaluation.features.choose import make_extractor
+from ddpm_hf.evaluation.features.extractor import Extractor
+from ddpm_hf.evaluation.features.networks import (
     DigitsNet,
     EfficientNetLite0,
     Inception2015,
@@ -39,8 +38,9 @@ from ddpm_hf.feature_networks import (
     SameConv2d,
     tensorflow_bilinear,
 )
-from ddpm_hf.feature_stats import unit_batches
-from ddpm_hf.features import make_extractor
+from ddpm_hf.evaluation.features.stats import unit_batches
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.utils.checksums import weights_sha256
 
 close = torch.testing.assert_close
 

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ddpm_hf import fidelity, neighbours
-from ddpm_hf.checksums import images_sha256
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import ImageData, load_images
-from ddpm_hf.extractor import Extractor
-from ddpm_hf.feature_stats import FeatureStats, measure, measure_cached, unit_batches
-from ddpm_hf.features import make_extractor
-from ddpm_hf.fidelity import (
+from ddpm_hf.data import neighbours
+from ddpm_hf.data.dataset import ImageData, load_images
+from ddpm_hf.data.neighbours import nearest, nearest_images
+from ddpm_hf.evaluation import fidelity
+from ddpm_hf.evaluation.features.choose import make_extractor
+from ddpm_hf.evaluation.features.extractor import Extractor
+from ddpm_hf.evaluation.features.stats import FeatureStats, measure, measure_cached, unit_batches
+from ddpm_hf.evaluation.fidelity import (
     Estimate,
     frechet_distance,
     frechet_estimate,
@@ -30,7 +30,8 @@ from ddpm_hf.fidelity import (
     kernel_distance,
     precision_recall_density_coverage,
 )
-from ddpm_hf.neighbours import nearest, nearest_images
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.utils.checksums import images_sha256
 
 close = torch.testing.assert_close
 

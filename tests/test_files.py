@@ -13,8 +13,17 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from ddpm_hf import files
-from ddpm_hf.files import clear_parts, free_name, locked, save_picture, save_tensors, set_aside, write, writing_tree
+from ddpm_hf.utils import files
+from ddpm_hf.utils.files import (
+    clear_parts,
+    free_name,
+    locked,
+    save_picture,
+    save_tensors,
+    set_aside,
+    write,
+    writing_tree,
+)
 
 PACKAGE = Path(files.__file__).parent
 WRITERS = {
@@ -78,7 +87,7 @@ def test_file_systems_that_have_no_fsync_are_written_to(tmp_path, monkeypatch):
 
 
 def test_text_is_utf_8_in_every_locale(tmp_path):
-    code = f"from ddpm_hf.files import write; write({str(tmp_path / 'a.txt')!r}, 'Gr\\u00fc\\u00dfe')"
+    code = f"from ddpm_hf.utils.files import write; write({str(tmp_path / 'a.txt')!r}, 'Gr\\u00fc\\u00dfe')"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert (tmp_path / "a.txt").read_bytes() == "Grüße".encode()
@@ -141,7 +150,7 @@ def test_parts_of_processes_that_are_gone_are_cleared_and_those_of_others_stay(t
 
 HOLD = """
 import sys
-from ddpm_hf.files import locked
+from ddpm_hf.utils.files import locked
 with locked(sys.argv[1], "train"):
     print("in", flush=True)
     sys.stdin.read()

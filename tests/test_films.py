@@ -7,7 +7,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.films import Film, save_film
+from ddpm_hf.utils.pictures import Film, save_film
 
 
 def filmed(channels=1, steps=None, **settings):

@@ -19,17 +19,18 @@ import torch
 from conftest import TINY_UNET, calls, tiny_config, tiny_unet
 from huggingface_hub import HfApi, ModelCard
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, background, cards, space, training
-from ddpm_hf.cards import MARK
-from ddpm_hf.checksums import weights_sha256
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, training
 from ddpm_hf.commands import train_callbacks as command
 from ddpm_hf.commands.main import main
 from ddpm_hf.commands.train_callbacks import write_facts_and_card
-from ddpm_hf.data import ImageData
-from ddpm_hf.facts import facts_of
-from ddpm_hf.push import check_right_to_push, push
-from ddpm_hf.self_contained import code_of
-from ddpm_hf.solvers import plain_config
+from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.hub import background, cards, space
+from ddpm_hf.hub.cards import MARK
+from ddpm_hf.hub.push import check_right_to_push, push
+from ddpm_hf.hub.self_contained import code_of
+from ddpm_hf.schedulers.solvers import plain_config
+from ddpm_hf.training.facts import facts_of
+from ddpm_hf.utils.checksums import weights_sha256
 
 MODEL = {
     "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "log.csv", "run.json",
@@ -59,7 +60,7 @@ def run(made_once, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr("ddpm_hf.push.WAITS", (0, 0))
+    monkeypatch.setattr("ddpm_hf.hub.push.WAITS", (0, 0))
 
 
 def sample(pipeline) -> torch.Tensor:

@@ -21,26 +21,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ddpm_hf import (
-    DDPMCustomPipeline,
-    LinearNoiseScheduler,
-    cards,
-    checkpoints,
-    cli,
-    data,
-    evaluation,
-    pictures,
-    previews,
-)
-from ddpm_hf.checkpoints import REPLACED, Checkpoints
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cli
 from ddpm_hf.commands.train_callbacks import write_facts_and_card
-from ddpm_hf.files import locked
-from ddpm_hf.previews import Previews
-from ddpm_hf.progress import read_log
-from ddpm_hf.signals import Stopped, StopSignals
-from ddpm_hf.training import DenoisingLoss, train
+from ddpm_hf.data import dataset as data
+from ddpm_hf.evaluation import evaluate as evaluation
+from ddpm_hf.hub import cards
+from ddpm_hf.training import DenoisingLoss, checkpoints, pictures, previews, train
+from ddpm_hf.training.checkpoints import REPLACED, Checkpoints
 from ddpm_hf.training.guards import divergence
+from ddpm_hf.training.log import read_log
+from ddpm_hf.training.previews import Previews
 from ddpm_hf.training.resume import check_same
+from ddpm_hf.utils.files import locked
+from ddpm_hf.utils.signals import Stopped, StopSignals
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,9 +10,9 @@ from sklearn.datasets import load_digits
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import main
-from ddpm_hf.legibility import digits_legibility
-from ddpm_hf.seeds import image_generators
-from ddpm_hf.signals import Stopped, StopSignals
+from ddpm_hf.evaluation.legibility import digits_legibility
+from ddpm_hf.utils.seeds import image_generators
+from ddpm_hf.utils.signals import Stopped, StopSignals
 
 
 class Gives:

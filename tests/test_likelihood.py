@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.bound import bound_terms, fixed_variance_floor, log_probability_of_bins, prior_term
-from ddpm_hf.likelihood import estimated_bound, full_bound, timestep_probabilities
+from ddpm_hf.evaluation.likelihood import estimated_bound, full_bound, timestep_probabilities
+from ddpm_hf.schedulers.bound import bound_terms, fixed_variance_floor, log_probability_of_bins, prior_term
 
 T = 1000
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.loading import OLD_NAMES
-from ddpm_hf.pipeline import load_pipeline
-from ddpm_hf.self_contained import code_of
-from ddpm_hf.solvers import SOLVERS, make_solver
+from ddpm_hf.hub.self_contained import code_of
+from ddpm_hf.pipelines.loading import OLD_NAMES
+from ddpm_hf.pipelines.pipeline import load_pipeline
+from ddpm_hf.schedulers.solvers import SOLVERS, make_solver
 
 HERE = Path(__file__).parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -356,7 +356,7 @@ def test_a_pipeline_with_each_solver_for_its_own(folder, tmp_path, name):
         assert json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True)
 
 
-@pytest.mark.parametrize("library", ["ddpm_hf.unet", "diffusers_modules.local.ddpm_hf_0123_unet", "anything"])
+@pytest.mark.parametrize("library", ["ddpm_hf.models.unet", "diffusers_modules.local.ddpm_hf_0123_unet", "anything"])
 def test_the_module_that_a_class_was_saved_from_does_not_matter(folder, library):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"unet": [library, "DDPMUNet"], "": 1}))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from ddpm_hf.memorization import nearness, share_of_copies
+from ddpm_hf.evaluation.memorization import nearness, share_of_copies
 
 
 def distances(n, seed, scale=1.0):

@@ -18,7 +18,7 @@ import torch
 from conftest import tiny_unet
 
 import ddpm_hf
-from ddpm_hf.config import recipe_names, resolve
+from ddpm_hf.training.config import recipe_names, resolve
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "ddpm_hf").rglob("*.py"))

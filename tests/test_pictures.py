@@ -8,12 +8,12 @@ from PIL import Image
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.data import ImageData
-from ddpm_hf.drawing import forward_process, loss_curve, side_by_side
-from ddpm_hf.films import grid, save_film
-from ddpm_hf.neighbours import nearest_images
-from ddpm_hf.pictures import nearness
-from ddpm_hf.progress import Progress
+from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.data.neighbours import nearest_images
+from ddpm_hf.training.log import Progress
+from ddpm_hf.training.pictures import nearness
+from ddpm_hf.utils.drawing import forward_process, loss_curve, side_by_side
+from ddpm_hf.utils.pictures import grid, save_film
 
 
 def test_grid_places_each_image():

@@ -15,12 +15,12 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.editing import repaint_moves, slerp
-from ddpm_hf.films import Film
-from ddpm_hf.seeds import image_generators
-from ddpm_hf.solvers import SOLVERS
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.pipelines.editing import repaint_moves, slerp
+from ddpm_hf.schedulers.solvers import SOLVERS
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.utils.pictures import Film
+from ddpm_hf.utils.seeds import image_generators
 
 
 def tiny_pipeline(**settings) -> DDPMCustomPipeline:

@@ -8,9 +8,10 @@ from conftest import TINY_UNET, tiny_config
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet
 from ddpm_hf.commands.main import main
-from ddpm_hf.config import resolve
-from ddpm_hf.data import load_images
-from ddpm_hf.plan import (
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.training import train
+from ddpm_hf.training.config import resolve
+from ddpm_hf.training.plan import (
     DEVICES,
     KNOWN,
     PROCESS,
@@ -23,8 +24,7 @@ from ddpm_hf.plan import (
     ring,
     time_of_update,
 )
-from ddpm_hf.recipe_choice import listing
-from ddpm_hf.training import train
+from ddpm_hf.training.recipes import listing
 
 IMAGENET = str(Path(__file__).parent.parent / "benchmarks/imagenet-64.yaml")  # the script's network at 64x64
 

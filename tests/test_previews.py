@@ -12,11 +12,11 @@ from conftest import calls, tiny_config
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from ddpm_hf import DDPMCustomPipeline, previews
-from ddpm_hf.films import with_row_names
-from ddpm_hf.pictures import draw_data, draw_pictures
-from ddpm_hf.previews import Previews, sample_together
-from ddpm_hf.training import train
+from ddpm_hf import DDPMCustomPipeline
+from ddpm_hf.training import previews, train
+from ddpm_hf.training.pictures import draw_data, draw_pictures
+from ddpm_hf.training.previews import Previews, sample_together
+from ddpm_hf.utils.pictures import with_row_names
 
 
 def quiet(folder) -> DDPMCustomPipeline:
@@ -191,7 +191,7 @@ import torch
 from accelerate import Accelerator
 from test_previews import quiet
 torch.set_num_threads(1)
-from ddpm_hf.previews import sample_together
+from ddpm_hf.training.previews import sample_together
 accelerator = Accelerator()
 assert accelerator.num_processes == 2
 film = sample_together(accelerator, quiet({trained!r}), 5, 4, 7, (1,))

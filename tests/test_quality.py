@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from ddpm_hf.config import resolve
+from ddpm_hf.training.config import resolve
 
 spec = importlib.util.spec_from_file_location("quality", Path(__file__).parents[1] / "benchmarks/quality.py")
 quality = importlib.util.module_from_spec(spec)

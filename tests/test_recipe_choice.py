@@ -13,9 +13,9 @@ from PIL import Image
 
 from ddpm_hf import DDPMUNet
 from ddpm_hf.commands.main import main
-from ddpm_hf.config import load_recipe, recipe_names, recipe_text, resolve
-from ddpm_hf.plan import count_flops, count_memory, network
-from ddpm_hf.recipe_choice import for_planning, for_training, listing, recipe_for
+from ddpm_hf.training.config import load_recipe, recipe_names, recipe_text, resolve
+from ddpm_hf.training.plan import count_flops, count_memory, network
+from ddpm_hf.training.recipes import for_planning, for_training, listing, recipe_for
 
 QUICK = ["--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--train_batch_size", "2", "--unet"]
 QUICK += [json.dumps(TINY_UNET)]

@@ -7,13 +7,13 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import ddpm_hf.report
 import numpy as np
 import pytest
 from PIL import Image
 
-import ddpm_hf.report
-from ddpm_hf.report import KNOWN, verdict, write_report
-from ddpm_hf.results import number
+from ddpm_hf.evaluation.report import KNOWN, verdict, write_report
+from ddpm_hf.utils.results import number
 
 
 def metric(value, stderr=None, n=2000, **more):
@@ -213,7 +213,7 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
 
 
 def test_importing_it_imports_no_matplotlib():
-    module = ast.parse(Path(ddpm_hf.report.__file__).read_text(encoding="utf-8"))
+    module = ast.parse(Path(ddpm_hf.evaluation.report.__file__).read_text(encoding="utf-8"))
     imports = [ast.unparse(node) for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert len(imports) > 5
     assert "matplotlib" not in " ".join(imports)

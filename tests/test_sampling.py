@@ -15,9 +15,11 @@ import torch
 from conftest import tiny_unet
 from PIL import Image
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, films, sampling
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.commands import sampling
 from ddpm_hf.commands.main import main
-from ddpm_hf.sampling import SHARD, compare_solvers, sample_to_folder
+from ddpm_hf.commands.sampling import SHARD, compare_solvers, sample_to_folder
+from ddpm_hf.utils import pictures as films
 
 STEPS = ["--num_inference_steps", "5"]
 
@@ -44,7 +46,7 @@ def test_the_command_fills_a_folder(digits_model, tmp_path, capsys):
     assert f"6 images made -> {tmp_path / 'out'}" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "out")) == [*(f"{k:06d}.png" for k in range(6)), "sampling.json"]
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
-    from ddpm_hf.seeds import image_generators
+    from ddpm_hf.utils.seeds import image_generators
 
     settings = {"class_labels": [3, 7] * 3, "guidance_scale": 2, "scheduler": "ddim", "num_inference_steps": 5}
     expected = pipeline(generator=image_generators(5, range(6)), **settings).images
@@ -112,7 +114,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
 
 
 def test_parquet_is_a_data_set(digits_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_hf.sampling.SHARD", 10)
+    monkeypatch.setattr("ddpm_hf.commands.sampling.SHARD", 10)
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"class_labels": ["3", 4], "num_inference_steps": 2, "batch_size": 4}
@@ -152,7 +154,7 @@ import resource, sys; sys.path.insert(0, {tests!r})
 from types import SimpleNamespace
 from conftest import tiny_unet
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.sampling import sample_to_folder
+from ddpm_hf.commands.sampling import sample_to_folder
 pipeline = DDPMCustomPipeline(tiny_unet(sample_size=48, in_channels=3), LinearNoiseScheduler())
 pipeline.set_progress_bar_config(disable=True)
 pipeline.unet.forward = lambda sample, timestep: SimpleNamespace(sample=0 * sample)
@@ -301,7 +303,7 @@ def test_samples_that_are_not_finite_leave_nothing_behind(tmp_path, monkeypatch,
         output.sample.fill_(torch.inf)
 
     pipeline.unet.register_forward_hook(spoil)
-    monkeypatch.setattr("ddpm_hf.pipeline.load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr("ddpm_hf.pipelines.pipeline.load_pipeline", lambda *_: pipeline)
     assert main(["sample", "model", "--output_dir", str(tmp_path / "out"), "--format", format, *STEPS]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert told.startswith(

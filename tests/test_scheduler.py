@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import CosineNoiseScheduler, LinearNoiseScheduler
-from ddpm_hf.scheduler import draw_noise, to_device
+from ddpm_hf.schedulers.noise import draw_noise, to_device
 
 F64 = torch.float64
 

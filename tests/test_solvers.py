@@ -10,7 +10,7 @@ from conftest import tiny_unet
 from torch.testing import assert_close
 
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.solvers import SOLVERS, make_solver, set_timesteps_checked
+from ddpm_hf.schedulers.solvers import SOLVERS, make_solver, set_timesteps_checked
 
 ODE_SOLVERS = [name for name in SOLVERS if name not in ("euler-a", "sa")]  # the two add noise
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}

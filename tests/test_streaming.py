@@ -9,11 +9,11 @@ import torch
 from conftest import calls, tiny_config
 from PIL import Image
 
-from ddpm_hf.data import BadImages
-from ddpm_hf.pictures import draw_data
-from ddpm_hf.sources import Rows
-from ddpm_hf.streaming import ImageStream
+from ddpm_hf.data.dataset import BadImages
+from ddpm_hf.data.sources import Rows
+from ddpm_hf.data.streaming import ImageStream
 from ddpm_hf.training import DenoisingLoss, train
+from ddpm_hf.training.pictures import draw_data
 
 FEATURES_OF_IMAGE = datasets.Features({"image": datasets.Image()})
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})

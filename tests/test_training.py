@@ -28,21 +28,21 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, checkpoints
-from ddpm_hf.bound import bound_terms
-from ddpm_hf.checkpoints import Checkpoints
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import main
-from ddpm_hf.data import ImageData
-from ddpm_hf.ema import EMA
-from ddpm_hf.pictures import draw_pictures
-from ddpm_hf.previews import Previews
-from ddpm_hf.progress import Progress, read_log
-from ddpm_hf.signals import StopSignals
-from ddpm_hf.training import Batch, DenoisingLoss, Run, guards, loop, saving, setup, train
+from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.schedulers.bound import bound_terms
+from ddpm_hf.training import Batch, DenoisingLoss, Run, checkpoints, guards, loop, saving, setup, train
 from ddpm_hf.training.batch import draw_random
+from ddpm_hf.training.checkpoints import Checkpoints
+from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guards import Skips, stop_asked
+from ddpm_hf.training.log import Progress, read_log
 from ddpm_hf.training.loop import learning_rate, step_if_finite
+from ddpm_hf.training.pictures import draw_pictures
+from ddpm_hf.training.previews import Previews
 from ddpm_hf.training.saving import held_out_loss
+from ddpm_hf.utils.signals import StopSignals
 
 
 def at(timesteps, T=1000):
@@ -205,7 +205,7 @@ def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path):
 
 
 def test_the_resolved_configuration_runs_again_to_the_same_bytes(trained, tmp_path):
-    from ddpm_hf.config import resolve
+    from ddpm_hf.training.config import resolve
 
     config = resolve({"config": str(trained / "train_config.json"), "output_dir": str(tmp_path / "again")})
     train(config)
@@ -823,7 +823,7 @@ def test_no_part_of_an_update_waits_for_the_device(tmp_path, monkeypatch, settin
     def copy(tensor, device):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    monkeypatch.setattr("ddpm_hf.scheduler.to_device", copy)
+    monkeypatch.setattr("ddpm_hf.schedulers.noise.to_device", copy)
     variance_type = "learned_range" if "out_channels" in settings else "fixed_small"
     scheduler = LinearNoiseScheduler(variance_type=variance_type, prediction_type="v_prediction")
     unet = tiny_unet(**settings).to("meta").train()
@@ -1084,7 +1084,7 @@ def test_the_callbacks_see_the_run(tmp_path):
 
 
 def test_held_out_loss_is_that_of_the_average_and_always_the_same(trained):
-    from ddpm_hf.data import load_images
+    from ddpm_hf.data.dataset import load_images
 
     config = tiny_config(trained)
     pipeline = DDPMCustomPipeline.from_pretrained(trained)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.config import recipe_names, resolve
 from ddpm_hf.convert.convert import SOURCES
 from ddpm_hf.convert.unet2d import settings_from, to_diffusers
-from ddpm_hf.unet import NearestUpsample
+from ddpm_hf.models.unet import NearestUpsample
+from ddpm_hf.training.config import recipe_names, resolve
 
 
 def test_the_default_is_the_tutorials_network():

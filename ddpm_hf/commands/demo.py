@@ -11,8 +11,8 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     import torch
 
-    from ddpm_hf.demo import build_demo, serve
-    from ddpm_hf.pipeline import load_pipeline
+    from ddpm_hf.commands.page import build_demo, serve
+    from ddpm_hf.pipelines.pipeline import load_pipeline
 
     pipeline = load_pipeline(args.model, "model")
     pipeline.set_progress_bar_config(disable=True)

@@ -8,9 +8,9 @@ from ddpm_hf.commands.parsing import add_setting
 
 
 def add_arguments(parser) -> None:
-    from ddpm_hf.evaluation import METRICS, evaluate
-    from ddpm_hf.features import CHOICES
-    from ddpm_hf.solvers import SOLVERS
+    from ddpm_hf.evaluation.evaluate import METRICS, evaluate
+    from ddpm_hf.evaluation.features.choose import CHOICES
+    from ddpm_hf.schedulers.solvers import SOLVERS
 
     defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
 
@@ -40,8 +40,9 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    from ddpm_hf import comparison, evaluation
-    from ddpm_hf.allocator import keep_freed_memory
+    from ddpm_hf.evaluation import comparison
+    from ddpm_hf.evaluation import evaluate as evaluation
+    from ddpm_hf.utils.memory import keep_freed_memory
 
     given = {name: value for name, value in vars(args).items() if value is not None}
     across = given.pop("across", [])

@@ -7,8 +7,8 @@ import sys
 from safetensors import SafetensorError
 
 import ddpm_hf
-from ddpm_hf.allocator import is_out_of_memory
 from ddpm_hf.commands.parsing import Parser
+from ddpm_hf.utils.memory import is_out_of_memory
 
 # Name -> help, and the extra of the distribution that it needs. The names are those of the modules here, which are not
 # imported before they are run: `--help` and `--version` need neither torch nor diffusers.

@@ -10,7 +10,7 @@ HINTS = train.HINTS
 
 
 def add_arguments(parser) -> None:
-    from ddpm_hf.plan import DEVICES
+    from ddpm_hf.training.plan import DEVICES
 
     hardware = parser.add_argument_group("plan")
     add_setting(hardware, "--gpus", 1, type=int, help="devices that train together")
@@ -20,8 +20,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    from ddpm_hf.plan import plan
-    from ddpm_hf.recipe_choice import for_planning
+    from ddpm_hf.training.plan import plan
+    from ddpm_hf.training.recipes import for_planning
 
     settings = vars(args)
     of_plan = {name: settings.pop(name) for name in ("gpus", "device", "num_images") if name in settings}

@@ -15,8 +15,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    from ddpm_hf.push import push
-    from ddpm_hf.space import push_space
+    from ddpm_hf.hub.push import push
+    from ddpm_hf.hub.space import push_space
 
     settings = vars(args)
     space = settings.pop("space")

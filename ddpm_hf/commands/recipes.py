@@ -6,6 +6,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    from ddpm_hf.recipe_choice import listing
+    from ddpm_hf.training.recipes import listing
 
     print("\n".join(listing()))

@@ -8,8 +8,8 @@ OLD_FLAGS = {"--output": "--output_dir"}
 
 
 def add_arguments(parser) -> None:
-    from ddpm_hf.sampling import FORMATS
-    from ddpm_hf.solvers import SOLVERS
+    from ddpm_hf.commands.sampling import FORMATS
+    from ddpm_hf.schedulers.solvers import SOLVERS
 
     parser.add_argument("model", help="a pipeline folder, or user/model on the Hub")
     parser.add_argument("--output_dir", default="samples", help="the folder to fill; existing samples are kept")
@@ -33,8 +33,8 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     import torch
 
-    from ddpm_hf.allocator import keep_freed_memory
-    from ddpm_hf.pipeline import load_pipeline
+    from ddpm_hf.pipelines.pipeline import load_pipeline
+    from ddpm_hf.utils.memory import keep_freed_memory
 
     of_folder = ("num_images", "batch_size", "scheduler", "num_inference_steps", "format")
     for name in of_folder if args.compare else ("solvers", "steps"):
@@ -54,7 +54,7 @@ def run(args) -> None:
 
 
 def _fill(pipeline, labels: list | None, args, given: dict) -> None:
-    from ddpm_hf.sampling import sample_to_folder
+    from ddpm_hf.commands.sampling import sample_to_folder
 
     settings = {"num_images": 16, "seed": args.seed, "guidance_scale": args.guidance_scale} | given
     made = sample_to_folder(pipeline, args.output_dir, class_labels=labels, **settings)
@@ -62,9 +62,9 @@ def _fill(pipeline, labels: list | None, args, given: dict) -> None:
 
 
 def _compare(pipeline, labels: list | None, args) -> None:
-    from ddpm_hf.files import save_picture
-    from ddpm_hf.sampling import COMPARISON, compare_solvers
-    from ddpm_hf.solvers import SOLVERS
+    from ddpm_hf.commands.sampling import COMPARISON, compare_solvers
+    from ddpm_hf.schedulers.solvers import SOLVERS
+    from ddpm_hf.utils.files import save_picture
 
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise ValueError(f"output_dir={args.output_dir!r} is a file; it must be a folder or not be there yet")

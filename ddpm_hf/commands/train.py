@@ -28,7 +28,7 @@ HINTS = {
 
 def add_arguments(parser) -> None:
     """A flag for each field of `TrainConfig`, under the heading that the field names."""
-    from ddpm_hf.config import HEADINGS, TrainConfig
+    from ddpm_hf.training.config import HEADINGS, TrainConfig
 
     types, groups = typing.get_type_hints(TrainConfig), {}
     for field in sorted(dataclasses.fields(TrainConfig), key=lambda f: HEADINGS.index(f.metadata["group"])):
@@ -65,13 +65,13 @@ _boolean.__name__ = "true or false"  # argparse: invalid true or false value: 'm
 def run(args) -> int:
     from huggingface_hub.utils import disable_progress_bars
 
-    from ddpm_hf.allocator import tune_process
-    from ddpm_hf.background import PushInBackground
     from ddpm_hf.commands.train_callbacks import Report, Upload
-    from ddpm_hf.pictures import draw_pictures
-    from ddpm_hf.previews import Previews
-    from ddpm_hf.recipe_choice import for_training
+    from ddpm_hf.hub.background import PushInBackground
     from ddpm_hf.training import train
+    from ddpm_hf.training.pictures import draw_pictures
+    from ddpm_hf.training.previews import Previews
+    from ddpm_hf.training.recipes import for_training
+    from ddpm_hf.utils.memory import tune_process
 
     config = for_training(vars(args))
     callbacks, pushing = [Previews(draw_pictures), Report()], PushInBackground()

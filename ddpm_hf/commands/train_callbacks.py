@@ -3,15 +3,15 @@
 import json
 import logging
 
-from ddpm_hf.background import PushInBackground
-from ddpm_hf.cards import EVALUATION, FACTS, read_facts, write_card
-from ddpm_hf.data import has_embedded_digits
-from ddpm_hf.facts import facts_of
-from ddpm_hf.files import set_aside, write
-from ddpm_hf.legibility import digits_legibility
-from ddpm_hf.pictures import draw_data
-from ddpm_hf.results import read_evaluation
+from ddpm_hf.data.dataset import has_embedded_digits
+from ddpm_hf.evaluation.legibility import digits_legibility
+from ddpm_hf.hub.background import PushInBackground
+from ddpm_hf.hub.cards import EVALUATION, FACTS, read_facts, write_card
 from ddpm_hf.training import Run, TrainCallback
+from ddpm_hf.training.facts import facts_of
+from ddpm_hf.training.pictures import draw_data
+from ddpm_hf.utils.files import set_aside, write
+from ddpm_hf.utils.results import read_evaluation
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from ddpm_hf import convert as sources
 from ddpm_hf.convert.source import Source, Weights
 from ddpm_hf.convert.unet2d import read_folder, to_diffusers
 from ddpm_hf.convert.weights import first_line, load_checked, load_weights
-from ddpm_hf.files import part_of, sync, write, writing_tree
-from ddpm_hf.pipeline import DDPMCustomPipeline, load_pipeline
-from ddpm_hf.scheduler import LinearNoiseScheduler
-from ddpm_hf.unet import DDPMUNet
-from ddpm_hf.yaml_files import read_yaml
+from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, load_pipeline
+from ddpm_hf.schedulers.noise import LinearNoiseScheduler
+from ddpm_hf.utils.files import part_of, sync, write, writing_tree
+from ddpm_hf.utils.yaml_files import read_yaml
 
 
 def _find_sources() -> dict[str, Source]:

@@ -10,9 +10,9 @@ import torch
 from ddpm_hf.convert.flat_row import settings_of
 from ddpm_hf.convert.source import Weights
 from ddpm_hf.convert.weights import check_shape, first_line, load_checked, load_weights
-from ddpm_hf.scheduler import LinearNoiseScheduler
-from ddpm_hf.solvers import scheduler_class
-from ddpm_hf.unet import DDPMUNet
+from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.schedulers.noise import LinearNoiseScheduler
+from ddpm_hf.schedulers.solvers import scheduler_class
 
 BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}  # have attention?
 # Settings that both networks have, under the same name and with the same meaning.

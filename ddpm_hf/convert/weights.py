@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_hf.convert.source import Weights
-from ddpm_hf.unet import DDPMUNet
+from ddpm_hf.models.unet import DDPMUNet
 
 WRAPPERS = ("ema_state_dict", "ema", "model_ema", "model_state_dict", "state_dict", "model", "unet")
 PREFIXES = ("module.", "_orig_mod.", "ema_model.")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from ddpm_hf.data import flip_horizontally_
-from ddpm_hf.scheduler import to_device
-from ddpm_hf.seeds import seeded_generator
+from ddpm_hf.data.dataset import flip_horizontally_
+from ddpm_hf.schedulers.noise import to_device
 from ddpm_hf.training.loss import Batch
+from ddpm_hf.utils.seeds import seeded_generator
 
 BLOCK = 16  # positions that share a generator; another number would draw other noise
 

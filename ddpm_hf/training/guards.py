@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ddpm_hf.allocator import is_out_of_memory
-from ddpm_hf.checkpoints import QUARANTINE, QUARANTINE_HEADER, Checkpoints, is_quarantine
-from ddpm_hf.data import BadImages
-from ddpm_hf.files import write
-from ddpm_hf.progress import LOG_EVERY
-from ddpm_hf.signals import stop_requested
+from ddpm_hf.data.dataset import BadImages
+from ddpm_hf.training.checkpoints import QUARANTINE, QUARANTINE_HEADER, Checkpoints, is_quarantine
+from ddpm_hf.training.log import LOG_EVERY
+from ddpm_hf.utils.files import write
+from ddpm_hf.utils.memory import is_out_of_memory
+from ddpm_hf.utils.signals import stop_requested
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
 # A training has diverged when the held-out loss is so many times its lowest, and the training loss so many times what

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ddpm_hf.signals import Stopped
 from ddpm_hf.training.batch import on_device
 from ddpm_hf.training.guards import explain_bad_images, explain_failure, stop_asked
 from ddpm_hf.training.loss import Losses
 from ddpm_hf.training.run import Run, TrainCallback
 from ddpm_hf.training.saving import save
 from ddpm_hf.training.setup import Training, open_run
+from ddpm_hf.utils.signals import Stopped
 
 
 def train(config, callbacks: Iterable[TrainCallback] = (), objective: Callable[..., Losses] | None = None) -> Run:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ddpm_hf.bound import bound_terms
+from ddpm_hf.schedulers.bound import bound_terms
 
 VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:2102.09672, equation 16)
 

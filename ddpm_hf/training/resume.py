@@ -6,7 +6,7 @@ import logging
 import math
 import zlib
 
-from ddpm_hf.data import ImageData
+from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.training.run import Run
 
 OBJECTIVE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import ImageData
-from ddpm_hf.pipeline import DDPMCustomPipeline
-from ddpm_hf.signals import exit_status
-from ddpm_hf.streaming import ImageStream
-from ddpm_hf.unet import DDPMUNet
+from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.data.streaming import ImageStream
+from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.utils.signals import exit_status
 
 
 @dataclass

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from ddpm_hf.checkpoints import save_pipeline
-from ddpm_hf.seeds import seeded_generator
-from ddpm_hf.signals import Stopped, stop_requested
 from ddpm_hf.training.batch import on_device
+from ddpm_hf.training.checkpoints import save_pipeline
 from ddpm_hf.training.guards import divergence, write_quarantine
 from ddpm_hf.training.loss import Batch
 from ddpm_hf.training.resume import recorded
 from ddpm_hf.training.run import Run
+from ddpm_hf.utils.seeds import seeded_generator
+from ddpm_hf.utils.signals import Stopped, stop_requested
 
 if TYPE_CHECKING:
     from ddpm_hf.training.setup import Training

@@ -13,23 +13,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ddpm_hf.build import build_model
-from ddpm_hf.checkpoints import TRAIN_CONFIG, Checkpoints
-from ddpm_hf.config import TrainConfig
-from ddpm_hf.data import ImageData
-from ddpm_hf.distributed import by_main
-from ddpm_hf.ema import EMA
-from ddpm_hf.files import Lock
-from ddpm_hf.pipeline import DDPMCustomPipeline
-from ddpm_hf.progress import LOG_EVERY, Progress
-from ddpm_hf.seeds import stream_seed
-from ddpm_hf.signals import StopSignals
-from ddpm_hf.streaming import open_images
+from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.data.streaming import open_images
+from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.training.batch import Batches
+from ddpm_hf.training.checkpoints import TRAIN_CONFIG, Checkpoints
+from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guards import Skips, can_sync_each_step, explain_bad_images, write_quarantine
+from ddpm_hf.training.log import LOG_EVERY, Progress
 from ddpm_hf.training.loss import DenoisingLoss
+from ddpm_hf.training.model import build_model
 from ddpm_hf.training.resume import check_same, restore_run_state
 from ddpm_hf.training.run import Run, TrainCallback
+from ddpm_hf.utils.distributed import by_main
+from ddpm_hf.utils.files import Lock
+from ddpm_hf.utils.seeds import stream_seed
+from ddpm_hf.utils.signals import StopSignals
 
 FEW_IMAGES = 500
 # With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets go of

@@ -1,0 +1,314 @@
+"""From files and data sets to batches in [-1, 1]. Images are decoded once and kept as they are stored: mostly uint8."""
+
+import collections
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
+from ddpm_hf.data.config import EMBEDDED_DIGITS, DataConfig
+from ddpm_hf.data.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
+from ddpm_hf.data.sources import Item, source_of
+from ddpm_hf.utils.seeds import seeded_generator
+from ddpm_hf.utils.signals import raise_if_stopped
+
+HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
+MEMORY_SHARE = 0.5  # of what is free, for the images of all processes; beyond it they are mapped from the disk
+CHUNK = 16  # images a message to a worker
+log = logging.getLogger(__name__)
+
+
+class BadImages(ValueError):  # noqa: N818
+    """More images than `max_bad_fraction` can't be used. `bad`: (name, reason) of each."""
+
+    def __init__(self, bad: list[tuple[str, str]], seen: int, allowed: float):
+        super().__init__(
+            f"{len(bad)} of {seen} images can't be used, more than max_bad_fraction={allowed:g}; the first: "
+            + " ".join(bad[0])
+        )
+        self.bad = bad
+
+
+@dataclass
+class ImageData:
+    """Images in memory, or mapped from the disk.
+
+    Args:
+        pixels: (N, C, H, W), uint8 or float32.
+        value_range: the pixel values that become -1 (black) and 1 (white).
+        labels: (N,) int64, the classes, where the data set has them, -1 of an image without one; `label_names` are what
+            they are called.
+        bad: (name, reason) of the images that were left out, the held-out ones among them.
+        license: what the data set says of its licence, if it does.
+    """
+
+    pixels: torch.Tensor
+    value_range: tuple[float, float] = EIGHT_BITS
+    labels: torch.Tensor | None = None
+    label_names: list[str] | None = None
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    license: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return tuple(self.pixels.shape[1:])
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]."""
+        return normalized(self.pixels.index_select(0, indices), self.value_range)
+
+    @cached_property
+    def levels(self) -> int:
+        """How many values a pixel can have: the integers of the range; 256 are taken where pixels are fractions."""
+        parts = () if self.pixels.dtype == torch.uint8 else self.pixels.split(1024)
+        whole = all((part == part.round()).all() for part in parts)
+        low, high = self.value_range
+        return int(high - low) + 1 if whole and float(high - low).is_integer() else 256
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Other images have another: their number and a checksum of their pixels."""
+        checksum = 0
+        for part in self.pixels.split(1024):
+            checksum = zlib.crc32(part.numpy(), checksum)
+        return f"{len(self)} images {checksum:08x}"
+
+    @property
+    def num_images(self) -> int:
+        return len(self)
+
+    def first(self, n: int, seed: int) -> torch.Tensor:
+        """The first `n` that a run with this seed sees (fewer, if there are fewer), as `batch` gives them."""
+        return self.batch(batch_indices(seed, 0, min(n, len(self)), len(self)))
+
+    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+        """These rows of the global batch of update `step`, as `batch` gives them, and their labels (B,) or None."""
+        indices = batch_indices(seed, step, batch_size, len(self))[rows]
+        return self.batch(indices), None if self.labels is None else self.labels[indices]
+
+
+def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """float32, `value_range` brought to [-1, 1]."""
+    low, high = value_range
+    return pixels.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1)  # one copy and no more
+
+
+def flip_horizontally_(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Flip those of `images` (B, C, H, W) left to right, in place, for which `which`, bool (B,), is true."""
+    images[which] = images[which].flip(3)
+    return images
+
+
+def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> torch.Tensor:
+    """Which images update `step` sees, (batch_size,): the next ones of an endless row of shuffled epochs.
+
+    A function of its arguments alone, so a resumed run or a second process needs to be told nothing.
+    """
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // num_images
+    order = torch.cat([_shuffled(seed, epoch, num_images) for epoch in epochs.unique().tolist()])
+    return order[positions - epochs[0] * num_images]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
+    return torch.randperm(num_images, generator=seeded_generator(seed, "order", epoch))
+
+
+def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
+    """The images to train on, and those to measure on: the test split, or a tenth kept aside (None of a single image).
+
+    Of a test split every so-many-th image is taken, `test_limit` in all; None: all.
+
+    Broken files are left out and listed in `bad`, before there is an order, which stays a function of (seed, update).
+
+    Raises:
+        BadImages: more than `max_bad_fraction` are broken.
+        ValueError: a source that is missing, empty or of unequal images, or an image that the settings do not fit; it
+            names the file and says what would be right.
+    """
+    if has_embedded_digits(config):
+        return _digits(config)
+    train, test, label_names = source_of(config)
+    license = getattr(train, "license", None)
+    if not len(test):
+        train, test = (Subset(train, indices.tolist()) for indices in _split(len(train)))
+    elif test_limit is not None and len(test) > test_limit:
+        test = Subset(test, np.linspace(0, len(test) - 1, test_limit).astype(int).tolist())
+    decoder = decoder_of(config)
+    workers, folder = config.dataloader_num_workers, Path(config.output_dir)
+    images, bad = collect(train, decoder, workers, label_names, folder)
+    held_out, bad_too = collect(test, decoder, workers, label_names, folder)
+    seen = len(train) + len(test)
+    if not len(train):
+        raise ValueError(f"{config.train_data_dir or config.dataset_name!r} holds no image to train on")
+    if len(bad + bad_too) > config.max_bad_fraction * seen or images is None:
+        raise BadImages(bad + bad_too, seen, config.max_bad_fraction)
+    images.bad, images.license = bad + bad_too, license
+    if config.value_range and images.pixels.dtype == torch.uint8 and tuple(config.value_range) != EIGHT_BITS:
+        raise ValueError(
+            f"value_range={config.value_range} is for images of more than 8 bits, and these have 8: they are 0 ... 255"
+        )
+    return images, held_out
+
+
+def has_embedded_digits(config: DataConfig) -> bool:
+    return config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS
+
+
+def decoder_of(config: DataConfig) -> Decoder:
+    return Decoder(
+        config.channels,
+        config.resolution,
+        tuple(config.value_range) if config.value_range else None,
+        config.background,
+    )
+
+
+def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
+    from sklearn.datasets import load_digits  # not worth a second at every import
+
+    if config.channels not in (None, 1) or config.value_range is not None:
+        raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: set neither for them")
+    if config.streaming:
+        raise ValueError("streaming=True: the embedded digits are 1,797 images of 64 bytes; leave it out")
+    digits = load_digits()
+    pixels, labels = torch.from_numpy(digits.images.astype(np.uint8))[:, None], torch.from_numpy(digits.target)
+    if config.resolution not in (None, 8):
+        decoder = Decoder(1, config.resolution)
+        pixels = torch.stack([torch.from_numpy(decoder(p[0].numpy()).pixels) for p in pixels])
+    names = [str(name) for name in digits.target_names]
+    train, held_out = (ImageData(pixels[p], (0.0, 16.0), labels[p], names) for p in _split(len(pixels)))
+    train.license = "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
+    return train, held_out
+
+
+def _split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices in increasing order: of the images to train on, and of the tenth that is held out."""
+    order = torch.randperm(num_images, generator=seeded_generator(HELD_OUT_SEED, "held out", 0))
+    aside = min(max(1, round(num_images * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if num_images > 1 else 0
+    return order[aside:].sort().values, order[:aside].sort().values
+
+
+# ---------------------------------------------------------------- decoding all of them
+
+
+def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterator[tuple[Item, Decoded | BadImage]]:
+    """Each with its image or the reason why it has none, in order however many processes decode.
+
+    The first image decides, into `decoder`, what the settings leave open; the others must be of its size and depth.
+    """
+    items = iter(items)
+    for item in items:
+        raise_if_stopped()
+        result = _decode(decoder, item)
+        if isinstance(result, Decoded):
+            decoder.deep, decoder.shape = result.pixels.dtype != np.uint8, result.pixels.shape
+            if decoder.channels is None:
+                decoder.channels, decoder.channels_are_inferred = len(result.pixels), True
+        yield item, result
+        if isinstance(result, Decoded):
+            break
+    if not workers:
+        for item in items:
+            raise_if_stopped()
+            yield item, _decode(decoder, item)
+        return
+    pool, ahead = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker), collections.deque()
+    try:
+        while chunk := list(islice(items, CHUNK)):
+            ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
+            raise_if_stopped()
+            if len(ahead) > 2 * workers:
+                chunk, results = ahead.popleft()
+                yield from zip(chunk, results.result())
+        for chunk, results in ahead:
+            raise_if_stopped()
+            yield from zip(chunk, results.result())
+    except BrokenProcessPool as error:
+        raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps for want of memory") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread; to be stopped by the training process alone, and to end with it even if that is killed."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _decode_chunk(decoder: Decoder, items: list[Item]) -> list[Decoded | BadImage]:
+    return [_decode(decoder, item) for item in items]
+
+
+def _decode(decoder: Decoder, item: Item) -> Decoded | BadImage:
+    if item.source is None:
+        return BadImage("has no image")
+    try:
+        return decoder(item.source)
+    except ValueError as error:
+        raise ValueError(f"{item.name} {error}") from error
+
+
+def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path):
+    """`ImageData` of the good ones, or None if there are none, and (name, reason) of the others."""
+    pixels, labels, bad = None, [], []
+    bar = tqdm(
+        decode_each(items, decoder, workers),
+        total=len(items),
+        desc="decoding",
+        unit=" images",
+        delay=2,
+        leave=False,
+        disable=os.environ.get("LOCAL_RANK", "0") != "0",
+    )
+    for item, image in bar:
+        if isinstance(image, BadImage):
+            bad.append((item.name, str(image)))
+            continue
+        if pixels is None:
+            value_range = image.value_range
+            pixels = _storage((len(items), *decoder.shape), image.pixels.dtype, output_dir)
+        pixels[len(labels)] = image.pixels
+        labels.append(item.label)
+    if pixels is None:
+        return None, bad
+    classes = torch.tensor([-1 if label is None else label for label in labels]) if label_names else None
+    return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad
+
+
+def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
+    """Room for the images: memory, or a nameless file on the disk of `output_dir`, which goes with the process."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a machine holds the images
+    if size * here <= MEMORY_SHARE * psutil.virtual_memory().available:
+        return np.empty(shape, dtype)
+    folder = next(f for f in (output_dir.absolute(), *output_dir.absolute().parents) if f.is_dir())
+    log.warning(f"the images take {size / 2**30:.1f} GiB and are kept in a file on the disk of {folder}")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is too small says so here
+        return np.memmap(file, dtype, "w+", shape=shape)

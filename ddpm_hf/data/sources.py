@@ -1,0 +1,218 @@
+"""Where images are: folders of files, parquet files, data sets of the Hub. Nothing is decoded here."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+from huggingface_hub import DatasetCard
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+from ddpm_hf.data.config import DataConfig
+from ddpm_hf.data.decoding import is_image_file
+
+# What a folder in which this package keeps pictures has in it. Such pictures are no data, whoever made them and when.
+MARKS = {"train_config.json": "a run", "model_index.json": "a model", "sampling.json": "samples"}
+log = logging.getLogger(__name__)
+
+
+class Item(NamedTuple):
+    """An image yet to be decoded: its name in messages, its path or content, and its class if it has one."""
+
+    name: str
+    source: str | Path | bytes | np.ndarray | None
+    label: int | None = None
+    position: tuple[int, int] | None = None  # in a stream: the epoch, and the rows read of it
+
+
+def source_of(config: DataConfig, streaming: bool = False):
+    """Train and test `Item`s, and the names of their classes or None.
+
+    The items have a length and an order, or, if `streaming`, are data sets to iterate over.
+    """
+    if config.train_data_dir is not None:
+        return _folder(config, streaming)
+    if config.dataset_name is None:
+        raise ValueError(
+            "no data set is named, and the recipe has none of its own: give --train_data_dir or --dataset_name"
+        )
+    import datasets
+
+    name = config.dataset_name
+    try:
+        loaded = datasets.load_dataset(name, config.dataset_config_name, streaming=streaming)
+    except Exception as error:  # the Hub, the network, the cache and the data set's own reader all raise their own
+        raise ValueError(f"dataset_name={name!r} can't be loaded: {' '.join(str(error).split())}") from error
+    if "train" not in loaded:
+        raise ValueError(f"dataset_name={name!r} has no split 'train' but {', '.join(loaded)}")
+    held_out = next((split for split in ("test", "validation") if split in loaded), None)
+    train, test, label_names = _rows_of(loaded, held_out, name)
+    train.license = train.license or _license_on_card(name)
+    return train, test, label_names
+
+
+def _license_on_card(name: str) -> str | None:
+    """What the card of a data set says; None also where nobody knows, which is told unless there is no card."""
+    card = Path(name) / "README.md" if Path(name).is_dir() else name
+    if isinstance(card, Path) and not card.is_file():
+        return None
+    try:
+        licenses = DatasetCard.load(card).data.license or None
+    except RemoteEntryNotFoundError:  # the Hub has answered that there is no card
+        return None
+    except Exception as error:  # the Hub, the network, the cache and what is wrong in a card all raise their own
+        log.warning(f"dataset_name={name!r}: its licence is not known, because its card can't be read: {reason(error)}")
+        return None
+    return licenses if isinstance(licenses, str | None) else ", ".join(map(str, licenses))
+
+
+def reason(error: BaseException) -> str:
+    """In one line. Where the Hub gave no answer, its client says that the cache lacks the file; the cause says more."""
+    if isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _folder(config: DataConfig, streaming: bool):
+    path, folder = config.train_data_dir, Path(config.train_data_dir)
+    if not folder.is_dir():
+        raise ValueError(f"train_data_dir={path!r} is not a folder; it must be one that holds images or train*.parquet")
+    mark = _mark(folder)
+    if mark in ("train_config.json", "model_index.json"):  # samples alone may be what somebody wants to train on
+        raise ValueError(
+            f"train_data_dir={path!r} is the folder of {MARKS[mark]} (it has {mark}): name a folder that holds images "
+            "alone"
+        )
+    _check_output(config, [folder])
+    parquet = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in ("train", "test")}
+    if parquet["train"]:
+        import datasets
+
+        try:
+            # not load_dataset, which calls the Hub's server even for files that are here
+            kind = datasets.IterableDataset if streaming else datasets.Dataset
+            loaded = {split: kind.from_parquet(files) for split, files in parquet.items() if files}
+        except Exception as error:  # datasets, pyarrow and the disk all raise their own
+            raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
+        return _rows_of(loaded, "test" if "test" in loaded else None, path)
+    if streaming:
+        raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} holds none: leave it out")
+    splits = _splits(folder)
+    found = [sorted(f for here, files in _walk(s) for f in files if is_image_file(f)) for s in splits]
+    if not found[0]:
+        raise ValueError(
+            f"train_data_dir={path!r} holds no image and no train*.parquet; hidden files, and images in the folders of "
+            "runs, of models and of samples, are left out"
+        )
+    folders = {file.parent for files in found for file in files}
+    _check_output(config, {up for f in folders for up in (f, *f.parents) if any(up.is_relative_to(s) for s in splits)})
+    names = _classes(found[0], splits[0])
+    labels = {name: k for k, name in enumerate(names or [])}
+    items = [
+        [Item(str(f), f, labels.get(f.relative_to(split).parts[0])) for f in files]
+        for files, split in zip(found, splits, strict=True)
+    ]
+    return items[0], items[1] if len(items) > 1 else [], names
+
+
+def _mark(folder: Path) -> str | None:
+    """The file that tells that this package wrote the folder, if there is one."""
+    return next((name for name in MARKS if (folder / name).is_file()), None)
+
+
+def _splits(folder: Path) -> list[Path]:
+    """`train` and, if there is one, `test`; or the whole folder."""
+    splits = [s for s in (folder / "train", folder / "test") if s.is_dir() and not _mark(s)]
+    return splits if folder / "train" in splits else [folder]
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """`folder` and those below it whose pictures are data, each with its files. The hidden ones are left out, and what
+    has a mark of `MARKS`, with all below: what is data must not depend on which run or evaluation asks."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _mark(Path(here, name))]
+        yield Path(here), [Path(here, name) for name in files if not name.startswith(".")]
+
+
+def among_images(folder: Path, place: Path) -> bool:
+    """Whether pictures put into `place`, which need not be there yet, would lie among the images of a data folder."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir()).resolve()
+    return any(there == here.resolve() for here in (folder, *(here for s in _splits(folder) for here, _ in _walk(s))))
+
+
+def _check_output(config: DataConfig, folders) -> None:
+    """A run marks its folder as no data, so that one of those with images in it or below would lose them."""
+    output = Path(config.output_dir).resolve()
+    if any(output == folder.resolve() for folder in folders):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} holds images of train_data_dir={config.train_data_dir!r}, which would "
+            "no longer be data once it is the folder of a run: name a folder of its own for the run"
+        )
+
+
+def _classes(files: list[Path], folder: Path) -> list[str] | None:
+    """Names of the folders right under `folder`, if there are several and every file is in one of them."""
+    parts = [file.relative_to(folder).parts for file in files]
+    names = sorted({first for first, *_ in parts})
+    return names if len(names) > 1 and all(len(p) > 1 for p in parts) else None
+
+
+def _rows_of(loaded, held_out: str | None, name: str):
+    train = Rows(loaded["train"], name)
+    test = Rows(loaded[held_out], f"{name} {held_out}", train.label_names) if held_out else []
+    return train, test, train.label_names
+
+
+class Rows:
+    """Rows of a data set as `Item`s. Image and label are found by the types of their columns.
+
+    Args:
+        names: what the classes are called, in the order of their labels; `None`: as the data set has it.
+    """
+
+    def __init__(self, dataset, source: str, names: list[str] | None = None):
+        import datasets
+
+        if dataset.features is None:  # a stream whose reader does not tell them before the first row
+            dataset = dataset._resolve_features()
+        features = dataset.features
+        columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if not columns:
+            raise ValueError(f"{source!r} has no column of images: its columns are {', '.join(features)}")
+        labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        self.image, self.label, self.source = columns[0], labels[0] if labels else None, source
+        self.own_names = features[self.label].names if labels else None
+        self.label_names = names or self.own_names
+        self.license = (dataset.info.license or None) if dataset.info else None
+        self.dataset = dataset.select_columns(columns[:1] + labels[:1])
+        self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False))
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, k) -> Item:
+        return self.item(k, self.dataset[k])
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self.item(k, row) for k, row in enumerate(self.dataset))
+
+    def item(self, k: int, row: dict) -> Item:
+        encoded = row[self.image] or {"bytes": None, "path": None}
+        path, source = encoded["path"], encoded["bytes"]
+        if source is None and path and "://" in path:  # of a stream: a file that is not here
+            with fsspec.open(path, "rb") as file:
+                source = file.read()
+        name = f"{self.source} row {k}" + (f" ({path})" if path else "")
+        return Item(name, path if source is None else source, self._label(name, row))
+
+    def _label(self, name: str, row: dict) -> int | None:
+        label = row[self.label] if self.label else None
+        if label is None or label == -1:  # which is how data sets keep it to themselves
+            return None
+        if not 0 <= label < len(self.own_names):
+            raise ValueError(f"{name} has the label {label}; there are labels 0 ... {len(self.own_names) - 1}, and -1")
+        called = self.own_names[label]
+        return self.label_names.index(called) if called in self.label_names else None

@@ -1,0 +1,136 @@
+"""Images of a data set too large to keep: read, shuffled in a buffer and decoded while training."""
+
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from ddpm_hf.data.config import DataConfig
+from ddpm_hf.data.dataset import (
+    BadImages,
+    collect,
+    decode_each,
+    decoder_of,
+    has_embedded_digits,
+    load_images,
+    normalized,
+)
+from ddpm_hf.data.decoding import BadImage
+from ddpm_hf.data.sources import Item, Rows, source_of
+
+HELD_OUT_ONE_IN, HELD_OUT_STREAMED = 10, 256
+SHUFFLE_BUFFER = 1000
+FIRST_BAD = 100  # images after which the part of broken ones says something
+
+
+class ImageStream:
+    """What `ImageData` is for images in memory. Each process reads its own part of the data set.
+
+    The order is that of a shuffle buffer, a function of (seed, epoch, number of processes). A run that goes on reads
+    over what it has seen, without decoding it. Of a data set without a test split, the tenth of the images that a hash
+    of their bytes picks is never trained on, wherever they stand.
+
+    Args:
+        process_index, num_processes: which part to read.
+    """
+
+    num_images = None  # nobody knows
+    levels = 256  # of a pixel; so taken whatever it is
+
+    def __init__(self, config: DataConfig, process_index: int, num_processes: int):
+        train, test, names = source_of(config, streaming=True)
+        self.config, self.rows, self.license = config, train, train.license
+        self.process_index, self.fingerprint = process_index, "a stream"
+        self.decoder, self.workers = decoder_of(config), config.dataloader_num_workers
+        self.keeps_aside = not isinstance(test, Rows)
+        aside = (item for item in train if self._is_aside(item)) if self.keeps_aside else test
+        self.held_out, bad = collect(
+            list(islice(aside, HELD_OUT_STREAMED)), self.decoder, 0, names, Path(config.output_dir)
+        )
+        shuffled = train.dataset.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
+        self.dataset = split_dataset_by_node(shuffled, process_index, num_processes)
+        self.label_names, self.reasons, self.seen = names, dict(bad), 0
+        self.position = (0, 0)  # epoch and row of the next image
+        self._keep_state()
+        self.images = None
+        self.shape = self.held_out.shape if self.held_out else tuple(self.first(1, config.seed).shape[1:])
+
+    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+        """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 of those without a class; the
+        stream stands where update `step` begins."""
+        if self.images is None:
+            self.images = self._read(*self.position)
+        batch = list(islice(self.images, len(rows)))
+        self.position = batch[-1][0].position
+        labels = torch.tensor([-1 if item.label is None else item.label for item, _ in batch])
+        self._keep_state()
+        return torch.stack([image for _, image in batch]), labels
+
+    def first(self, n: int, seed: int) -> torch.Tensor:
+        """The first `n` images (B, C, H, W) in [-1, 1]."""
+        images, counted = self._read(0, 0), (self.seen, dict(self.reasons))
+        try:
+            return torch.stack([image for _, image in islice(images, n)])
+        finally:
+            images.close()
+            self.seen, self.reasons = counted  # looking ahead does not count
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """(name, reason) of the images that were left out so far."""
+        return list(self.reasons.items())
+
+    def state(self) -> dict:
+        """What `go_to` needs, as it was after the last whole batch: JSON."""
+        return self.kept
+
+    def _keep_state(self) -> None:
+        self.kept = {"position": list(self.position), "seen": self.seen, "bad": self.bad}
+
+    def go_to(self, state: dict) -> None:
+        """Have the next images be those after the one at which `state` was taken."""
+        self.position, self.seen, self.reasons = tuple(state["position"]), state["seen"], dict(state["bad"])
+        self.images = None
+        self._keep_state()
+
+    def _is_aside(self, item: Item) -> bool:
+        content = item.source if isinstance(item.source, bytes) else str(item.source).encode()
+        return self.keeps_aside and zlib.crc32(content) % HELD_OUT_ONE_IN == 0
+
+    def _read(self, epoch: int, row: int) -> Iterator[tuple[Item, torch.Tensor]]:
+        """Item, with the position behind it, and image, on and on."""
+        for item, image in decode_each(self._items(epoch, row), self.decoder, self.workers):
+            self.seen += 1
+            if not isinstance(image, BadImage):
+                yield item, normalized(torch.from_numpy(image.pixels), image.value_range)
+            else:
+                self.reasons[item.name] = str(image)
+                if len(self.bad) > self.config.max_bad_fraction * max(self.seen, FIRST_BAD):
+                    raise BadImages(self.bad, self.seen, self.config.max_bad_fraction)
+
+    def _items(self, epoch: int, row: int) -> Iterator[Item]:
+        while True:
+            self.dataset.set_epoch(epoch)
+            empty = True
+            for k, encoded in enumerate(self.dataset):
+                empty = False
+                if k < row:
+                    continue
+                item = self.rows.item(k, encoded)
+                if not self._is_aside(item):
+                    name = f"{item.name} of epoch {epoch}, process {self.process_index}"
+                    yield item._replace(name=name, position=(epoch, k + 1))
+            if empty:
+                raise ValueError(f"{self.rows.source!r} has no image for one of the processes: use fewer")
+            epoch, row = epoch + 1, 0
+
+
+def open_images(config: DataConfig, process_index: int, num_processes: int):
+    """Images to train on, as `ImageData` or `ImageStream`, and those held out (None: there are none)."""
+    if not config.streaming or has_embedded_digits(config):
+        return load_images(config)
+    stream = ImageStream(config, process_index, num_processes)
+    return stream, stream.held_out

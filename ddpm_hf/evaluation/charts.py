@@ -1,0 +1,138 @@
+"""The charts of an evaluation's report, drawn by matplotlib as SVG for a white page and for a black one."""
+
+import io
+from collections.abc import Callable
+
+from ddpm_hf.utils.results import number
+
+DISTANCES = {"fid": "Fréchet Inception distance", "fd": "Fréchet distance", "kid": "Kernel distance"}
+QUALITIES = ("precision", "recall", "density", "coverage")
+BITS = {
+    "bpd": "bound, held out",
+    "bpd_fast": "estimate, held out",
+    "bpd_fast_train": "estimate, training",
+    "bpd_floor": "floor of this variance",
+}
+DRIFTS = {"channel_mean_drift": "mean", "channel_std_drift": "standard deviation"}
+LOSSES = {"loss_held_out": "held-out images", "loss_train": "training images"}
+HELD_OUT, TRAIN, REAL = "#2f7fd1", "#e07b28", "#8a8f98"  # legible on white and on black
+INK, INK_ON_BLACK, FAINT = "#23272f", "#dfe3ea", "#8a8f9855"
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **{"axes.grid": True, "grid.color": FAINT, "axes.axisbelow": True, "legend.frameon": False, "font.size": 9},
+    **{"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6, "axes.facecolor": "none"},
+    **{"svg.hashsalt": "ddpm_hf"},
+}
+
+COMPARED = {
+    "train": ("to training", TRAIN),
+    "held_out": ("to held-out", HELD_OUT),
+    "train_matched": ("as many as real", TRAIN),
+    "real": ("real images", REAL),
+}
+# Charts of values with their intervals: a title, and the name and colour of each metric.
+INTERVALS = {
+    family: (f"{name} (lower is better)", {f"{family}_{split}": look for split, look in COMPARED.items()})
+    for family, name in DISTANCES.items()
+}
+INTERVALS["qualities"] = (
+    "Fidelity and diversity (higher is better)",
+    {
+        f"{name}_{split}": (f"{name}, {split.replace('_', '-')}", COMPARED[split][1])
+        for name in QUALITIES
+        for split in ("train", "held_out")
+    },
+)
+INTERVALS["inception_score"] = (
+    "Inception Score (higher is better)",
+    {
+        "inception_score": ("samples", HELD_OUT),
+        "inception_score_real": ("real images", REAL),
+    },
+)
+INTERVALS["bits"] = (
+    "Bits per dimension (lower is better)",
+    {
+        key: (name, TRAIN if key == "bpd_fast_train" else REAL if key == "bpd_floor" else HELD_OUT)
+        for key, name in BITS.items()
+    },
+)
+# Charts over timesteps: title, columns of by_timestep.csv with their names, and the ideal value if there is one.
+CURVES = {
+    "loss": ("Loss", LOSSES, None),
+    "bits_by_timestep": ("Bits per dimension of each timestep", {"bits": ""}, None),
+    "rmse": ("Error of the predicted x0 (RMS)", {"x0_rmse": ""}, 0),
+    "slope": ("Slope of the true x0 on the predicted", {"x0_slope": ""}, 1),
+    "bias": ("Bias of the predicted x0", {"x0_bias": ""}, 0),
+}
+
+
+def has(metrics: dict, key: str) -> bool:
+    """Whether the metric was measured and its value is a number."""
+    return metrics.get(key, {}).get("value") is not None
+
+
+def draw_charts(metrics: dict, by_timestep: list[dict]) -> dict[str, tuple[str, str, str]]:
+    """All charts that these numbers allow: {key: (title, SVG for a white page, SVG for a black page)}.
+
+    Args:
+        metrics, by_timestep: as `report.write_report` has them.
+    """
+    from matplotlib import rc_context  # takes half a second
+
+    charts = {}
+    with rc_context(STYLE):
+        for key, (title, names) in INTERVALS.items():
+            if any(has(metrics, name) for name in names):
+                charts[key] = (title, *_svgs(_draw_intervals, metrics, names))
+        for key, (title, columns, ideal) in CURVES.items():
+            lines = {name: _points(by_timestep, column) for column, name in columns.items()}
+            if any(lines.values()):
+                early = key == "bits_by_timestep"  # most of the bound is there
+                charts[key] = (title, *_svgs(_draw_curve, lines, ideal, early))
+    return charts
+
+
+def _svgs(draw: Callable, *args) -> tuple[str, str]:
+    """What `draw(axes, *args)` draws, for a white page and for a black one."""
+    from matplotlib.figure import Figure  # without pyplot it needs no display and no backend
+
+    figure, buffer = Figure(figsize=(4.1, 2.9), layout="constrained", facecolor="none"), io.StringIO()
+    draw(figure.add_subplot(), *args)
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue(), buffer.getvalue().replace(INK, INK_ON_BLACK)
+
+
+def _points(rows: list[dict], column: str) -> list[tuple[int, float]]:
+    return sorted((row["timestep"], row[column]) for row in rows if row[column] is not None)
+
+
+def _draw_intervals(axes, metrics: dict, names: dict[str, tuple[str, str]]) -> None:
+    shown = [(*names[key], metrics[key]) for key in names if has(metrics, key)]
+    gap = "\n" if len(shown) <= 4 else "   "
+    for k, (_, colour, metric) in enumerate(shown):
+        value, half = metric["value"], 1.96 * (metric.get("stderr") or 0)
+        axes.plot([0, value], [-k, -k], color=colour, alpha=0.35, linewidth=4, solid_capstyle="butt")
+        axes.errorbar(value, -k, xerr=half, fmt="o", color=colour, markersize=6, capsize=4, linewidth=2)
+    axes.set_yticks([-k for k in range(len(shown))], [f"{name}{gap}{number(metric)}" for name, _, metric in shown])
+    axes.set(ylim=(0.6 - len(shown), 0.6))
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(0, low), high)
+    axes.grid(visible=False, axis="y")
+
+
+def _draw_curve(axes, lines: dict[str, list], ideal: float | None, early: bool) -> None:
+    """Values against timesteps, with a dashed line at the ideal, or on a logarithmic axis if there is none."""
+    for (name, points), colour in zip(lines.items(), (HELD_OUT, TRAIN)):
+        if points:
+            axes.plot(*zip(*points), "o-" if len(points) <= 50 else "-", color=colour, markersize=3, label=name)
+    if ideal is not None:
+        axes.axhline(ideal, color=REAL, linestyle="--", linewidth=1.2)
+    elif min(value for points in lines.values() for _, value in points) > 0:
+        axes.set_yscale("log")
+    if early:
+        axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+        axes.set_xlim(0)
+    axes.set(xlabel="timestep (0 has the least noise)")
+    if len(lines) > 1:
+        axes.legend()

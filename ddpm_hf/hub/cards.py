@@ -1,0 +1,244 @@
+"""The model card of a pipeline folder: README.md, made of run.json, evaluation.json and the pipeline itself."""
+
+import html
+import json
+import shlex
+from importlib import resources
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import TemplateError
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_hf.pipelines.images import PIL_MODES
+from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
+from ddpm_hf.schedulers.solvers import plain_config
+from ddpm_hf.utils.checksums import weights_sha256
+from ddpm_hf.utils.files import write
+from ddpm_hf.utils.results import number, read_evaluation
+
+FACTS, CARD, EVALUATION = "run.json", "README.md", "evaluation.json"
+# The first line of a card that may be written anew. Whoever edits the card takes it out.
+MARK = "<!-- Made by ddpm_hf of what was measured. Take this line out, or your changes to the card will be lost. -->"
+PICTURES = {  # files shown in the card, and their captions
+    "samples.png": "samples",
+    "denoising.gif": "from noise to images",
+    "loss.png": "training and held-out loss",
+    "first_samples.png": "the first preview, of EMA weights and training weights",
+}
+TASK = "unconditional-image-generation"
+
+
+def write_card(pipeline: DDPMCustomPipeline, folder: Path) -> None:
+    """Write the card of a pipeline folder, unless somebody has edited the one that is there."""
+    if is_generated(folder / CARD):
+        write(folder / CARD, str(model_card(pipeline, read_facts(folder / FACTS), folder)))
+
+
+def is_generated(card: Path) -> bool:
+    """Whether a card may be written here: there is none yet, or it still has its `MARK`."""
+    return not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace")
+
+
+def read_facts(path: Path) -> dict:
+    """Read a run.json, which has what is known of a training; {} if there is no such file.
+
+    Raises:
+        ValueError: the file is not as training writes it.
+    """
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    kinds = {"data": dict, "training": dict, "versions": dict, "metrics": list}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path} can't be read: it is not as training writes it")
+    return facts
+
+
+def evaluation_of(pipeline: DDPMCustomPipeline, folder: Path) -> dict:
+    """The evaluation.json of a folder; {} if there is none, or if it is of other weights or another scheduler.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    if not (folder / EVALUATION).is_file():
+        return {}
+    found = read_evaluation(folder / EVALUATION)
+    of = found["protocol"].get("model", {})
+    same = of.get("sha256") == weights_sha256(pipeline.unet) and of.get("scheduler") == plain_config(pipeline.scheduler)
+    return found if same else {}
+
+
+def model_card(
+    pipeline: DDPMCustomPipeline,
+    facts: dict,
+    folder: Path,
+    repo_id: str | None = None,
+    license: str | None = None,
+    self_contained: bool = False,
+) -> ModelCard:
+    """The card of a model, with nothing in it that was not measured or given.
+
+    Its licence can be changed afterwards, in `card.data.license`: the text does not depend on it.
+
+    Args:
+        facts: what run.json has of the training, or {} if that is not known.
+        folder: where its pictures and its evaluation are.
+        repo_id: user/name; `None`: it is not on the Hub.
+        license: of the model, chosen by its publisher: an identifier of the Hub's, such as "apache-2.0".
+        self_contained: the repository carries the code that loads it.
+
+    Raises:
+        ValueError: `facts` or evaluation.json are not as training and evaluation write them.
+    """
+    name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
+    source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
+    evaluation = evaluation_of(pipeline, folder)
+    try:
+        metrics = [*facts.get("metrics", []), *_evaluated(evaluation)]
+        metrics = [metric for metric in metrics if metric["value"] is not None]
+        return ModelCard.from_template(
+            _metadata(name, license, facts, metrics, _classes(pipeline.unet)),
+            template_str=resources.files("ddpm_hf.hub").joinpath("model_card.md").read_text(encoding="utf-8"),
+            mark=MARK,
+            name=name,
+            source=json.dumps(source, ensure_ascii=False),
+            self_contained=self_contained,
+            data=_cells(facts.get("data", {})),
+            training=_cells(facts.get("training", {})),
+            time=_duration(facts.get("training", {}).get("seconds")),
+            versions=facts.get("versions", {}),
+            metrics=_cells(metrics),
+            nearness=any(each["type"].startswith(("nearest_training_image", "memorization")) for each in metrics),
+            pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
+            can_retrain=(folder / "train_config.json").is_file(),
+            raw=any((folder / "unet").glob("*.raw.safetensors")),
+            **_of_pipeline(pipeline, source),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:  # of another version, or edited
+        what = f"{folder / FACTS} is not as training writes it, or {EVALUATION} not as evaluation does"
+        raise ValueError(f"{what}: {type(error).__name__} {error}") from error
+
+
+def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], classes: list | None) -> ModelCardData:
+    """What the Hub reads: the YAML at the top of the card."""
+    data, base = facts.get("data", {}), facts.get("training", {}).get("base_model")
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=data["name"] if data["on_hub"] else "images",
+            dataset_name=data["name"],
+            dataset_split=metric["split"],
+            metric_type=metric["type"],
+            metric_name=metric["name"],
+            metric_value=round(metric["value"], 6),
+            metric_args={"protocol": metric["protocol"]},
+        )
+        for metric in metrics
+    ]
+    return ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=TASK if classes is None else None,  # the Hub has none for class-conditional models
+        base_model=base if base and "/" in base else None,
+        tags=["ddpm", "ddpm_hf", "pytorch", *(["class-conditional"] if classes else [])],
+        datasets=[data["name"]] if data.get("on_hub") else None,
+        eval_results=results or None,
+        model_name=name if results else None,
+    )
+
+
+def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
+    """What the template says of the pipeline itself, and how to call it.
+
+    Names of classes come from data that somebody else may have made, so they are quoted: as Python, as words of a
+    shell, and as cells of a table.
+    """
+    unet, classes = pipeline.unet, _classes(pipeline.unet)
+    channels, height, width = pipeline.image_shape
+    steps = str(min(50, len(pipeline.scheduler)))
+    words = ["ddpm-hf", "sample", source, "--num_images", "16", "--num_inference_steps", steps]
+    asked = classes and (unet.config.get("class_names") or list(range(len(classes))))[:4]
+    call = f"class_labels={list(asked)}" if classes else "16"
+    call += f", num_inference_steps={steps}"
+    if channels not in PIL_MODES:
+        call += ', output_type="np"'
+        words += ["--format", "npy"]
+    if classes:
+        words += ["--class_labels", *classes[:4]]
+    return {
+        "call": call,
+        "command": shlex.join(words),
+        "classes": _cells(classes),
+        "shape": f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}",
+        "network": type(unet).__name__,
+        "scheduler": pipeline.scheduler,
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "flops": forward_flops(unet),
+    }
+
+
+def _evaluated(evaluation: dict) -> list[dict]:
+    """Rows of the card's table of metrics, from an evaluation.json."""
+    protocol, rows = evaluation.get("protocol", {}), []
+    names = {"num_samples": "samples", "num_inference_steps": "steps", "guidance_scale": "guidance", "seed": "seed"}
+    made = ", ".join(f"{name} {protocol[key]}" for key, name in names.items() if key in protocol)
+    for key, metric in evaluation.get("metrics", {}).items():
+        how = [f"{number(metric)} (95 %)"] if metric["stderr"] is not None else []
+        how += [] if metric["n"] is None else [f"n = {metric['n']}"]
+        how += [] if key.startswith(("bpd", "loss")) else [made]
+        held_out = key.endswith(("held_out", "real")) or key in ("bpd", "bpd_fast", "bpd_floor")
+        rows.append(
+            {
+                "type": key,
+                "name": metric["name"],
+                "value": metric["value"],
+                "split": "held out" if held_out else "train",
+                "protocol": "; ".join([*how, f"{EVALUATION} has the whole protocol"]),
+            }
+        )
+    return rows
+
+
+def forward_flops(unet) -> int:
+    """Floating-point operations of one prediction for one image of the network's `sample_size`.
+
+    A multiplication and an addition count as two.
+    """
+    with torch.device("meta"):  # nothing is computed
+        meta = type(unet).from_config(unet.config).eval()
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.empty(1, unet.config.in_channels, height, width, device="meta")
+    classes = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if _classes(unet) else {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meta(x, torch.zeros(1, device="meta"), **classes)
+    return counter.get_total_flops()
+
+
+def _classes(unet) -> list[str] | None:
+    """Names of the network's classes; their numbers if they have no names; None for an unconditional network."""
+    number = unet.config.get("num_classes")
+    return None if number is None else unet.config.get("class_names") or [str(k) for k in range(number)]
+
+
+def _cells(value):
+    """A text, or all texts in dicts and lists, as it can stand in a table of Markdown."""
+    if isinstance(value, dict):
+        return {name: _cells(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_cells(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    return " ".join(html.escape(value, quote=False).split()).replace("|", "\\|")
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 300 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,356 @@
+"""Load a network and a scheduler from a folder or the Hub, without running or unpickling anything in it."""
+
+import contextlib
+import inspect
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+import diffusers
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
+
+INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
+OURS = {cls.__name__: cls for cls in (DDPMUNet, LinearNoiseScheduler, CosineNoiseScheduler)}
+KINDS = {"unet": (DDPMUNet, diffusers.UNet2DModel), "scheduler": (SchedulerMixin,)}
+MODEL_OPTIONS = (
+    "device_map",
+    "max_memory",
+    "low_cpu_mem_usage",
+    "offload_folder",
+    "offload_state_dict",
+    "disable_mmap",
+)
+# More than any DDPM has, and less than what exhausts a machine
+MOST_TIMESTEPS, LARGEST_SIDE, MOST_TENSORS, MOST_SHOWN = 10**6, 2**16, 10**5, 300
+# What diffusers' attention was called before, and still is in older files of UNet2DModel
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load_components(
+    source: str | Path,
+    unet: ModelMixin | None = None,
+    scheduler: SchedulerMixin | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    torch_dtype: torch.dtype | dict | None = None,
+    dtype: torch.dtype | dict | None = None,
+    use_safetensors: bool | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    **options,
+) -> dict:
+    """`unet` and `scheduler` of a pipeline folder; arguments as `DDPMCustomPipeline.from_pretrained` has them.
+
+    Classes are found by the names in model_index.json among ours and those of diffusers, so the module that they were
+    saved from and the code in the folder do not matter. Weights are read from safetensors only, and only if their
+    names and shapes are those of the configuration.
+
+    Raises:
+        ValueError: an unknown argument; or in the folder: missing or damaged files, links out of the folder, path
+            traversal, unknown or too large settings, weights that do not fit the configuration.
+        OSError: the source is neither a folder nor can be downloaded.
+    """
+    unknown = {name: v for name, v in options.items() if name not in MODEL_OPTIONS and v is not None and v is not False}
+    if unknown:
+        why = ""
+        if {"trust_remote_code", "custom_pipeline"} & unknown.keys():
+            why = "; this pipeline runs no code of a repository (diffusers.DiffusionPipeline does, if you trust it)"
+        raise ValueError(f"from_pretrained has no argument {', '.join(sorted(unknown))}{why}")
+    if use_safetensors is False:
+        raise ValueError(
+            "use_safetensors=False: only safetensors are read; a pickle can run anything when it is loaded"
+        )
+    of_model = {name: options[name] for name in MODEL_OPTIONS if name in options}
+    of_model |= {"torch_dtype": _dtype_of_unet(torch_dtype if dtype is None else dtype), "variant": variant or None}
+    if not str(source):
+        raise ValueError("pretrained_model_name_or_path is empty; it must be a folder, or user/model on the Hub")
+    subfolder = subfolder or ""
+    if Path(source).is_dir():
+        folder = Path(source)
+    else:
+        of_hub = {"token": token, "cache_dir": cache_dir, "revision": revision}
+        of_hub |= {"local_files_only": local_files_only, "force_download": force_download}
+        folder = _download(str(source), subfolder, of_model["variant"], of_hub)
+    root, folder = root_of(folder), folder / subfolder
+    index = _read_index(folder, root)
+    if scheduler is None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        with _naming(path):
+            kind = _class_of(index, "scheduler", folder)
+            _check_scheduler(path, kind, root)
+        scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+    if unet is None:
+        with _naming(folder / "unet" / "config.json"):
+            kind = _class_of(index, "unet", folder)
+            _check_unet(folder / "unet", kind, of_model["variant"], root)
+        unet = kind.from_pretrained(folder, subfolder="unet", use_safetensors=True, **of_model)
+    return {"unet": unet, "scheduler": scheduler}
+
+
+def _dtype_of_unet(dtype) -> torch.dtype | None:
+    """The type for the network from a `torch_dtype`, which may be a dict by component."""
+    dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, or a dict of them by component")
+    return dtype
+
+
+def _read_index(folder: Path, root: Path) -> dict:
+    """The content of model_index.json, if it is that of a pipeline of `unet` and `scheduler`."""
+    path = folder / INDEX
+    with _naming(path):
+        check_inside(path, root)
+        index = _read_json(path)
+        components = {name for name, entry in index.items() if name[:1] != "_" and _is_component(entry)}
+        if others := ", ".join(sorted(components - KINDS.keys())):
+            raise ValueError(f"{path}: a pipeline with {others} besides unet and scheduler is no DDPM")
+    return index
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn any exception into a ValueError that names the file, of limited length and without control characters."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        if len(message) > 2 * MOST_SHOWN:
+            message = f"{message[:MOST_SHOWN]} ... {message[-MOST_SHOWN:]}"
+        raise ValueError(message if str(path.parent) in message else f"{path}: {message}") from error
+
+
+def _download(source: str, subfolder: str, variant: str | None, options: dict) -> Path:
+    """The snapshot of a repository in the cache, with the files that loading needs and none of its code."""
+
+    def fetch(*names: str) -> Path:
+        patterns = [str(PurePosixPath(subfolder) / name) for name in names]
+        try:
+            return Path(snapshot_download(source, allow_patterns=patterns, **options))
+        except Exception as error:  # no network, no such repository, no access, no space: each raises its own
+            raise OSError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
+
+    index, whole = _weight_names(variant)
+    configs = [INDEX, "scheduler/scheduler_config.json", "unet/config.json", f"unet/{index}"]
+    path = fetch(*configs) / subfolder / "unet" / index  # first, because they name the files of weights
+    _check_names(source, options)
+    shards = _shards_of(path) if path.is_file() else [whole]
+    return fetch(*configs, *(f"unet/{name}" for name in shards))
+
+
+def _check_names(source: str, options: dict) -> None:
+    try:
+        tree = get_cached_repo_tree(source, revision=options["revision"], cache_dir=options["cache_dir"])
+    except CachedRepoTreeNotFoundError:  # a cache that an older client filled
+        return
+    for name in (file.path for file in tree):
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if ".." in parts or parts[:1] == ("/",):
+            raise ValueError(f"{source!r} has a file called {name!r}, which would lie outside of it: not loaded")
+
+
+def _weight_names(variant: str | None) -> tuple[str, str]:
+    """File names of the index, where the weights are in several files, and of the weights in a single file."""
+    dot = f".{variant}" if variant else ""
+    return f"{WEIGHTS}.safetensors.index{dot}.json", f"{WEIGHTS}{dot}.safetensors"
+
+
+def _shards_of(index: Path) -> list[str]:
+    """Names of the files that an index of weights refers to."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: weight_map must map each weight to its file")
+    shards = sorted(set(names.values()))
+    for name in shards:
+        if PurePosixPath(name.replace("\\", "/")).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is no safetensors file beside it")
+    return shards
+
+
+def _is_component(entry) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+
+
+def _class_of(index: dict, name: str, folder: Path) -> type:
+    entry = index.get(name)
+    if not _is_component(entry) or not all(isinstance(word, str) for word in entry):
+        raise ValueError(f"{folder / INDEX}: {name}={entry!r} must be a library and a class, as save_pretrained writes")
+    library, name_of_class = entry
+    kind = OURS.get(name_of_class) or (getattr(diffusers, name_of_class, None) if library == "diffusers" else None)
+    if not isinstance(kind, type) or not issubclass(kind, KINDS[name]):
+        ours = ", ".join(n for n, cls in OURS.items() if issubclass(cls, KINDS[name]))
+        raise ValueError(
+            f"{folder / INDEX}: {name}={entry!r}; it must be {ours}, or one of diffusers' that does as much"
+        )
+    return kind
+
+
+# ---------------------------------------------------------------- what a stranger may have written
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is one of a repository on the Hub, and no path here."""
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return not Path(name).exists()
+
+
+def root_of(folder: Path) -> Path:
+    """Where files of `folder` may lie: in it, or, of a snapshot in the Hub's cache, in the cached repository."""
+    cached = folder.resolve().parent.name == "snapshots" and folder.resolve().parents[1].name.startswith("models--")
+    return folder.resolve().parents[1] if cached else folder
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """A ValueError if a file is not there, or if it is a link out of what was asked for."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: this is no folder of a pipeline")
+    if root.resolve() not in path.resolve().parents:
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside of {root}: put the file itself there")
+
+
+def _read_json(path: Path, infinite: bool = False) -> dict:
+    """An object of a JSON file; with `infinite`, numbers may be so, as diffusers writes them for some schedulers."""
+
+    def constant(name):
+        if not infinite or name == "NaN":
+            raise ValueError(f"{name} is no JSON")
+        return float(name.replace("Infinity", "inf"))
+
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, not {type(content).__name__}")
+    return content
+
+
+def _defaults(kind: type) -> dict:
+    return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
+
+
+def _check_keys(path: Path, config: dict, kind: type, others: Iterable[type] = ()) -> None:
+    """Raise ValueError for keys that are arguments neither of `kind` nor of `others`."""
+    known = set().union(*(_defaults(each) for each in (kind, *others)))
+    if unknown := sorted(key for key in config.keys() - known if key[:1] != "_"):
+        raise ValueError(f"{path}: unknown {', '.join(unknown)}; written by a newer version, or for something else")
+
+
+def _check_types(path: Path, config: dict, kind: type) -> None:
+    """Raise ValueError for values that are not of the type of the argument's default."""
+    defaults = _defaults(kind)
+    for name, value in config.items():
+        wanted = {bool: "bool", int: "int", float: "number", str: "str"}.get(type(defaults.get(name)))
+        given = {bool: ("bool",), int: ("int", "number"), float: ("number",), str: ("str",)}.get(type(value), ())
+        if wanted and not isinstance(value, list) and wanted not in given:
+            raise ValueError(f"{path}: {name}={value!r} must be of type {wanted}")
+
+
+def _check_scheduler(path: Path, kind: type, root: Path) -> None:
+    check_inside(path, root)
+    config = _read_json(path, infinite=True)
+    timesteps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas") or ()
+    if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS:
+        raise ValueError(f"{path}: num_train_timesteps={timesteps!r} must be an integer in 1 ... {MOST_TIMESTEPS:,}")
+    for name, value in config.items():  # also those that only a solver built from this one will look at
+        if type(value) is int and abs(value) > MOST_TIMESTEPS:
+            raise ValueError(f"{path}: {name}={value!r} is larger than anything that makes sense")
+    if kind in OURS.values():
+        _check_keys(path, config, kind, kind()._get_compatibles())  # it keeps settings of the one it was built from
+        _check_types(path, config, kind)
+    kind.from_config(config)
+
+
+def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> None:
+    path = folder / "config.json"
+    check_inside(path, root)
+    config = _read_json(path)
+    tensors = {}
+    for file in _weight_files(folder, variant, root):
+        tensors |= _header(file)
+    _check_keys(path, config, kind)
+    if kind is DDPMUNet:
+        _check_types(path, config, kind)
+    else:  # diffusers' defaults are not of the types of their values
+        tensors = {_renamed(name): shape for name, shape in tensors.items()}
+    _check_sizes(path, config, kind, tensors)
+    with torch.device("meta"):  # takes no memory
+        network = kind.from_config(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name in sorted(wanted.keys() | tensors.keys()):
+        if wanted.get(name) != tensors.get(name):
+            raise ValueError(
+                f"{folder}: the weights have {name} of shape {tensors.get(name)}, and config.json asks for "
+                f"{wanted.get(name)}"
+            )
+
+
+def _renamed(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _weight_files(folder: Path, variant: str | None, root: Path) -> list[Path]:
+    index, whole = (folder / name for name in _weight_names(variant))
+    if index.is_file():
+        check_inside(index, root)
+    files = [folder / name for name in _shards_of(index)] if index.is_file() else [whole]
+    if not files[0].exists():
+        there = sorted(file.name for file in folder.glob(f"{WEIGHTS}*"))
+        pickled = [name for name in there if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+        why = " (a pickle can run anything when it is loaded, so it is not)" if pickled else ""
+        raise ValueError(f"{folder} has no {files[0].name}; of weights it has {', '.join(there) or 'none'}{why}")
+    for file in files:
+        check_inside(file, root)
+    return files
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor; safetensors itself checks that the header and the length of the file agree."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+            if len(names) > MOST_TENSORS:
+                raise ValueError(f"{file} has {len(names):,} tensors, more than {MOST_TENSORS:,}")
+            parts = {name: tensors.get_slice(name) for name in names}
+            for name, part in parts.items():
+                if part.get_dtype() not in FLOATS:
+                    raise ValueError(f"{file}: {name} is of {part.get_dtype()}; weights are {', '.join(FLOATS)}")
+            return {name: tuple(part.get_shape()) for name, part in parts.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
+
+
+def _check_sizes(path: Path, config: dict, kind: type, tensors: dict) -> None:
+    """Before a network is made of a configuration: that it asks for no more than the weights can be of."""
+    shapes = [shape for shape in tensors.values() if math.prod(shape)]
+    largest = max((max(shape, default=1) for shape in shapes), default=1)
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        limit = LARGEST_SIDE if name == "sample_size" else max(largest, 32)
+        too_large = [n for n in numbers if isinstance(n, int | float) and not -limit <= n <= limit]
+        if too_large or len(numbers) > (largest if name == "class_names" else len(shapes)):
+            shown = ascii(too_large[0])[:40] if too_large else f"a list of {len(numbers)}"
+            raise ValueError(f"{path}: {name} is {shown}, too much for {len(shapes)} weights of at most {largest}")
+    asked = {**_defaults(kind), **config}
+    layers = max(n for name, n in asked.items() if name.endswith("layers_per_block") and isinstance(n, int))
+    stages = sum(len(asked[name]) for name in asked if name.endswith("block_out_channels"))
+    if layers * stages > len(shapes):  # which leaves room: a layer has several weights
+        raise ValueError(f"{path}: layers_per_block={layers} in {stages} stages is too much for {len(shapes)} weights")

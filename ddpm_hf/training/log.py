@@ -1,0 +1,184 @@
+"""What a person sees of a run while it lasts: the progress bar, log.csv and, if they want one, a tracker."""
+
+import csv
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ddpm_hf.utils.files import set_aside, write
+
+LOG_EVERY = 10  # updates a row of log.csv
+PARTS = 10  # of 0 ... T-1, for each of which the loss is logged
+
+
+class Progress:
+    """Counts and times the updates of a run.
+
+    The columns of log.csv: `loss` is the mean since the row before, over the updates that were not skipped;
+    `loss_t30` the same of timesteps in 0.3 T ... 0.4 T alone, not weighted; `loader_share` the part of the time that
+    went into getting images and drawing what is done to them (on CUDA the device computes meanwhile).
+
+    Args:
+        run: a `Run`. Its `log_history` becomes the list of these rows, in the main process, as `read_log` gives them.
+        global_batch: images an update.
+        kept: the update up to which a log.csv that is there belongs to this run.
+    """
+
+    BY_TIMESTEP = tuple(f"loss_t{100 * k // PARTS:02d}" for k in range(PARTS))
+    COUNTED = ("step", "images_seen", "loss", "held_out_loss", "learning_rate", "skipped_updates", *BY_TIMESTEP)
+    CLOCKED = ("images_per_second", "loader_share", "seconds")
+
+    def __init__(self, run, global_batch: int, kept: int):
+        self.run, self.global_batch, self.accelerator = run, global_batch, run.accelerator
+        self.path = run.output_dir / "log.csv"
+        self._begin_row()
+        self.before = 0.0  # seconds that the run took before it was resumed
+        self.images_per_second, self.loss = 0.0, None
+        run.log_history = self._cut_back(kept) if self.accelerator.is_main_process else []
+        self.started = time.monotonic()
+        self.restart_clock()
+
+    def _cut_back(self, step: int) -> list[dict]:
+        """Leave the rows of log.csv up to this update, as they are, and return them."""
+        columns = self.COUNTED + self.CLOCKED  # a version before this one had others
+        rows, odd = _rows(self.path) if step and self.path.exists() else ([], None)
+        if odd is not None:
+            set_aside(self.path, f"line {odd} is no row of numbers")
+        rows = [row for row in rows if int(row["step"]) <= step]
+        lines = [",".join(columns), *(",".join(row.get(column) or "" for column in columns) for row in rows)]
+        write(self.path, "".join(f"{line}\n" for line in lines))
+        if rows:
+            self.before = float(rows[-1].get("seconds") or 0)
+        return [_numbers({column: row.get(column) for column in columns}) for row in rows]
+
+    def __enter__(self):
+        self.bar = tqdm(
+            total=self.run.total_steps,
+            initial=self.run.step,
+            unit=" updates",
+            desc=Path(self.run.config.config).stem,
+            disable=not self.accelerator.is_main_process,
+        )
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around what gets an update its images, noise and timesteps."""
+        began = time.monotonic()
+        yield
+        self.loaded += time.monotonic() - began
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is no part of the speed of the training."""
+        self.counted.cpu()  # until the device has done what it was asked before
+        began = time.monotonic()
+        yield
+        self.logged_at += time.monotonic() - began
+
+    def restart_clock(self) -> None:
+        """What was done since the last row is no part of the speed of the training."""
+        self.logged_at, self.loaded = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of this run, those before it was resumed included."""
+        return self.before + time.monotonic() - self.started
+
+    def _begin_row(self) -> None:
+        self.logged_step, device = self.run.step, self.accelerator.device
+        # Sums and numbers, on the device and read for a row of log.csv alone: reading waits for the device
+        self.counted = torch.zeros(2, device=device)
+        self.by_timestep = torch.zeros(2, PARTS, device=device)
+
+    def update(
+        self, loss: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], applied: torch.Tensor, rate: float
+    ) -> None:
+        """Count an update that was applied with this loss, or skipped.
+
+        Args:
+            seen: of each micro-batch the timesteps (B,) and the mean squared errors of the prediction (B,).
+            applied: bool ().
+            rate: its learning rate.
+        """
+        self.bar.update()
+        self.rate, skipped = rate, ~applied
+        self.counted += torch.stack([loss, torch.ones_like(loss)]).masked_fill(skipped, 0.0)  # NaN * 0 is NaN
+        for timesteps, errors in seen:
+            parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
+            counted = torch.stack([errors, torch.ones_like(errors)]).masked_fill(skipped, 0.0)
+            self.by_timestep.index_add_(1, parts, counted)
+
+    def write_row(self, held_out: float | None = None) -> float | None:
+        """A row of log.csv, if there was an update since the last one; returns the loss in the last row."""
+        run = self.run
+        if run.step == self.logged_step:  # stopped just now, or resumed behind the end
+            return self.loss
+        total, done = self.accelerator.reduce(self.counted, "mean").tolist()
+        self.loss = loss = total / done if done else None
+        sums, counts = self.accelerator.reduce(self.by_timestep, "sum").cpu()
+        by_timestep = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist(), strict=True)]
+        taken = time.monotonic() - self.logged_at  # now that the device has done it
+        self.images_per_second = (run.step - self.logged_step) * self.global_batch / taken
+        row = {
+            "step": run.step,
+            "images_seen": run.step * self.global_batch,
+            "loss": loss,
+            "held_out_loss": held_out,
+            "learning_rate": self.rate,
+            "skipped_updates": run.step - self.logged_step - round(done),
+            **dict(zip(self.BY_TIMESTEP, by_timestep, strict=True)),
+            "images_per_second": round(self.images_per_second, 1),
+            "loader_share": round(self.loaded / taken, 4),
+            "seconds": round(self.seconds, 2),
+        }
+        shown = {"loss": f"{loss:.4f}" if loss is not None else "-", "images/s": f"{self.images_per_second:.0f}"}
+        self.bar.set_postfix({**shown, "loader": f"{self.loaded / taken:.1%}"})
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, row, lineterminator="\n").writerow(row)
+            run.log_history.append(row)
+        self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
+        self._begin_row()
+        self.restart_clock()
+        return loss
+
+
+def read_log(path) -> list[dict]:
+    """Rows of log.csv, numbers as floats and empty cells as None. What is no row of numbers is left out."""
+    rows, _ = _rows(Path(path))
+    return [_numbers(row) for row in rows]
+
+
+def _numbers(row: dict[str, str | None]) -> dict[str, float | None]:
+    return {name: float(value) if value else None for name, value in row.items()}
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str]], int | None]:
+    """The rows as text, and the number of the first line that is none (None: all are).
+
+    A last line without an end is what a process that was killed had begun to write, and is left out without a word.
+    """
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    columns, rows, odd = header.split(","), [], None
+    if "step" not in columns:
+        return [], 1
+    for number, line in enumerate(lines, start=2):
+        row = dict(zip(columns, line.split(",")))
+        try:
+            is_row = len(row) == len(columns) == line.count(",") + 1 and _numbers(row)["step"].is_integer()
+        except (ValueError, AttributeError):  # a cell is no number, or the step is missing
+            is_row = False
+        if is_row:
+            rows.append(row)
+        else:
+            odd = odd or number
+    return rows, odd

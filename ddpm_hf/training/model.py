@@ -1,0 +1,117 @@
+"""The network and the scheduler that a configuration asks for, for images of a shape and of classes."""
+
+import inspect
+
+from diffusers import UNet2DModel
+
+from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
+from ddpm_hf.schedulers.solvers import scheduler_class
+from ddpm_hf.training.config import TrainConfig
+
+
+def build_model(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None):
+    """The network and the scheduler to train with, new or those of `pretrained_model_name_or_path`.
+
+    Args:
+        shape: (C, H, W) of the images.
+        class_names: of the images; None if they have no classes.
+
+    Raises:
+        ValueError: settings that make no network or scheduler, or not one for these images.
+    """
+    source = config.pretrained_model_name_or_path
+    pipeline = None if source is None else load_pipeline(source, "pretrained_model_name_or_path")
+    scheduler = _build_scheduler(config, {} if pipeline is None else pipeline.scheduler.config)
+    unet = build_network(config, shape, class_names, None if pipeline is None else pipeline.unet)
+    learned, predicts = scheduler.config.variance_type == "learned_range", unet.config.get("out_channels") or shape[0]
+    if learned != (predicts == 2 * shape[0]):
+        raise ValueError(
+            f"learned_variance={config.learned_variance}: the network predicts {predicts} channels of images of "
+            f"{shape[0]}, and the scheduler has variance_type={scheduler.config.variance_type!r}: set learned_variance "
+            "and neither of the others for a new network, and leave it out to go on with one that has it"
+        )
+    return unet, scheduler
+
+
+def _build_scheduler(config: TrainConfig, pretrained: dict):
+    settings = {**config.scheduler, **({"prediction_type": config.prediction_type} if config.prediction_type else {})}
+    if config.learned_variance:
+        settings["variance_type"] = "learned_range"
+    kind = scheduler_class({**pretrained, **settings})
+    unknown = sorted(settings.keys() - inspect.signature(kind.__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"scheduler={config.scheduler!r}: {kind.__name__} has no {', '.join(unknown)}")
+    try:
+        scheduler = kind.from_config({**pretrained, **settings})
+    except TypeError as error:  # a value of the wrong type
+        raise ValueError(f"scheduler={config.scheduler!r}: {error}") from error
+    if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
+        raise ValueError(
+            f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the last timestep, where samples begin, "
+            "the weight 0: leave one of them out"
+        )
+    scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
+    return scheduler
+
+
+def build_network(
+    config: TrainConfig,
+    shape: tuple[int, int, int],
+    class_names: list[str] | None,
+    pretrained: DDPMUNet | UNet2DModel | None = None,
+) -> DDPMUNet | UNet2DModel:
+    """A new network, or the pretrained one, after checking that it fits the images and their classes.
+
+    Args:
+        shape: (C, H, W) of the images.
+        class_names: of the images; None if they have no classes.
+        pretrained: the network of `pretrained_model_name_or_path`.
+
+    Raises:
+        ValueError: DDPMUNet does not take the arguments in `config.unet`, or the network is made for other channels or
+            classes.
+    """
+    channels, height, width = shape
+    if pretrained is None:
+        settings = {"sample_size": height if height == width else (height, width), "in_channels": channels}
+        if config.learned_variance:
+            settings["out_channels"] = 2 * channels
+        if config.class_conditional and class_names:
+            settings |= {"num_classes": len(class_names), "class_names": class_names}
+        try:
+            unet = DDPMUNet(**settings | config.unet)
+        except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
+            raise ValueError(f"unet={config.unet!r}: {error}") from error
+    elif config.unet:
+        raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
+    else:
+        unet = pretrained
+    if unet.config.in_channels != channels:
+        source = config.pretrained_model_name_or_path
+        name = "unet" if source is None else f"pretrained_model_name_or_path={source!r}"
+        raise ValueError(
+            f"{name} is made for {unet.config.in_channels} channels and the images have {channels}: set channels"
+        )
+    _check_classes(config, unet, class_names)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def _check_classes(config: TrainConfig, unet: DDPMUNet | UNet2DModel, names: list[str] | None) -> None:
+    """Have the network's classes be those of the images, by number and, where it has names, by name."""
+    classes = num_classes(unet)
+    if not config.class_conditional:
+        if classes is not None:
+            raise ValueError(f"the network has {classes} classes (num_classes): set class_conditional")
+    elif names is not None and (classes != len(names) or (unet.config.class_names or names) != names):
+        made_for = (
+            "none" if classes is None else f"{classes} ({', '.join(unet.config.class_names or ['nameless'])[:80]})"
+        )
+        raise ValueError(
+            f"class_conditional=True: the images have {len(names)} classes ({', '.join(names)[:80]}) and the network "
+            f"has {made_for}: leave out class_conditional, or pretrained_model_name_or_path, or num_classes"
+        )
+    elif names is not None and unet.config.class_names is None:
+        unet.register_to_config(class_names=names)

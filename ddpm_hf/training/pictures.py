@@ -1,0 +1,188 @@
+"""What a run draws: the data before the first update, then samples, the loss, films and nearest training images."""
+
+import contextlib
+import math
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from ddpm_hf.data.dataset import ImageData, batch_indices
+from ddpm_hf.data.neighbours import nearest_images
+from ddpm_hf.pipelines.images import to_output
+from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
+from ddpm_hf.training.batch import draw_random
+from ddpm_hf.training.previews import sample_together
+from ddpm_hf.training.run import Run
+from ddpm_hf.utils.drawing import forward_process, loss_curve, side_by_side
+from ddpm_hf.utils.files import save_picture
+from ddpm_hf.utils.pictures import grid, save_film, with_caption, with_row_names
+
+FILM_FRAMES = 40
+FIRST_SAMPLES = "first_samples.png"
+NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
+MOST_ROWS = 100  # classes
+FEWEST_COMPARED, MOST_HELD_OUT = 16, 256  # images whose distance to the data is measured
+MEASURED, MEASURED_NUMBERS = 10_000, 2**26  # images (of so many numbers at most) described by mean and std in data.png
+
+
+def draw_data(run: Run) -> None:
+    """Write data.png before the first update: training images as the network gets them, and statistics of them."""
+    images, (channels, height, width) = run.images, run.images.shape
+    shown = images.first(64, run.config.seed)
+    flips = draw_random(run.config, 0, torch.arange(len(shown)), len(shown), images.shape).flips
+    shown = torch.where(flips[:, None, None, None], shown.flip(3), shown)
+    columns = math.ceil(math.sqrt(len(shown)))
+    picture = grid(to_output(shown, "np"), columns, _scale(run), modes=(1, 3))  # opacity would not be seen
+    count = "a stream of" if images.num_images is None else f"{images.num_images:,}"
+    lines = [f"{count} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}; {len(shown)} shown"]
+    if isinstance(images, ImageData):
+        low, high = images.value_range
+        lines.append(f"{str(images.pixels.dtype).split('.')[-1]}: {low:g} becomes -1 and {high:g} becomes 1")
+        if names := images.label_names:
+            lines.append(f"{len(names)} classes: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
+        number = min(MEASURED, len(images), max(1, MEASURED_NUMBERS // math.prod(images.shape)))
+        measured = images.batch(batch_indices(run.config.seed, 0, number, len(images)))
+    else:
+        measured = shown
+    for c, x in enumerate(measured.transpose(0, 1)):
+        std, mean = torch.std_mean(x, correction=0)
+        numbers = f"{x.min():.3f} ... {x.max():.3f}, mean {mean:.3f}, std {std:.3f}"
+        lines.append(f"channel {c} of {len(measured):,}: {numbers}")
+    if not run.step:
+        (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of a run before this one
+    save_picture(with_caption(picture, lines), run.output_dir / "data.png")
+
+
+def draw_pictures(run: Run) -> list[dict]:
+    """Draw samples.png and loss.png; called by all processes after a save.
+
+    The first time first_samples.png too, of EMA and training weights side by side; when the training is done also
+    forward.png, denoising.gif and neighbours.png, samples beside the training images that are most like them.
+
+    Returns:
+        Metrics of the model: when the training is done, the distance of samples to training images. [] before that,
+        and in all processes but the main one.
+    """
+    config, folder = run.config, run.output_dir
+    labels, number, columns = _layout(run)
+    is_first = broadcast_object_list([not (folder / FIRST_SAMPLES).exists()])[0]
+    steps = config.ddpm_num_inference_steps
+    frame_steps = tuple(range(0, steps - 1, max(1, steps // FILM_FRAMES))) if run.finished else ()
+    *frames, samples = _sample(run, run.pipeline, number, labels, frame_steps)
+    if is_first:
+        of_training_weights = _sample_training_weights(run, number, labels)
+    if not run.accelerator.is_main_process:
+        return []
+
+    def arranged(images: np.ndarray) -> Image.Image:
+        picture = grid(images, columns, _scale(run))
+        if labels is None:
+            return picture
+        return with_row_names(picture, [run.images.label_names[label] for label in labels[::columns]])
+
+    save_picture(arranged(samples), folder / "samples.png")
+    show(run, "samples", arranged(samples))
+    loss_curve(run.log_history, folder / "loss.png", config.snr_gamma is not None)
+    if is_first:
+        both = {"EMA": samples, "training": of_training_weights}
+        halves = [with_caption(arranged(x), [f"{name} weights, update {run.step}"]) for name, x in both.items()]
+        save_picture(side_by_side(halves, gap=8), folder / FIRST_SAMPLES)
+    if not run.finished:
+        return []
+    save_film([arranged(frame) for frame in [*frames, samples]], folder / "denoising.gif")
+    shown = run.images.first(4, config.seed)
+    noisy = forward_process(shown, run.pipeline.scheduler)
+    save_picture(grid(noisy, len(noisy) // len(shown), _scale(run)), folder / "forward.png")
+    if not isinstance(run.images, ImageData):
+        return []
+    x = torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1
+    found, distances = nearest_images(x, run.images, NEIGHBOURS)
+    some = np.linspace(0, number - 1, min(number, NEIGHBOURS_SHOWN)).astype(int)
+    save_picture(_neighbours(x[some], found[some], _scale(run)), folder / "neighbours.png")
+    return nearness(run, distances[:, 0])
+
+
+def _layout(run: Run) -> tuple[list[int] | None, int, int]:
+    """Labels of the samples, or None, their number, and the columns of their grid: one row a class, if it has any."""
+    number = run.config.eval_batch_size
+    if not run.config.class_conditional:
+        return None, number, math.ceil(math.sqrt(number))
+    rows = min(run.pipeline.unet.config.num_classes, max(number, MOST_ROWS))
+    columns = max(1, number // rows)
+    return [row for row in range(rows) for _ in range(columns)], rows * columns, columns
+
+
+def _sample(run: Run, pipeline: DDPMCustomPipeline, number: int, labels, frame_steps=()) -> np.ndarray:
+    """(frames + 1, number, H, W, C) in [0, 1], as `sample_together` gives them."""
+    config, accelerator = run.config, run.accelerator
+    pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
+    steps, guidance = config.ddpm_num_inference_steps, config.guidance_scale
+    return sample_together(accelerator, pipeline, number, steps, config.seed, frame_steps, labels, guidance)
+
+
+def _sample_training_weights(run: Run, number: int, labels) -> np.ndarray:
+    """Samples (number, H, W, C) in [0, 1] of the network that is trained."""
+    # Once, and of another shape than what it is trained on: compiling it for that would take longer
+    eagerly = torch.compiler.set_stance("force_eager") if run.config.compile else contextlib.nullcontext()
+    try:
+        with eagerly:
+            return _sample(run, DDPMCustomPipeline(run.unet.eval(), run.pipeline.scheduler), number, labels)[0]
+    finally:
+        run.unet.train()
+
+
+def nearness(run: Run, of_samples: torch.Tensor) -> list[dict]:
+    """Measure whether samples are nearer to training images than held-out images are.
+
+    Args:
+        of_samples: the distance of each sample to its nearest training image, (B,), as `nearest_images` gives it.
+
+    Returns:
+        One metric, as in `Run.metrics`; [] if there are too few samples or held-out images for a median.
+    """
+    if run.held_out is None or min(len(of_samples), len(run.held_out)) < FEWEST_COMPARED:
+        return []
+    compared = min(len(run.held_out), MOST_HELD_OUT)
+    held_out = run.held_out.batch(torch.linspace(0, len(run.held_out) - 1, compared).long())  # of all classes
+    of_held_out = nearest_images(held_out, run.images)[1][:, 0]
+    samples, unseen = (d.median().item() / math.prod(run.images.shape) ** 0.5 for d in (of_samples, of_held_out))
+    guidance = run.config.guidance_scale
+    guided = f", each class as often, guidance {guidance:g}" if run.config.class_conditional else ""
+    return [
+        {
+            "type": "nearest_training_image",
+            "name": "Distance of samples to the nearest training image, over that of held-out images",
+            "value": samples / unseen if unseen else None,
+            "split": "train",
+            "protocol": f"medians of the root mean square difference of pixels in [-1, 1]: {samples:.4f} of "
+            f"{len(of_samples)} samples ({run.config.ddpm_num_inference_steps} steps of the model's own scheduler, "
+            f"seed {run.config.seed}{guided}), "
+            f"{unseen:.4f} of {len(of_held_out)} held-out images, each to the nearest of {len(run.images):,} training "
+            "images; near 0 if the model repeats its data",
+        }
+    ]
+
+
+def _neighbours(samples: torch.Tensor, found: torch.Tensor, scale: int) -> Image.Image:
+    """Samples (B, C, H, W), each followed by its nearest training images (B, k, C, H, W), in two columns of rows."""
+    rows = torch.cat([samples[:, None], found], dim=1)
+    halves = [to_output(half.flatten(0, 1), "np") for half in rows.split(-(-len(rows) // 2))]
+    picture = side_by_side([grid(half, rows.shape[1], scale) for half in halves], gap=4 * scale)
+    caption = f"first of each row: a sample; the others: the {found.shape[1]} most similar training images"
+    return with_caption(picture, [caption])
+
+
+def show(run: Run, name: str, picture: Image.Image) -> None:
+    """Send a picture to the run's trackers that take pictures."""
+    image = np.asarray(picture.convert("RGB"))[None]
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: image}, step=run.step, **layout)
+
+
+def _scale(run: Run) -> int:
+    """How many times to draw each pixel so that it can be seen."""
+    return max(1, 64 // max(run.images.shape[1:]))

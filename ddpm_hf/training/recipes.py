@@ -1,0 +1,103 @@
+"""Which recipe suits images of one's own, where the user names none, and what the packaged recipes are for."""
+
+import math
+import os
+
+from ddpm_hf.data.config import EMBEDDED_DIGITS
+from ddpm_hf.data.dataset import decode_each, decoder_of
+from ddpm_hf.data.decoding import Decoded
+from ddpm_hf.data.sources import source_of
+from ddpm_hf.training.config import TrainConfig, recipe_names, recipe_text, resolve
+from ddpm_hf.training.plan import KNOWN, bytes_in_words, count_flops, count_memory, image_shape, network
+
+LARGEST_SIDE = {"digits": 12, "images-32": 48, "images-64": 96, "images-128": math.inf}  # in increasing order
+OF_GRAY = {"images-32": "mnist"}  # in place of it for images of one channel
+
+
+def recipe_for(shape: tuple[int, int, int]) -> str:
+    """The recipe for images of this shape (C, H, W)."""
+    name = next(name for name, side in LARGEST_SIDE.items() if max(shape[1:]) <= side)
+    return OF_GRAY.get(name, name) if shape[0] == 1 else name
+
+
+def for_training(flags: dict) -> TrainConfig:
+    """As `resolve`, with the recipe that the images ask for where `flags` name data and no recipe.
+
+    The first image that can be read decides, or `resolution` and `channels` where both are given. The main process
+    says in one line which recipe it is and what it costs.
+    """
+    config = resolve(flags)
+    if not _needs_choice(flags):
+        return config
+    shape, class_names = _look(config)
+    if shape is None or (config.class_conditional and not class_names):
+        return config  # training raises the ValueError that says what is wrong with such data
+    config = resolve({**flags, "config": recipe_for(shape)})
+    if os.environ.get("RANK", "0") == "0":
+        print(_description(config, shape, class_names), flush=True)
+    return config
+
+
+def for_planning(flags: dict) -> TrainConfig:
+    """As `for_training`, without looking at an image.
+
+    Raises:
+        ValueError: the flags leave the shape of the images to the images.
+    """
+    config = resolve(flags)
+    return resolve({**flags, "config": recipe_for(image_shape(config))}) if _needs_choice(flags) else config
+
+
+def _needs_choice(flags: dict) -> bool:
+    has_own_data = flags.get("train_data_dir") or flags.get("dataset_name", EMBEDDED_DIGITS) != EMBEDDED_DIGITS
+    return "config" not in flags and bool(has_own_data)
+
+
+def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, list[str] | None]:
+    """Shape (C, H, W) of the images, None if none can be read, and the names of their classes, if they have any."""
+    shape, names = None, None
+    if config.channels and config.resolution:
+        shape = (config.channels, config.resolution, config.resolution)
+    if shape is None or config.class_conditional:
+        items, _, names = source_of(config, config.streaming)
+    if shape is None:
+        images = (image for _, image in decode_each(items, decoder_of(config), 0) if isinstance(image, Decoded))
+        shape = next((image.pixels.shape for image in images), None)
+    return shape, names
+
+
+def _description(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None) -> str:
+    chosen = f"recipe {config.config}, chosen for images of {'x'.join(map(str, shape))} (--config names another)"
+    if config.pretrained_model_name_or_path is not None:
+        return f"{chosen}; the network comes with {config.pretrained_model_name_or_path}"
+    unet, batch = network(config, shape, class_names), config.train_batch_size
+    parameters = sum(p.numel() for p in unet.parameters())
+    flops = sum(map(sum, count_flops(unet, shape)))
+    memory = count_memory(unet, shape, batch, config.mixed_precision or "no")
+    smaller = "; --resolution 128 scales them down and costs less" if max(shape[1:]) > 128 else ""
+    return (
+        f"{chosen}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs an image with backward, "
+        f"{bytes_in_words(memory.peak)} of tensors at batch {batch}{smaller}"
+    )
+
+
+def listing() -> list[str]:
+    """The packaged recipes, one a line: name, data, images, parameters, and what it is for."""
+    rows = [("recipe", "data", "images", "parameters", "for")]
+    for name in recipe_names():
+        config = resolve({"config": name})
+        known = KNOWN.get(config.dataset_name)
+        channels = config.channels or (known[0][0] if known else None)
+        unet = network(config, (channels or 3, 64, 64))  # the size changes no parameter
+        parameters = f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M"
+        if config.resolution or known:
+            sides = (config.resolution,) * 2 if config.resolution else known[0][1:]
+            images = "x".join(str(n) for n in (channels, *sides) if n)
+        else:  # the larger sides of the images that it is chosen for
+            most = LARGEST_SIDE[name]
+            least = 1 + max((side for side in LARGEST_SIDE.values() if side < most), default=0)
+            images = f"{least} to {most}" if most < math.inf else f"{least} and more"
+        purpose = recipe_text(name).splitlines()[0].removeprefix("# ")
+        rows.append((name, config.dataset_name or "your own", images, parameters, purpose))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,60 @@
+"""Drawings that know nothing of a training run: the forward process, loss curves, pictures side by side."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddpm_hf.pipelines.images import to_output
+from ddpm_hf.utils.files import writing
+
+
+def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> np.ndarray:
+    """Images (B, C, H, W) in [-1, 1] -> (B * columns, H, W, C): each row one image without noise, then at 0 ... T-1."""
+    timesteps = torch.linspace(0, len(scheduler) - 1, columns - 1).round().long()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = [scheduler.add_noise(images, noise, t) for t in timesteps]
+    return to_output(torch.stack([images, *noisy], dim=1).flatten(0, 1), "np")
+
+
+def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
+    """Save a PNG of training and held-out loss against updates, and of the training loss against timesteps.
+
+    Args:
+        log: rows of log.csv.
+        weighted: whether the training loss against updates has min-SNR weights, unlike the others.
+    """
+    from matplotlib.figure import Figure  # takes half a second; without pyplot it needs no display and no backend
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes, by_timestep = figure.subplots(1, 2, width_ratios=(2, 1))
+    train, held_out = (
+        [(row["step"], row[name]) for row in log if row[name] is not None] for name in ("loss", "held_out_loss")
+    )
+    label = f"training (training weights{', min-SNR weighted' if weighted else ''})"
+    axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label=label)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="C3", label="held out (EMA weights)")
+    axes.set(xlabel="update", ylabel="mean squared error", yscale="log")
+    axes.legend()
+    lately = log[-max(1, len(log) // 10) :]
+    names = [name for name in log[0] if name.startswith("loss_t")]
+    columns = [[row[name] for row in lately if row[name] is not None] for name in names]
+    means = [sum(column) / len(column) if column else math.nan for column in columns]
+    by_timestep.stairs(means, [k / len(means) for k in range(len(means) + 1)], color="C0", baseline=None)
+    by_timestep.set(xlabel="timestep / T", yscale="log", title=f"of the last {len(lately)} rows of log.csv")
+    for each in (axes, by_timestep):
+        each.grid(alpha=0.3, which="both")
+    with writing(path) as beside:
+        figure.savefig(beside, dpi=120)
+
+
+def side_by_side(pictures: list[Image.Image], gap: int) -> Image.Image:
+    """Pictures from left to right on white, `gap` pixels apart."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    canvas, left = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white"), 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width + gap
+    return canvas
