@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from ddpm_hf import LinearNoiseScheduler
 from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.data.neighbours import nearest_images
+from ddpm_hf.training.drawing import forward_process, loss_curve, side_by_side
 from ddpm_hf.training.log import Progress
 from ddpm_hf.training.pictures import nearness
-from ddpm_hf.utils.drawing import forward_process, loss_curve, side_by_side
 from ddpm_hf.utils.pictures import grid, save_film
 
 

@@ -7,11 +7,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import ddpm_hf.report
 import numpy as np
 import pytest
 from PIL import Image
 
+import ddpm_hf.evaluation.report
 from ddpm_hf.evaluation.report import KNOWN, verdict, write_report
 from ddpm_hf.utils.results import number
 

@@ -133,6 +133,8 @@ class TrainConfig(DataConfig):
         guided = self.guidance_scale != 1
         self._check("guidance_scale", self.class_conditional or not guided, "needs class_conditional")
         self._check("label_dropout", self.label_dropout or not guided, "must be greater than 0 for guidance_scale")
+        both = self.unet and self.pretrained_model_name_or_path is not None
+        self._check("unet", not both, "must be empty: the network comes with the weights")
         also = self.scheduler.get("prediction_type", self.prediction_type)
         same = self.prediction_type in (None, also)
         self._check("prediction_type", same, f"and scheduler has the prediction_type {also!r}: give one of them")

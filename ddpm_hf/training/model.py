@@ -83,8 +83,6 @@ def build_network(
             unet = DDPMUNet(**settings | config.unet)
         except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
             raise ValueError(f"unet={config.unet!r}: {error}") from error
-    elif config.unet:
-        raise ValueError(f"unet={config.unet!r} must be empty: the network comes with the weights")
     else:
         unet = pretrained
     if unet.config.in_channels != channels:

@@ -13,9 +13,9 @@ from ddpm_hf.data.neighbours import nearest_images
 from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.training.batch import draw_random
+from ddpm_hf.training.drawing import forward_process, loss_curve, side_by_side
 from ddpm_hf.training.previews import sample_together
 from ddpm_hf.training.run import Run
-from ddpm_hf.utils.drawing import forward_process, loss_curve, side_by_side
 from ddpm_hf.utils.files import save_picture
 from ddpm_hf.utils.pictures import grid, save_film, with_caption, with_row_names
 
