@@ -28,7 +28,10 @@ DDPM_HF = ("-m", "ddpm_hf")
 UNTRAINED = """
 import torch
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
-from ddpm_hf.training.config import load_recipe
+try:
+    from ddpm_hf.training.config import load_recipe
+except ImportError:  # of a checkout from before the rooms
+    from ddpm_hf.config import load_recipe
 torch.manual_seed(0)
 unet = DDPMUNet(**{"sample_size": 32, "in_channels": 3, **load_recipe("ddpm-cifar10")["unet"]})
 DDPMCustomPipeline(unet, LinearNoiseScheduler()).save_pretrained("cifar10")
@@ -46,7 +49,10 @@ ts = torch.arange({images})
 """
 BATCH = """
 import torch
-from ddpm_hf.data.dataset import ImageData
+try:
+    from ddpm_hf.data.dataset import ImageData
+except ImportError:
+    from ddpm_hf.data import ImageData
 images = ImageData(torch.randint(0, 256, (10000, 3, 32, 32), dtype=torch.uint8))
 indices = torch.randint(0, 10000, (64,))
 """

@@ -16,4 +16,4 @@ pipeline.set_progress_bar_config(disable=True)
 print("guidance  as asked  legible")
 for guidance in (0, 1, 1.5, 2, 3, 4, 6, 8):
     told = digits_legibility(pipeline, STEPS, seed=1, num_samples=SAMPLES, guidance_scale=guidance)
-    print(f"{guidance:8g}  {told.as_asked:8.1%}  {told.samples:7.1%}", flush=True)
+    print(f"{guidance:8g}  {told.accuracy:8.1%}  {told.samples:7.1%}", flush=True)

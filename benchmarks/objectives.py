@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ddpm_hf.evaluation.legibility import digits_legibility
 from ddpm_hf.schedulers.noise import PREDICTION_TYPES
-from ddpm_hf.training import train
+from ddpm_hf.training import TrainCallback, train
 from ddpm_hf.training.config import resolve
 from ddpm_hf.utils.pictures import grid
 
@@ -43,7 +43,10 @@ def measured_run(prediction_type: str, out: Path) -> list[dict]:
 
     config = resolve({"config": "digits", "prediction_type": prediction_type, "checkpointing_steps": EVERY,
                       "output_dir": str(out / "runs" / prediction_type), "overwrite_output_dir": True})  # fmt: skip
-    train(config, on_start=[lambda run: clock.update(began=time.monotonic())], on_save=[measure])
+    callback = TrainCallback()
+    callback.on_init_end = lambda run: clock.update(began=time.monotonic())
+    callback.on_save = measure
+    train(config, [callback])
     return rows
 
 

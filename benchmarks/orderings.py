@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d, pad
 from ddpm_hf.data.dataset import ImageData, load_images
 from ddpm_hf.evaluation.features.choose import make_extractor
 from ddpm_hf.evaluation.features.stats import measure, measure_cached, unit_batches
-from ddpm_hf.evaluation.fidelity import frechet_estimate, kernel_distance, precision_recall_density_coverage
+from ddpm_hf.evaluation.metrics.fidelity import frechet_estimate, kernel_distance, precision_recall_density_coverage
 from ddpm_hf.evaluation.reference import data_config
 from ddpm_hf.pipelines.images import from_unit
 from ddpm_hf.pipelines.pipeline import load_pipeline

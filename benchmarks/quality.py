@@ -39,13 +39,13 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, training
+from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.evaluation.features.choose import make_extractor
 from ddpm_hf.evaluation.features.stats import measure, unit_batches
-from ddpm_hf.evaluation.fidelity import frechet_estimate, kernel_distance
+from ddpm_hf.evaluation.metrics.fidelity import frechet_estimate, kernel_distance
+from ddpm_hf.training import TrainCallback, train
 from ddpm_hf.training.config import TrainConfig, load_recipe, resolve
-from ddpm_hf.training.ema import EMA
 from ddpm_hf.utils.memory import keep_freed_memory
 from ddpm_hf.utils.pictures import grid
 from ddpm_hf.utils.seeds import image_generators
@@ -132,17 +132,15 @@ def shared() -> Path:
 
 
 def train_ours(config: TrainConfig, record: Record, ready: Callable) -> None:
-    class RecordedEMA(EMA):
-        def update(self, network, step, moved=None):
-            super().update(network, step, moved)
-            record(step, self.model.state_dict)
+    class Recorder(TrainCallback):
+        def on_init_end(self, run):
+            ready()
+            record.start(run.unet, run.pipeline.scheduler)
 
-    def begin(run):
-        ready()
-        record.start(run.unet, run.pipeline.scheduler)
+        def on_step_end(self, run):
+            record(run.step, run.pipeline.unet.state_dict)
 
-    training.EMA = RecordedEMA
-    run = training.train(config, on_start=[begin])
+    run = train(config, [Recorder()])
     record.keep(run.pipeline.unet.state_dict)  # it has done all updates of the recipe before the budget was spent
 
 

@@ -9,7 +9,8 @@ speed.png into OUT and prints a table; a number above 1 says that ours is faster
 Ours in training and sampling has the C library keep freed memory, as `ddpm-hf train` and `ddpm-hf sample` do; rows
 "same malloc" give that to the other too. The rest is compared without.
 
-`--part floors` measures those that have a target alone, each for longer. `--part gains` takes each thing that makes
+`--part floors` measures those that have a target alone, each for longer; with `--before CHECKOUT`, a clone at an older
+commit, ours now against ours then takes the place of the others (a ratio below 0.97 is a miss). `--part gains` takes each thing that makes
 ours fast away again, and tries what was left out. `--lucidrains PYTHON` is the interpreter of an environment with
 denoising-diffusion-pytorch (`pip install --no-deps`, with torch, einops, ema-pytorch, accelerate, scipy, tqdm and
 pillow); without it that row is "not run".
@@ -18,6 +19,7 @@ pillow); without it that row is "not run".
 import argparse
 import csv
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -42,13 +44,14 @@ LONGER = 2.5  # times as long, of floors alone
 
 
 class Contestant(NamedTuple):
-    """`malloc`: with the allocator's thresholds that our training sets; `label` in the table."""
+    """`malloc`: with the allocator's thresholds that our training sets; `label` in the table; `checkout`: whose code."""
 
     name: str
     dtype: str = "fp32"
     malloc: bool = False
     variant: str | None = None
     label: str | None = None
+    checkout: str | None = None
 
     def __str__(self):
         more = [self.dtype] * (self.dtype != "fp32") + ["same malloc"] * (self.malloc and self.name != "ours")
@@ -167,10 +170,13 @@ class Worker:
     """The process of a contestant with one network."""
 
     def __init__(self, contestant: Contestant, python: str):
-        self.contestant = contestant
+        self.contestant, checkout = contestant, contestant.checkout
+        script = Path(checkout, "benchmarks", WORKER.name) if checkout else WORKER
+        environment = os.environ | {"PYTHONPATH": checkout or str(WORKER.parents[1])}
+        pipe, silent = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(
-            [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            [python, str(script)], stdin=pipe, stdout=pipe, stderr=silent, text=True, env=environment
+        )
 
     def tell(self, **message) -> None:
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -347,6 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=("table", "floors", "gains"), default="table")
+    parser.add_argument("--before", metavar="CHECKOUT", help="of the floors: compare with ours at an older commit")
     parser.add_argument("--lucidrains", metavar="PYTHON")
     parser.add_argument(
         "--compiled", action="store_true", help="of the gains: torch.compile too, of the network `small`"
@@ -367,6 +374,10 @@ def main() -> None:
     if args.part == "floors":
         tasks = [task._replace(against=task.against[: len(task.floors)], seconds=LONGER * task.seconds)
                  for task in TABLE if any(task.floors)]  # fmt: skip
+    if args.before:
+        name, checkout = "before-floors", str(Path(args.before).resolve())
+        tasks = [task._replace(against=(task.ours._replace(label="ours before", checkout=checkout),), floors=(0.97,))
+                 for task in tasks]  # fmt: skip
     for task in tasks:
         line = f"{task.network} {task.work} {task.batch} {', '.join(map(str, task.against))}"
         if args.only and args.only not in line:

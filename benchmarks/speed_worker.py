@@ -198,13 +198,13 @@ def train(contestant, network, name, batch, dtype, variant) -> Callable[[], None
     from diffusers.training_utils import EMAModel
 
     from ddpm_hf import LinearNoiseScheduler
-    from ddpm_hf.training import diffusion_loss
+    from ddpm_hf.training import Batch, DenoisingLoss
     from ddpm_hf.training.ema import EMA
 
     network = CHANGES[variant](network.train()) if variant in CHANGES else network.train()
     ours, shape = contestant == "ours", NETWORKS[name][1]
     x, z = torch.randn(batch, *shape, device=DEVICE), torch.randn(batch, *shape, device=DEVICE)
-    t = torch.randint(1000, (batch,)).to(DEVICE)
+    t, objective = torch.randint(1000, (batch,)).to(DEVICE), DenoisingLoss()
     parameters = list(network.parameters())
     if contestant == "tutorial":
         optimizer, scheduler, criterion = torch.optim.Adam(parameters, 1e-4), tutorial_scheduler(name), nn.MSELoss()
@@ -218,7 +218,7 @@ def train(contestant, network, name, batch, dtype, variant) -> Callable[[], None
             model_cls=type(network), model_config=network.config,
         )  # fmt: skip
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bf16", cache_enabled=True)
-    moved = torch.ones((), device=DEVICE) if DEVICE == "cuda" else None  # as our loop has it there
+    applied = torch.tensor(True, device=DEVICE) if DEVICE == "cuda" else True  # as our loop has it there
     parts = list(zip(*(each.chunk(4 if variant == IN_PARTS else 1) for each in (x, z, t)), strict=True))
     updates = 0
 
@@ -238,7 +238,7 @@ def train(contestant, network, name, batch, dtype, variant) -> Callable[[], None
         for x_, z_, t_ in parts:
             if ours:
                 with autocast:
-                    loss = diffusion_loss(network, scheduler, x_, z_, t_)[0].mean()
+                    loss = objective(network, scheduler, Batch(x_, z_, (t_ + 0.5).double() / 1000)).loss.mean()
             else:
                 noisy = scheduler.add_noise(x_, z_, t_)
                 with autocast:
@@ -248,7 +248,7 @@ def train(contestant, network, name, batch, dtype, variant) -> Callable[[], None
         optimizer.step()
         optimizer.zero_grad()
         if ours_average:
-            average.update(network, updates, moved)
+            average.update(network, updates, applied)
         else:
             average.step(parameters)
 

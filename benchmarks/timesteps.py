@@ -12,7 +12,8 @@ import torch
 
 from ddpm_hf import DDPMCustomPipeline
 from ddpm_hf.data.dataset import load_images
-from ddpm_hf.training import diffusion_loss, draw
+from ddpm_hf.training import Batch, DenoisingLoss
+from ddpm_hf.training.batch import draw_random
 from ddpm_hf.training.config import resolve
 
 BATCHES, BATCHES_OF_GRADIENT = 1000, 300
@@ -28,11 +29,11 @@ def main(model: Path) -> None:
         images, B = load_images(config)[0], config.train_batch_size
         losses, mean, square = [], 0.0, 0.0
         for step in range(BATCHES):
-            noise, timesteps, _, _ = draw(config, scheduler, (B, *images.shape), step)
+            drawn = draw_random(config, step, torch.arange(B), B, images.shape)
             batch, _ = images.batch_for_step(config.seed, step, B, torch.arange(B))
             with_gradient = step < BATCHES_OF_GRADIENT
             with torch.set_grad_enabled(with_gradient):
-                loss = diffusion_loss(unet, scheduler, batch, noise, timesteps)[0].mean()
+                loss = DenoisingLoss()(unet, scheduler, Batch(batch, drawn.noise, drawn.uniform)).loss.mean()
             losses.append(loss.item())
             if with_gradient:
                 gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).double()
