@@ -43,7 +43,7 @@ def test_the_readmes_first_line_in_few_steps(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     out = tmp_path / "runs/digits"
     assert "1617 images of 1x8x8, 6 updates to go -> runs/digits" in done.stdout
-    assert "A support-vector classifier reads" in done.stdout
+    assert "A support-vector classifier recognises" in done.stdout
     assert "loss=" in done.stderr
     assert "images/s" in done.stderr
     for name in ("samples.png", "forward.png", "loss.png", "denoising.gif"):
@@ -165,7 +165,7 @@ def test_the_examples_run(tmp_path):
 def test_the_recipe_of_classes(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--config", "digits-classes", *QUICK]) == 0
-    assert "% of the samples are what was asked for (guidance 2)" in capfd.readouterr().out
+    assert "% of the samples to their class (guidance 2)" in capfd.readouterr().out
     pipeline = DDPMCustomPipeline.from_pretrained("runs/digits-classes")
     assert len(pipeline(class_labels=["3", 3], guidance_scale=2, num_inference_steps=2).images) == 2
 
@@ -177,7 +177,7 @@ def test_the_digit_that_was_asked_for_is_drawn(tmp_path, monkeypatch):
     assert main(["train", "--config", "digits-classes"]) == 0
     pipeline = DDPMCustomPipeline.from_pretrained("runs/digits-classes")
     told = digits_legibility(pipeline, 50, seed=1, num_samples=200, guidance_scale=2)
-    assert told.as_asked >= 0.95
+    assert told.accuracy >= 0.95
     assert told.samples >= 0.95
 
 

@@ -1,4 +1,4 @@
-"""Evaluations side by side."""
+"""Comparison of evaluations."""
 
 import copy
 import json
@@ -28,12 +28,12 @@ def files(tmp_path):
     return write
 
 
-def test_two_models_measured_alike(files):
+def test_two_models_with_the_same_protocol(files):
     def other(evaluation):
         evaluation["protocol"]["model"] = {"name": "b", "sha256": "2"}
         evaluation["metrics"]["fd_train"]["value"] = 5.0
         evaluation["metrics"]["bpd"]["value"] = 4.0
-        evaluation["metrics"]["more"] = {"name": "of b alone", "value": 1.0, "stderr": None, "n": 1}
+        evaluation["metrics"]["more"] = {"name": "only in b", "value": 1.0, "stderr": None, "n": 1}
 
     a, b = files("a.json"), files("b.json", other)
     head, fd, bits, z = compare([a, b])
@@ -43,23 +43,23 @@ def test_two_models_measured_alike(files):
     assert z.split() == ["memorization_pixels", "\u22120.5", "\u22120.5"]
 
 
-@pytest.mark.parametrize(("change", "told"), [
+@pytest.mark.parametrize(("change", "message"), [
     (lambda p: p.update(num_samples=5000), "num_samples is 2000 in .*a.json and 5000 in .*b.json.*pass --across num_"),
     (lambda p: p["features"].update(sha256="g"), "features.sha256 is 'f' in .* and 'g' in .*--across features.sha256"),
-    (lambda p: p.pop("weights"), "weights is 'ema' in .* and 'not there' in"),
-    (lambda p: p["versions"].update(scipy="1.0"), "versions.scipy is 'not there' in .* and '1.0' in"),
+    (lambda p: p.pop("weights"), "weights is 'ema' in .* and 'missing' in"),
+    (lambda p: p["versions"].update(scipy="1.0"), "versions.scipy is 'missing' in .* and '1.0' in"),
 ])  # fmt: skip
-def test_another_protocol_is_refused_with_the_difference(files, change, told):
+def test_different_protocols_raise_with_the_differences(files, change, message):
     a, b = files("a.json"), files("b.json", lambda evaluation: change(evaluation["protocol"]))
-    with pytest.raises(ValueError, match=f"not measured alike: .*{told}"):
+    with pytest.raises(ValueError, match=f"different protocols: .*{message}"):
         compare([a, b])
     across = ["num_samples", "features", "weights", "versions.scipy"]
     assert len(compare([a, b], across)) == 4
-    with pytest.raises(ValueError, match="not measured alike"):
+    with pytest.raises(ValueError, match="different protocols"):
         compare([a, b], ["seed"])
 
 
-def test_what_can_not_be_compared(files, tmp_path):
+def test_files_that_cannot_be_compared(files, tmp_path):
     a = files("a.json")
     with pytest.raises(ValueError, match="at least two files"):
         compare([a])
@@ -83,5 +83,5 @@ def test_a_table_has_every_metric(files):
     (float("nan"), 1.0, "no value"), (-0.00004, 0.00021, "\u22120.00004 ± 0.00041"),
     (-0.5, None, "\u22120.5"), (2.0, float("inf"), "2 ± unknown"), (2.0, 0.0, "2 ± 0"),
 ])  # fmt: skip
-def test_a_number_has_the_digits_that_its_interval_bears(value, stderr, text):
+def test_a_number_has_as_many_digits_as_its_interval_warrants(value, stderr, text):
     assert number({"value": value, "stderr": stderr}) == text

@@ -1,10 +1,11 @@
-"""Loss, bound and calibration by timestep, for data whose best network is known."""
+"""Loss, bound and calibration by timestep, for data with a known best network."""
 
 import torch
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.evaluation.diagnostics import channel_moments, chosen_timesteps, columns_by_timestep, measure_by_timestep
+from ddpm_hf.evaluation.context import channel_moments
+from ddpm_hf.evaluation.metrics.by_timestep import chosen_timesteps, columns_by_timestep, measure_by_timestep
 
 SPREAD = 0.5  # standard deviation of the pixels
 
@@ -14,7 +15,7 @@ def gaussian_images(n=40):
 
 
 def best(made, bolder=1.0, shift=0.0):
-    """The best network for pixels of N(0, SPREAD^2), whose guesses of x_0 are made `bolder` and shifted."""
+    """The best network for pixels from N(0, SPREAD^2), with x_0 scaled by `bolder` and shifted."""
 
     def predict(sample, timesteps, labels):
         abar = made.alphas_cumprod_float64[timesteps].reshape(-1, 1, 1, 1)
@@ -31,7 +32,7 @@ def seen(predict, made, images=None, numbers=None, batch_size=64):
     return measure_by_timestep(predict, made, images, None, numbers, 0, 256, batch_size)
 
 
-def test_timesteps_are_spread_over_the_walk():
+def test_timesteps_are_evenly_spread():
     assert chosen_timesteps(LinearNoiseScheduler()).tolist() == list(range(10, 1000, 20))
     assert chosen_timesteps(LinearNoiseScheduler(num_train_timesteps=4)).tolist() == [0, 1, 2, 3]
 
@@ -51,7 +52,7 @@ def test_the_best_network_is_calibrated():
     assert_close(columns["x0_rmse"], rmse, rtol=0.05, atol=0)
 
 
-def test_bold_and_shifted_guesses_are_told():
+def test_slope_and_bias_of_overconfident_and_shifted_predictions():
     made = LinearNoiseScheduler(clip_sample=False)
     columns = columns_by_timestep(seen(best(made, bolder=2.0, shift=0.25), made))
     assert_close(columns["x0_slope"][:15], torch.full((15,), 0.5, dtype=torch.float64), rtol=0.1, atol=0)
@@ -61,12 +62,12 @@ def test_bold_and_shifted_guesses_are_told():
     assert (columns["loss"] > honest["loss"]).all()
 
 
-def test_guesses_that_are_all_the_same_have_no_slope():
+def test_constant_predictions_have_no_slope():
     made = LinearNoiseScheduler(prediction_type="sample")
     assert columns_by_timestep(seen(lambda sample, t, y: 0 * sample, made))["x0_slope"].isnan().all()
 
 
-def test_an_image_is_measured_alike_in_any_part():
+def test_an_image_has_the_same_result_in_any_batch():
     made, images = LinearNoiseScheduler(), gaussian_images(6)
     whole = seen(best(made), made, images)
     even = seen(best(made), made, images[::2], [0, 2, 4], batch_size=9)

@@ -21,17 +21,16 @@ from ddpm_hf.commands.main import main
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.evaluation import evaluate as evaluation
 from ddpm_hf.evaluation import reference as evaluation_data
-from ddpm_hf.evaluation.context import Context, Findings, Metric, record
-from ddpm_hf.evaluation.diagnostics import channel_moments
-from ddpm_hf.evaluation.evaluate import METRICS, evaluate
-from ddpm_hf.evaluation.fidelity import Estimate
-from ddpm_hf.evaluation.metrics import likelihood as metrics_likelihood
+from ddpm_hf.evaluation.context import Context, channel_moments
+from ddpm_hf.evaluation.evaluate import evaluate
+from ddpm_hf.evaluation.metrics import by_timestep, likelihood
 from ddpm_hf.evaluation.metrics.drift import mean_and_std
+from ddpm_hf.evaluation.registry import METRICS, Estimate, Findings, Metric, record
 from ddpm_hf.training import train
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.utils.results import number
 
-# The names that evaluation.json has and keeps: other people's scripts read them.
+# Other people's scripts read these keys of evaluation.json.
 NAMES = [
     "bpd", "bpd_floor", "bpd_fast", "bpd_fast_train", "loss_held_out", "loss_train",
     "fd_train", "fd_held_out", "fd_real", "kid_train", "kid_held_out", "kid_real",
@@ -54,8 +53,8 @@ PROTOCOL = {
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr(metrics_likelihood, "MOST_BY_TIMESTEP", 8)
-    monkeypatch.setattr(metrics_likelihood, "MOST_ESTIMATED", 40)
+    monkeypatch.setattr(by_timestep, "MOST_BY_TIMESTEP", 8)
+    monkeypatch.setattr(likelihood, "MOST_ESTIMATED", 40)
 
 
 def quick(model, folder, **settings):
@@ -69,7 +68,7 @@ def evaluated(trained, tmp_path):
     return quick(trained, tmp_path), tmp_path
 
 
-def test_the_names_are_kept(evaluated):
+def test_evaluation_json_has_all_keys(evaluated):
     found, folder = evaluated
     assert found == json.loads((folder / "evaluation.json").read_text())
     assert list(found) == ["protocol", "metrics"]
@@ -100,20 +99,20 @@ def test_the_names_are_kept(evaluated):
     assert number(found["metrics"]["bpd"]) in (folder / "report.html").read_text()
 
 
-def test_what_is_not_asked_for_is_not_measured(trained, tmp_path):
+def test_only_the_selected_metrics_are_measured(trained, tmp_path):
     found = quick(trained, tmp_path, metrics=("kid", "drift"))
     assert list(found["metrics"]) == [
         "kid_train", "kid_held_out", "kid_real", "channel_mean_drift", "channel_std_drift",
     ]  # fmt: skip
     assert "bpd" not in found["protocol"]
     assert not (tmp_path / "by_timestep.csv").exists()
-    likelihood = quick(trained, tmp_path, metrics=("bpd",))
-    assert "num_samples" not in likelihood["protocol"]
-    assert list(likelihood["metrics"]) == ["bpd", "bpd_floor", "bpd_fast", "bpd_fast_train"]
+    found = quick(trained, tmp_path, metrics=("bpd",))
+    assert "num_samples" not in found["protocol"]
+    assert list(found["metrics"]) == ["bpd", "bpd_floor", "bpd_fast", "bpd_fast_train"]
 
 
-def test_the_bound_is_of_the_whole_walk_and_agrees_with_its_estimate(digits_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_likelihood, "MOST_ESTIMATED", 180)
+def test_the_whole_bound_agrees_with_its_estimate(digits_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood, "MOST_ESTIMATED", 180)
     found = quick(digits_model, tmp_path, metrics=("bpd",), bpd_images=12)["metrics"]
     whole, estimate = found["bpd"], found["bpd_fast"]
     assert whole["prior"] + whole["kl"] + whole["decoder"] == pytest.approx(whole["value"])
@@ -123,11 +122,11 @@ def test_the_bound_is_of_the_whole_walk_and_agrees_with_its_estimate(digits_mode
     assert error < 0.1 * whole["value"]
 
 
-# ---------------------------------------------------------------- samples whose numbers are known
+# ---------------------------------------------------------------- samples whose metrics are known
 
 
-def made_of(monkeypatch, images):
-    """In place of samples, these images one after the other."""
+def replace_samples(monkeypatch, images):
+    """Let the pipeline return these images, one after the other, in place of samples."""
     position = iter(range(10**6))
 
     def call(self, batch_size, *args, **settings):
@@ -137,8 +136,8 @@ def made_of(monkeypatch, images):
     monkeypatch.setattr(DDPMCustomPipeline, "__call__", call)
 
 
-def test_training_images_for_samples(trained, tmp_path, monkeypatch):
-    made_of(monkeypatch, load_images(TrainConfig())[0])
+def test_samples_that_are_the_training_images(trained, tmp_path, monkeypatch):
+    replace_samples(monkeypatch, load_images(TrainConfig())[0])
     metrics = ("fd", "kid", "prdc", "memorization", "drift")
     found = quick(trained, tmp_path, num_samples=1617, metrics=metrics)["metrics"]
     assert found["fd_train"]["value"] < 1e-8
@@ -152,9 +151,9 @@ def test_training_images_for_samples(trained, tmp_path, monkeypatch):
     assert found["channel_std_drift"]["value"] < 1e-7
 
 
-def test_held_out_images_for_samples(trained, tmp_path, monkeypatch):
-    """What a model that has learnt the data and none of its images by heart would get."""
-    made_of(monkeypatch, load_images(TrainConfig())[1])
+def test_samples_that_are_the_held_out_images(trained, tmp_path, monkeypatch):
+    """A perfect model without memorisation has these values."""
+    replace_samples(monkeypatch, load_images(TrainConfig())[1])
     metrics = ("fd", "kid", "prdc", "memorization", "is")
     found = quick(trained, tmp_path, num_samples=180, metrics=metrics)["metrics"]
     assert found["fd_held_out"]["value"] < 1e-8
@@ -167,9 +166,9 @@ def test_held_out_images_for_samples(trained, tmp_path, monkeypatch):
     assert found["memorization_pixels"]["median_ratio"] == pytest.approx(1)
 
 
-def test_a_shift_of_colour_is_told(trained, tmp_path, monkeypatch):
+def test_a_shift_of_colour_is_measured(trained, tmp_path, monkeypatch):
     images = load_images(TrainConfig())[0]
-    made_of(monkeypatch, SimpleNamespace(batch=lambda i: (0.8 * images.batch(i) + 0.1).clamp(-1, 1)))
+    replace_samples(monkeypatch, SimpleNamespace(batch=lambda i: (0.8 * images.batch(i) + 0.1).clamp(-1, 1)))
     found = quick(trained, tmp_path, num_samples=400, metrics=("drift",))["metrics"]
     pixels = images.batch(torch.arange(len(images)))
     shift = (0.8 * pixels + 0.1).mean() - pixels.mean()
@@ -179,7 +178,7 @@ def test_a_shift_of_colour_is_told(trained, tmp_path, monkeypatch):
     assert std["channels"] == pytest.approx([-0.2 * pixels.std().item()], abs=4 * std["stderr"])
 
 
-def test_errors_of_mean_and_spread_are_those_of_repeating_it():
+def test_standard_errors_of_mean_and_standard_deviation():
     generator = torch.Generator().manual_seed(0)
     tries = torch.randn(300, 50, 1, 4, 4, generator=generator) * 0.3 + 0.5 * torch.rand(
         300, 50, 1, 1, 1, generator=generator
@@ -187,15 +186,15 @@ def test_errors_of_mean_and_spread_are_those_of_repeating_it():
     found = [mean_and_std(channel_moments(images)) for images in tries]
     for k in (0, 1):
         values = torch.stack([one[k][0] for one in found])
-        told = torch.stack([one[k][1] for one in found]).mean()
-        assert told.item() == pytest.approx(values.std().item(), rel=0.15)
+        stderr = torch.stack([one[k][1] for one in found]).mean()
+        assert stderr.item() == pytest.approx(values.std().item(), rel=0.15)
     assert_close(found[0][1][0][0], tries[0].double().std(correction=0), rtol=1e-6, atol=0)
 
 
 # ---------------------------------------------------------------- settings
 
 
-def test_numbers_do_not_depend_on_the_batch_nor_on_the_cache(trained, tmp_path):
+def test_batch_size_and_cache_do_not_change_the_values(trained, tmp_path):
     first = quick(trained, tmp_path)
     (cached, *others) = sorted((tmp_path / "cache").iterdir())
     stamp = cached.stat().st_mtime_ns
@@ -206,22 +205,22 @@ def test_numbers_do_not_depend_on_the_batch_nor_on_the_cache(trained, tmp_path):
 
 
 def assert_alike(a, b):
-    """Rounding apart, which may put a pixel into the next of the 256 levels."""
+    """Up to rounding, which may move a pixel to the next of the 256 levels."""
     assert a["protocol"] == b["protocol"]
     assert a["metrics"].keys() == b["metrics"].keys()
     for name, metric in a["metrics"].items():
         assert b["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-3, abs=1e-4), name
 
 
-def test_raw_weights_are_others(trained, tmp_path):
+def test_training_weights_differ_from_ema_weights(trained, tmp_path):
     ema, raw = (quick(trained, tmp_path, weights=weights, metrics=("loss",)) for weights in ("ema", "raw"))
     assert ema["protocol"]["model"]["sha256"] != raw["protocol"]["model"]["sha256"]
     assert ema["metrics"]["loss_train"]["value"] != raw["metrics"]["loss_train"]["value"]
     assert raw["protocol"]["weights"] == "raw"
 
 
-def test_classes_are_asked_for_as_often_as_they_are_in_the_data(digits_model, tmp_path, monkeypatch):
-    asked, told = [], []
+def test_classes_of_samples_are_as_frequent_as_in_the_data(digits_model, tmp_path, monkeypatch):
+    asked, predicted = [], []
     call, forward = DDPMCustomPipeline.__call__, Context.predict
 
     def spy(self, *args, **settings):
@@ -229,7 +228,7 @@ def test_classes_are_asked_for_as_often_as_they_are_in_the_data(digits_model, tm
         return call(self, *args, **settings)
 
     def predict(self, sample, timesteps, labels):
-        told.extend(labels.tolist())
+        predicted.extend(labels.tolist())
         return forward(self, sample, timesteps, labels)
 
     monkeypatch.setattr(DDPMCustomPipeline, "__call__", spy)
@@ -239,11 +238,11 @@ def test_classes_are_asked_for_as_often_as_they_are_in_the_data(digits_model, tm
     assert sorted(asked) == sorted(images.labels.tolist())
     assert found["protocol"]["class_labels"] == "as in the training images"
     chosen = torch.linspace(0, 179, 8).round().long()
-    assert told[: 8 * 50 : 50] == held_out.labels[chosen].tolist()
+    assert predicted[: 8 * 50 : 50] == held_out.labels[chosen].tolist()
 
 
-def test_what_the_model_was_trained_on_is_found(tmp_path, monkeypatch):
-    """A folder of images with a setting of its own: the numbers are of images decoded as they were for training."""
+def test_the_training_data_are_the_default_references(tmp_path, monkeypatch):
+    """A folder of images with its own settings: they are decoded as for training."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for k in range(24):
@@ -290,7 +289,7 @@ def test_training_and_evaluation_see_the_same_images_from_any_folder(tmp_path, m
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(
-        ValueError, match=r"folder 'photos', which model='.*' was trained on, is not in .*elsewhere: giv"
+        ValueError, match=r"was trained on train_data_dir='photos', which does not exist .*elsewhere\): give"
     ):
         quick(f"../{out}", tmp_path, **quickly)
     named = quick(f"../{out}", tmp_path, train_data_dir="../photos", **quickly)["protocol"]["reference"]
@@ -298,8 +297,8 @@ def test_training_and_evaluation_see_the_same_images_from_any_folder(tmp_path, m
 
 
 @pytest.mark.parametrize("output", ["e.json", "a/e.json", "new/folder/e.json"])
-def test_a_report_among_the_images_is_refused(trained, tmp_path, output):
-    """Its picture would be one of them the next time."""
+def test_an_output_among_the_images_raises(trained, tmp_path, output):
+    """The next evaluation would read its files as images."""
     (tmp_path / "a").mkdir()
     for k in range(24):
         Image.fromarray(np.full((8, 8), k, np.uint8)).save(tmp_path / "a" / f"{k}.png")
@@ -314,7 +313,7 @@ def test_a_report_among_the_images_is_refused(trained, tmp_path, output):
         assert found["protocol"]["reference"]["train"]["n"] == 22
 
 
-def test_a_model_of_which_nothing_is_known(tmp_path):
+def test_a_model_without_train_config(tmp_path):
     DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="has no train_config.json.*--dataset_name"):
         quick(tmp_path / "model", tmp_path)
@@ -325,7 +324,7 @@ def test_a_model_of_which_nothing_is_known(tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"metrics": ("fid",)}, "metrics: there is no 'fid'; choose from bpd, loss, fd, kid"),
+    ({"metrics": ("fid",)}, "metrics: unknown metric 'fid'; choose from bpd, loss, fd, kid"),
     ({"metrics": ()}, "metrics: name at least one"),
     ({"weights": "best"}, "weights='best'; choose from ema, raw"),
     ({"num_samples": 3}, "num_samples=3 must be an integer of at least"),
@@ -338,7 +337,9 @@ def test_a_model_of_which_nothing_is_known(tmp_path):
     ({"features": "nothing"}, "features='nothing'"),
     ({"dataset_name": "no/such set"}, "dataset_name='no/such set'"),
 ])  # fmt: skip
-def test_a_mistake_is_told_before_anything_is_measured_or_written(trained, tmp_path, settings, message, monkeypatch):
+def test_invalid_arguments_raise_before_anything_is_measured_or_written(
+    trained, tmp_path, settings, message, monkeypatch
+):
     monkeypatch.setattr(DDPMCustomPipeline, "__call__", lambda *args, **settings: pytest.fail("sampled"))
     monkeypatch.setattr(Context, "predict", lambda *args: pytest.fail("predicted"))
     with pytest.raises(ValueError, match=message):
@@ -346,7 +347,7 @@ def test_a_mistake_is_told_before_anything_is_measured_or_written(trained, tmp_p
     assert not (tmp_path / "evaluation.json").exists()
 
 
-def test_an_output_that_cannot_be(trained, tmp_path):
+def test_an_output_that_cannot_be_written(trained, tmp_path):
     with pytest.raises(ValueError, match="is a folder; name a file"):
         evaluate(str(trained), output=tmp_path)
     (tmp_path / "file").write_text("")
@@ -354,18 +355,18 @@ def test_an_output_that_cannot_be(trained, tmp_path):
         evaluate(str(trained), output=tmp_path / "file" / "evaluation.json")
 
 
-def test_numbers_are_kept_though_the_report_fails(trained, tmp_path, monkeypatch, caplog):
+def test_a_report_that_fails_loses_no_numbers(trained, tmp_path, monkeypatch, caplog):
     quick(trained, tmp_path, metrics=("loss",))
     assert (tmp_path / "by_timestep.csv").exists()
     monkeypatch.setattr(evaluation, "write_report", lambda *args: 1 / 0)
     found = quick(trained, tmp_path, metrics=("drift",))
-    assert "its report can't be: ZeroDivisionError" in caplog.text
+    assert "its report could not be: ZeroDivisionError" in caplog.text
     assert json.loads((tmp_path / "evaluation.json").read_text()) == found
-    assert sorted(os.listdir(tmp_path)) == ["evaluation.json"]  # nothing of the evaluation before
+    assert sorted(os.listdir(tmp_path)) == ["evaluation.json"]  # no file of the earlier evaluation
 
 
 def test_a_picture_of_an_older_version_is_removed(trained, tmp_path):
-    """An evaluation once drew report.png, which would contradict the new numbers."""
+    """Older versions drew report.png, which would contradict the new report."""
     (tmp_path / "report.png").touch()
     quick(trained, tmp_path, metrics=("drift",))
     assert sorted(os.listdir(tmp_path)) == ["evaluation.json", "report.html"]
@@ -392,7 +393,7 @@ def test_two_evaluations_in_one_folder(trained, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*files, *(f"b{name[1:]}" for name in files)])
 
 
-def test_as_many_samples_as_real_images_stand_beside_them(trained, tmp_path):
+def test_biased_metrics_have_a_value_for_equally_many_samples(trained, tmp_path):
     found = quick(trained, tmp_path, metrics=("fd", "is"), num_samples=300)["metrics"]
     assert list(found) == ["fd_train", "fd_held_out", "fd_train_matched", "fd_real",
                            "inception_score", "inception_score_matched", "inception_score_real"]  # fmt: skip
@@ -402,7 +403,7 @@ def test_as_many_samples_as_real_images_stand_beside_them(trained, tmp_path):
 
 
 def test_classes_are_matched_by_name(digits_model, tmp_path, monkeypatch):
-    """Data that numbers them otherwise, or has others."""
+    """A data set may number its classes differently, or have other classes."""
     images, held_out = load_images(TrainConfig())
     backwards = [9 - images.labels, 9 - held_out.labels]
     names = images.label_names[::-1]
@@ -417,7 +418,7 @@ def test_classes_are_matched_by_name(digits_model, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation_data, "load_images", load)
     assert quick(digits_model, tmp_path, metrics=("loss",))["metrics"] == plain["metrics"]
     names[3] = "eel"
-    with pytest.raises(ValueError, match="eel it does not know"):
+    with pytest.raises(ValueError, match="classes that the model was not trained on: eel"):
         quick(digits_model, tmp_path, metrics=("loss",))
 
 
@@ -436,17 +437,17 @@ def test_a_model_that_samples_by_a_solver_of_diffusers(tmp_path, kind):
     assert found["protocol"]["weights"] == "as saved"
 
 
-def test_features_that_do_not_fit_are_told_before_anything_is_measured(trained, tmp_path, monkeypatch):
+def test_features_that_do_not_fit_raise_before_anything_is_measured(trained, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def features(images):\n    return images.mean((2, 3, 1))\n")
     monkeypatch.setattr(Context, "predict", lambda *args: pytest.fail("predicted"))
     with pytest.raises(ValueError, match="must be"):
         quick(trained, tmp_path, features=f"{tmp_path / 'mine.py'}:features")
     (tmp_path / "mine.py").write_text("def features(images):\n    return images.flatten(1)\n")
-    with pytest.raises(ValueError, match="'is' needs classes"):
+    with pytest.raises(ValueError, match="'is' needs a classifier"):
         quick(trained, tmp_path, features=f"{tmp_path / 'mine.py'}:features", metrics=("is",))
 
 
-def test_a_cache_that_can_not_be_written(trained, tmp_path, caplog):
+def test_a_cache_that_cannot_be_written(trained, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file")
     found = quick(trained, tmp_path, metrics=("kid",))
     assert "can't write the cache of features" in caplog.text
@@ -484,7 +485,7 @@ def test_all_metrics_are_documented():
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(digits_model, tmp_path):
-    """In processes of their own, with the caches apart, so that both measure the references."""
+    """With separate caches, so that both compute the features of the references."""
     base = ["ddpm_hf", "evaluate", str(digits_model), "--num_samples", "50", "--num_inference_steps", "3",
             "--bpd_images", "4", "--guidance_scale", "2"]  # fmt: skip
     several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29583", "-m"]
@@ -500,7 +501,7 @@ def test_two_processes_measure_what_one_does(digits_model, tmp_path):
 
 
 def test_few_images_have_no_distances(tmp_path, caplog):
-    """A folder of 30, of which 3 are held out: told at the start, and what can be measured is."""
+    """Of 30 images 3 are held out: a warning is logged, and the other metrics are measured."""
     folder = tmp_path / "few"
     folder.mkdir()
     for k in range(30):
@@ -508,7 +509,7 @@ def test_few_images_have_no_distances(tmp_path, caplog):
     train(tiny_config(tmp_path / "run", train_data_dir=str(folder), max_train_steps=1))
     with caplog.at_level(logging.WARNING):
         found = quick(tmp_path / "run", tmp_path, features="digits", num_samples=12)
-    assert "fewer than 10 images were held out" in caplog.text
+    assert "Fewer than 10 images were held out" in caplog.text
     assert {"fd_train", "precision_train", "bpd", "loss_held_out"} <= found["metrics"].keys()
     assert not [name for name in found["metrics"] if name.endswith(("_held_out", "real")) and name != "loss_held_out"]
     assert not [name for name in found["metrics"] if name.startswith("memorization")]

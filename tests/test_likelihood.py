@@ -1,4 +1,4 @@
-"""The variational bound, against what it is for data whose best network is known."""
+"""The variational bound, compared with its value for data with a known best network."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
-from ddpm_hf.evaluation.likelihood import estimated_bound, full_bound, timestep_probabilities
+from ddpm_hf.evaluation.metrics.likelihood import estimated_bound, full_bound, timestep_probabilities
 from ddpm_hf.schedulers.bound import bound_terms, fixed_variance_floor, log_probability_of_bins, prior_term
 
 T = 1000
@@ -20,7 +20,7 @@ def scheduler(variance_type, **settings):
 
 
 def expected_bits(made, levels, denoise, nodes=64) -> float:
-    """L_T and all terms, of data that is each of `levels` as often, by quadrature over the noise."""
+    """The expected bound of data with uniformly distributed `levels`, by quadrature over the noise."""
     at, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
     t, total = torch.arange(T), 0.0
     for level in levels.tolist():
@@ -34,7 +34,7 @@ def expected_bits(made, levels, denoise, nodes=64) -> float:
 
 
 def best(made, levels):
-    """E[x_0 | x_t] of such data, for x_t (T, nodes, 1, 1)."""
+    """The function E[x_0 | x_t] of the same data, for x_t (T, nodes, 1, 1)."""
     abar = made.alphas_cumprod_float64[:, None, None]
     signal, sigma = abar.sqrt(), (1 - abar).sqrt()
 
@@ -76,7 +76,7 @@ def test_the_prior():
     )
 
 
-def test_a_learned_variance_has_the_fixed_ones_for_its_ends():
+def test_a_learned_variance_lies_between_the_fixed_variances():
     learned, x0 = scheduler("learned_range"), torch.rand(T, 2, 3, 3, dtype=torch.float64) * 2 - 1
     t = torch.arange(T)
     xt, guess = learned.add_noise(x0, torch.randn_like(x0), t), torch.rand_like(x0)
@@ -104,7 +104,7 @@ def test_probabilities_of_all_levels_sum_to_one():
     assert math.isfinite(far.item())
 
 
-# ---------------------------------------------------------------- of images, by a network
+# ---------------------------------------------------------------- images and networks
 
 
 ENDS = torch.tensor([-1.0, 1.0], dtype=torch.float64)
@@ -116,8 +116,8 @@ def signal_and_noise(made, timesteps):
     return abar.sqrt(), (1 - abar).sqrt()
 
 
-def knows_a_coin(made):
-    """`predict` of the best network for pixels that are -1 or 1 as often."""
+def coin_network(made):
+    """`predict` of the best network for pixels that are -1 or 1 with equal probability."""
 
     def predict(sample, timesteps, labels):
         signal, sigma = signal_and_noise(made, timesteps)
@@ -132,7 +132,7 @@ def coins(n, seed=0):
 
 def bounds(made, images, numbers=None, batch_size=64, predict=None, levels=256):
     numbers = range(len(images)) if numbers is None else numbers
-    prior, terms = full_bound(predict or knows_a_coin(made), made, images, None, numbers, 0, levels, batch_size)
+    prior, terms = full_bound(predict or coin_network(made), made, images, None, numbers, 0, levels, batch_size)
     return prior + terms.sum(1)
 
 
@@ -150,7 +150,7 @@ def test_the_bound_of_images_is_that_of_the_closed_form(variance_type, bits, oth
     made = scheduler(variance_type)
     found = bounds(made, coins(24))
     error = assert_mean(found, bits)
-    assert abs(found.mean().item() - other) > 20 * error  # the other variance is told from this one
+    assert abs(found.mean().item() - other) > 20 * error  # the variances are distinguished
     estimate = estimated(made, coins(400), best_probabilities(made))
     error = assert_mean(estimate, bits)
     assert abs(estimate.mean().item() - other) > 20 * error
@@ -158,7 +158,7 @@ def test_the_bound_of_images_is_that_of_the_closed_form(variance_type, bits, oth
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance(prediction_type):
-    """Gray by the closed forms; black and white, whose bins are open, by the bound of a network that knows them."""
+    """Gray: closed forms. Black and white, whose bins are open: the bound of a network that predicts them exactly."""
     gray, black = (torch.full((2, 1, 4, 4), value, dtype=torch.float64) for value in (127 / 127.5 - 1, -1.0))
     half = torch.cat([gray, -black], dim=3)
     for variance_type, bits in (("fixed_small", 1.30537766), ("fixed_large", 1.79179689)):
@@ -167,12 +167,12 @@ def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance(prediction_
         found = {}
         for x0 in (gray, black):
 
-            def knows(sample, timesteps, labels, x0=x0, made=made):
+            def exact(sample, timesteps, labels, x0=x0, made=made):
                 image = x0[:1].expand(sample.shape)
                 signal, sigma = signal_and_noise(made, timesteps)
                 return made.target(image, (sample - signal * image) / sigma, timesteps)
 
-            found[x0] = bounds(made, x0, predict=knows)
+            found[x0] = bounds(made, x0, predict=exact)
         assert found[gray].tolist() == pytest.approx([bits] * 2, abs=3e-8)  # and L_T, 1e-9
         floor = fixed_variance_floor(made, black)
         assert found[black].tolist() == pytest.approx([floor] * 2, abs=5e-5)  # and L_T, 2.9e-5
@@ -185,15 +185,15 @@ def test_the_bound_of_a_constant_image_is_the_floor_of_each_variance(prediction_
 
 def estimated(made, images, probabilities, draws=16, batch_size=64):
     return estimated_bound(
-        knows_a_coin(made), made, images, None, range(len(images)), probabilities, draws, 0, 256, batch_size
+        coin_network(made), made, images, None, range(len(images)), probabilities, draws, 0, 256, batch_size
     )
 
 
 def best_probabilities(made):
-    return timestep_probabilities(knows_a_coin(made), made, coins(32, 1), None, 0, 256)
+    return timestep_probabilities(coin_network(made), made, coins(32, 1), None, 0, 256)
 
 
-def test_importance_sampling_is_right_for_any_probabilities_and_best_for_its_own():
+def test_importance_sampling_is_unbiased_and_reduces_the_error():
     made, images = scheduler("fixed_small"), coins(400)
     even = torch.full((T,), 1 / (T - 1), dtype=torch.float64)
     even[0] = 0
@@ -205,13 +205,13 @@ def test_importance_sampling_is_right_for_any_probabilities_and_best_for_its_own
     assert errors[1] < 0.5 * errors[0]
 
 
-def test_an_image_has_its_own_noise_whatever_is_beside_it():
+def test_the_noise_of_an_image_depends_only_on_its_number():
     made, images = scheduler("fixed_small"), coins(5)
     together, alone = bounds(made, images), bounds(made, images[[3]], [3], batch_size=7)
     assert_close(together[[3]], alone, rtol=1e-12, atol=0)
     assert bounds(made, images[[3]], [4]) != alone
     p = best_probabilities(made)
-    one = estimated_bound(knows_a_coin(made), made, images[[3]], None, [3], p, 16, 0, 256, 5)
+    one = estimated_bound(coin_network(made), made, images[[3]], None, [3], p, 16, 0, 256, 5)
     assert_close(estimated(made, images, p)[[3]], one, rtol=1e-12, atol=0)
 
 
@@ -221,7 +221,7 @@ def test_labels_go_with_their_images():
 
     def predict(sample, timesteps, labels):
         seen.append((len(sample), labels.tolist()))
-        return knows_a_coin(made)(sample, timesteps, labels)
+        return coin_network(made)(sample, timesteps, labels)
 
     full_bound(predict, made, images[:2], labels[:2], [0, 1], 0, 256, batch_size=500)
     assert {y for n, of in seen[: len(seen) // 2] for y in of} == {3}
@@ -233,8 +233,8 @@ def test_labels_go_with_their_images():
 
 def test_the_estimate_of_one_timestep():
     made = scheduler("fixed_small", num_train_timesteps=1)
-    p = timestep_probabilities(knows_a_coin(made), made, coins(2), None, 0, 256)
-    found = estimated_bound(knows_a_coin(made), made, coins(2), None, [0, 1], p, 16, 0, 256)
+    p = timestep_probabilities(coin_network(made), made, coins(2), None, 0, 256)
+    found = estimated_bound(coin_network(made), made, coins(2), None, [0, 1], p, 16, 0, 256)
     assert found.isfinite().all()
 
 
@@ -249,11 +249,8 @@ def test_gradients_of_the_bound_are_finite_at_black_and_white():
 
 
 @pytest.mark.parametrize("t", [1, 10, 40])
-def test_the_variance_that_the_bound_asks_for(t):
-    """Of data N(0, s^2) and its best network: beta~ + (d mean / d x_0)^2 Var(x_0 | x_t), between beta~ and beta.
-
-    The same of all pixels, so the share is fitted to the mean of a few hundred thousand of them.
-    """
+def test_the_best_learned_variance(t):
+    """For data from N(0, s^2) it is beta~ + (d mean / d x_0)^2 Var(x_0 | x_t), in all pixels."""
     made = LinearNoiseScheduler(num_train_timesteps=50, beta_start=1e-3, beta_end=0.3, clip_sample=False,
                                 variance_type="learned_range", prediction_type="sample")  # fmt: skip
     spread, n = 0.5, 400_000

@@ -1,10 +1,10 @@
-"""Does a model repeat its data: the test, on sets that do and that do not."""
+"""The tests of memorisation, on sets with and without copies."""
 
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from ddpm_hf.evaluation.memorization import nearness, share_of_copies
+from ddpm_hf.evaluation.metrics.memorization import nearness, share_of_copies
 
 
 def distances(n, seed, scale=1.0):
@@ -12,7 +12,7 @@ def distances(n, seed, scale=1.0):
 
 
 @pytest.mark.parametrize("alike", [distances(300, 1), distances(300, 1).round(decimals=1)])
-def test_it_is_that_of_mann_and_whitney(alike):
+def test_nearness_is_the_mann_whitney_test(alike):
     a = distances(200, 0).round(decimals=1) if len(alike.unique()) < 20 else distances(200, 0)
     expected = mannwhitneyu(a, alike, alternative="less", method="asymptotic", use_continuity=False)
     found = nearness(a, alike)
@@ -20,13 +20,13 @@ def test_it_is_that_of_mann_and_whitney(alike):
     assert abs(found["value"]) < 4
 
 
-def test_z_is_standard_normal_if_nothing_is_copied():
+def test_z_is_standard_normal_without_copies():
     z = torch.tensor([nearness(distances(60, k), distances(40, 10**6 + k))["value"] for k in range(500)])
     assert abs(z.mean()) < 4 / 500**0.5
     assert z.std() == pytest.approx(1, abs=4 / 1000**0.5)
 
 
-def test_copies_are_caught_and_strangers_too():
+def test_copies_and_distant_samples_are_detected():
     held_out = distances(200, 0)
     copies = nearness(distances(200, 1, scale=1e-3), held_out)
     assert copies["value"] < -15
@@ -37,22 +37,22 @@ def test_copies_are_caught_and_strangers_too():
     assert nearness(3 + distances(200, 1), held_out)["value"] > 15
 
 
-def test_all_at_no_distance():
+def test_all_distances_are_0():
     found = nearness(torch.zeros(5), torch.zeros(4))
     assert found["value"] == 0
     assert found["median_ratio"] is None
 
 
-def test_copies_are_told_from_images_that_are_nearer_to_all():
+def test_pale_images_are_near_but_are_not_copies():
     data = torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
     unseen = torch.randn(200, 20, generator=torch.Generator().manual_seed(1))
     pale = 0.7 * unseen
     copies = torch.cat([unseen[:150], data[:50] + 0.01 * unseen[:50]])
 
-    def looked_at(images):
+    def two_nearest(images):
         return torch.cdist(images, data).topk(2, largest=False).values
 
-    of_unseen, of_pale, of_copies = (looked_at(images) for images in (unseen, pale, copies))
+    of_unseen, of_pale, of_copies = (two_nearest(images) for images in (unseen, pale, copies))
     assert nearness(of_pale[:, 0], of_unseen[:, 0])["value"] < -5
     assert share_of_copies(of_pale) == share_of_copies(of_unseen) == 0
     assert share_of_copies(of_copies) == 0.25

@@ -1,4 +1,4 @@
-"""What the page says, and that they say nothing that they should not."""
+"""The report: what the page says, and what it must not say."""
 
 import ast
 import base64
@@ -21,7 +21,7 @@ def metric(value, stderr=None, n=2000, **more):
 
 
 def full(num_samples=2000):
-    """All that an evaluation can tell. No two values are the same."""
+    """An evaluation with all metrics. No two values are the same."""
     metrics = {
         "bpd": metric(3.7512, 0.011, 500, total_nats=7987.3, total_nats_stderr=23.8, prior=2e-5, kl=1.968, decoder=1.7),
         "bpd_floor": metric(1.4312, None, 500),
@@ -71,7 +71,7 @@ ROWS = [
 
 
 class Page(HTMLParser):
-    """The text that is seen, the tags, and every address."""
+    """The visible text, the tags and all addresses."""
 
     def __init__(self, html):
         super().__init__()
@@ -101,7 +101,7 @@ def full_page(tmp_path_factory):
     return report(tmp_path_factory.mktemp("full"), full(), pictures, ROWS)
 
 
-def test_every_metric_is_there_with_its_interval(full_page):
+def test_every_metric_has_its_interval(full_page):
     metrics = full()["metrics"]
     assert metrics.keys() == KNOWN
     for name, each in metrics.items():
@@ -110,25 +110,28 @@ def test_every_metric_is_there_with_its_interval(full_page):
         assert number(each) in full_page.text, name
     assert "z = 0.41, p = 0.66; the median distance to the nearest training image is 1.01 times" in full_page.text
     assert "z = \u22125.31, p < 0.001" in full_page.text
-    assert "nearer to the training images than unseen images are: copies, or smoother or paler" in full_page.text
-    assert "samples are no nearer to the training images than unseen images are" in full_page.text
-    assert "In all 7,987 ± 47 nats" in full_page.text
+    assert (
+        "nearer to the training images than held-out images are: they are copies, or smoother or paler"
+        in full_page.text
+    )
+    assert "samples are no nearer to the training images than held-out images are" in full_page.text
+    assert "The total is 7,987 ± 47 nats" in full_page.text
     assert "\u22120.0041" in full_page.text  # a channel's drift
     assert "2,000 samples · guidance 1.5 · seed 20240" in full_page.text
-    assert full_page.text.index("Samples beside real images") < full_page.text.index("How far the samples are")
+    assert full_page.text.index("Samples and real images") < full_page.text.index("Distance of samples")
 
 
-def test_the_page_needs_nothing_else(full_page):
-    assert len(full_page.addresses) == 3 + 2 * 11  # pictures, and curves for a white page and for a black one
+def test_the_page_loads_no_other_file(full_page):
+    assert len(full_page.addresses) == 3 + 2 * 11  # pictures, and charts for light and dark pages
     for address in full_page.addresses:
         kind, data = re.fullmatch(r"data:image/(png|svg\+xml);base64,(\S+)", address).groups()
         assert base64.b64decode(data).startswith(b"\x89PNG" if kind == "png" else b"<?xml")
-        if kind != "png":  # what a picture in a page may refer to is only inside it
+        if kind != "png":  # an SVG may refer only to itself
             assert all(to.startswith(b"#") for to in re.findall(rb'href="([^"]*)"', base64.b64decode(data)))
     assert not {"script", "link", "iframe", "object", "a"} & set(full_page.tags)
 
 
-def test_the_protocol_is_all_there(full_page):
+def test_the_page_has_the_whole_protocol(full_page):
     start = full_page.text.index("{", full_page.text.index("How it was measured"))
     assert json.JSONDecoder().raw_decode(full_page.text[start:])[0] == full()["protocol"]
 
@@ -138,15 +141,15 @@ def test_the_protocol_is_all_there(full_page):
     [
         (only("bpd"), ["Bits per dimension"]),
         (only("bpd_fast"), ["Bits per dimension"]),
-        (only("fd_train", num_samples=10_000), ["How far the samples are from real images"]),
-        (only("memorization_pixels"), ["Does it repeat its training images?"]),
+        (only("fd_train", num_samples=10_000), ["Distance of samples from real images"]),
+        (only("memorization_pixels"), ["Memorisation of training images"]),
         (only("channel_std_drift"), ["Colours"]),
         (only("loss_train"), ["By timestep"]),
         (only(), []),
         ({"protocol": {}, "metrics": {}}, []),
     ],
 )
-def test_what_was_not_asked_for_is_left_out(tmp_path, evaluation, sections):
+def test_missing_metrics_have_no_section(tmp_path, evaluation, sections):
     report(tmp_path, evaluation)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall("<h2>(.*)</h2>", html) == sections
@@ -155,10 +158,10 @@ def test_what_was_not_asked_for_is_left_out(tmp_path, evaluation, sections):
 
 
 @pytest.mark.parametrize("given", [["precision_train"], ["recall_held_out"], ["inception_score"]])
-def test_what_misleads_alone_is_not_shown_alone(tmp_path, given):
+def test_metrics_that_are_misleading_alone_are_not_shown_alone(tmp_path, given):
     page = report(tmp_path, only("bpd", *given))
     assert number(full()["metrics"][given[0]]) not in page.text
-    assert "it misleads alone: in words (without " in page.text
+    assert "these metrics are misleading alone: in words (without " in page.text
 
 
 def test_an_unknown_metric_and_one_without_a_value(tmp_path):
@@ -172,14 +175,14 @@ def test_an_unknown_metric_and_one_without_a_value(tmp_path):
         assert text in page.text
 
 
-def test_few_samples_are_warned_of(tmp_path):
-    few = "do not hold that bias"
+def test_few_samples_have_a_warning(tmp_path):
+    few = "do not include this bias"
     assert few in report(tmp_path / "a", only("fd_train", num_samples=9_999)).text
     assert few not in report(tmp_path / "b", only("fd_train", num_samples=10_000)).text
-    assert few not in report(tmp_path / "c", only("bpd")).text  # draws no samples
+    assert few not in report(tmp_path / "c", only("bpd")).text  # needs no samples
 
 
-def test_names_are_only_names(tmp_path):
+def test_names_are_escaped(tmp_path):
     hostile = "<script>alert(1)</script>\"'> {{ 7 * 7 }} $\\frac{$"
     evaluation = {
         "protocol": {"model": {"name": hostile}, "solver": hostile, hostile: {hostile: [hostile]}, "sha": hostile},
@@ -187,11 +190,11 @@ def test_names_are_only_names(tmp_path):
     }
     page = report(tmp_path, evaluation)
     assert "script" not in page.tags
-    assert page.text.count(hostile) >= 3  # and as JSON in the protocol
+    assert page.text.count(hostile) >= 3  # and escaped as JSON in the protocol
     assert "\n49" not in page.text
 
 
-def test_nothing_is_half_written(tmp_path, monkeypatch):
+def test_the_page_is_written_atomically(tmp_path, monkeypatch):
     picture().save(tmp_path / "whole.png")
     cut = (tmp_path / "whole.png").read_bytes()[:-200]
     (tmp_path / "whole.png").write_bytes(cut)
@@ -212,17 +215,17 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
 
 
-def test_importing_it_imports_no_matplotlib():
+def test_importing_the_report_does_not_import_matplotlib():
     module = ast.parse(Path(ddpm_hf.evaluation.report.__file__).read_text(encoding="utf-8"))
     imports = [ast.unparse(node) for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert len(imports) > 5
     assert "matplotlib" not in " ".join(imports)
 
 
-def test_what_is_said_of_nearness():
+def test_the_verdict_on_nearness():
     assert verdict({"value": -0.4, "copies": 0.0, "copies_held_out": 0.0})[0] == "good"
     tone, words = verdict({"value": -9.0, "copies": 0.0, "copies_held_out": 0.0})
-    assert (tone, "smoother or paler" in words) == ("so", True)
+    assert (tone, "smoother or paler" in words) == ("unclear", True)
     tone, words = verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.01})
     assert (tone, "copies of training images in 25.0% of all cases" in words) == ("bad", True)
-    assert verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.2})[0] == "good"  # the data repeat themselves
+    assert verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.2})[0] == "good"  # the data have copies

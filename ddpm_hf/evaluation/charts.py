@@ -1,4 +1,4 @@
-"""The charts of an evaluation's report, drawn by matplotlib as SVG for a white page and for a black one."""
+"""The charts of an evaluation's report: SVG by matplotlib, for light and for dark pages."""
 
 import io
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from ddpm_hf.utils.results import number
 DISTANCES = {"fid": "Fréchet Inception distance", "fd": "Fréchet distance", "kid": "Kernel distance"}
 QUALITIES = ("precision", "recall", "density", "coverage")
 BITS = {
-    "bpd": "bound, held out",
-    "bpd_fast": "estimate, held out",
-    "bpd_fast_train": "estimate, training",
-    "bpd_floor": "floor of this variance",
+    "bpd": "bound, held-out images",
+    "bpd_fast": "estimate, held-out images",
+    "bpd_fast_train": "estimate, training images",
+    "bpd_floor": "minimum with this variance",
 }
 DRIFTS = {"channel_mean_drift": "mean", "channel_std_drift": "standard deviation"}
 LOSSES = {"loss_held_out": "held-out images", "loss_train": "training images"}
@@ -27,10 +27,10 @@ STYLE = {
 COMPARED = {
     "train": ("to training", TRAIN),
     "held_out": ("to held-out", HELD_OUT),
-    "train_matched": ("as many as real", TRAIN),
+    "train_matched": ("equally many", TRAIN),
     "real": ("real images", REAL),
 }
-# Charts of values with their intervals: a title, and the name and colour of each metric.
+# Charts of values with their intervals: title, and the name and colour of each metric.
 INTERVALS = {
     family: (f"{name} (lower is better)", {f"{family}_{split}": look for split, look in COMPARED.items()})
     for family, name in DISTANCES.items()
@@ -57,7 +57,7 @@ INTERVALS["bits"] = (
         for key, name in BITS.items()
     },
 )
-# Charts over timesteps: title, columns of by_timestep.csv with their names, and the ideal value if there is one.
+# Charts over timesteps: title, columns of by_timestep.csv with their names, and the ideal value or None.
 CURVES = {
     "loss": ("Loss", LOSSES, None),
     "bits_by_timestep": ("Bits per dimension of each timestep", {"bits": ""}, None),
@@ -73,10 +73,10 @@ def has(metrics: dict, key: str) -> bool:
 
 
 def draw_charts(metrics: dict, by_timestep: list[dict]) -> dict[str, tuple[str, str, str]]:
-    """All charts that these numbers allow: {key: (title, SVG for a white page, SVG for a black page)}.
+    """All charts that have values: {key: (title, SVG for a light page, SVG for a dark page)}.
 
     Args:
-        metrics, by_timestep: as `report.write_report` has them.
+        metrics, by_timestep: see `report.write_report`.
     """
     from matplotlib import rc_context  # takes half a second
 
@@ -88,14 +88,14 @@ def draw_charts(metrics: dict, by_timestep: list[dict]) -> dict[str, tuple[str, 
         for key, (title, columns, ideal) in CURVES.items():
             lines = {name: _points(by_timestep, column) for column, name in columns.items()}
             if any(lines.values()):
-                early = key == "bits_by_timestep"  # most of the bound is there
+                early = key == "bits_by_timestep"  # the early timesteps have most of the bound
                 charts[key] = (title, *_svgs(_draw_curve, lines, ideal, early))
     return charts
 
 
 def _svgs(draw: Callable, *args) -> tuple[str, str]:
-    """What `draw(axes, *args)` draws, for a white page and for a black one."""
-    from matplotlib.figure import Figure  # without pyplot it needs no display and no backend
+    """What `draw(axes, *args)` draws, as SVG for a light page and for a dark page."""
+    from matplotlib.figure import Figure  # without pyplot, needs no display
 
     figure, buffer = Figure(figsize=(4.1, 2.9), layout="constrained", facecolor="none"), io.StringIO()
     draw(figure.add_subplot(), *args)
@@ -122,7 +122,7 @@ def _draw_intervals(axes, metrics: dict, names: dict[str, tuple[str, str]]) -> N
 
 
 def _draw_curve(axes, lines: dict[str, list], ideal: float | None, early: bool) -> None:
-    """Values against timesteps, with a dashed line at the ideal, or on a logarithmic axis if there is none."""
+    """Draw values against timesteps, with a dashed line at the ideal value, or without one on a logarithmic axis."""
     for (name, points), colour in zip(lines.items(), (HELD_OUT, TRAIN)):
         if points:
             axes.plot(*zip(*points), "o-" if len(points) <= 50 else "-", color=colour, markersize=3, label=name)

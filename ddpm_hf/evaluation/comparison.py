@@ -1,46 +1,56 @@
-"""Tables of one evaluation, and of several that were measured under the same protocol."""
+"""Tables of one evaluation, and of several with the same protocol."""
 
 import math
 
 from ddpm_hf.utils.results import number, read_evaluation
 
-FEW = (
-    "{n:,} samples are fewer than 10,000. Distances are biased upwards the more the fewer samples there are, which the "
-    "intervals do not include: compare them with distances of as many samples only"
-)
+ENOUGH = 10_000  # samples; with fewer, the bias of a distance exceeds its interval
+BIASED = ("fid_", "fd_", "precision_", "recall_", "density_", "coverage_", "inception_score")
+
+
+def few_samples_warning(evaluation: dict) -> str | None:
+    """A warning if the evaluation has metrics that depend on the number of samples, and few samples."""
+    n = evaluation["protocol"].get("num_samples", ENOUGH)
+    if n >= ENOUGH or not any(key.startswith(BIASED) for key in evaluation["metrics"]):
+        return None
+    return (
+        f"{n:,} samples are fewer than {ENOUGH:,}. With few samples Fréchet distances are biased upwards, and the "
+        "intervals (±) do not include this bias. Precision, recall, density, coverage and Inception Score depend on "
+        f"the number of samples too. Compare these values only with values of {n:,} samples, or generate more samples."
+    )
 
 
 def table(evaluation: dict) -> list[str]:
-    """A line for each metric: its key, its value with its 95 % interval, and its name."""
+    """One line per metric: its key, its value with its 95 % interval, and its name."""
     width = max(map(len, evaluation["metrics"]), default=0)
     return [f"{key:<{width}}  {number(metric):<24} {metric['name']}" for key, metric in evaluation["metrics"].items()]
 
 
 def compare(paths: list[str], across: tuple[str, ...] = ()) -> list[str]:
-    """Lines of a table with a column for each evaluation and one for the differences to the first evaluation.
+    """Lines of a table with one column per evaluation, and one for the differences from the first evaluation.
 
     Args:
-        paths: of two or more evaluation.json.
+        paths: two or more files as evaluation.json.
         across: keys of the protocol that may differ, such as weights or num_inference_steps.
 
     Raises:
         ValueError: a file can't be read, or the protocols differ in more than the model and `across`.
     """
     if len(paths) < 2:
-        raise ValueError("compare: name at least two files")
+        raise ValueError(f"compare: name at least two files, not {len(paths)}")
     found = [read_evaluation(path) for path in paths]
     first, *others = (dict(_flat(each["protocol"])) for each in found)
     apart = []
     for path, other in zip(paths[1:], others, strict=True):
         for key in sorted(first.keys() | other.keys()):
-            a, b = first.get(key, "not there"), other.get(key, "not there")
+            a, b = first.get(key, "missing"), other.get(key, "missing")
             allowed = any(key == name or key.startswith(f"{name}.") for name in ("model", *across))
             if a != b and not allowed:
                 apart.append(f"{key} is {a!r} in {paths[0]} and {b!r} in {path}")
     if apart:
         keys = " ".join(dict.fromkeys(line.split()[0] for line in apart))
         raise ValueError(
-            f"these evaluations were not measured alike: {'; '.join(apart)}. To compare them nevertheless, pass "
+            f"these evaluations have different protocols: {'; '.join(apart)}. To compare them nevertheless, pass "
             f"--across {keys}"
         )
     rows = [["", *paths, ""]]
@@ -53,7 +63,7 @@ def compare(paths: list[str], across: tuple[str, ...] = ()) -> list[str]:
 
 
 def _difference(a: dict, b: dict) -> str:
-    """b - a, and whether it is within 1.96 standard errors of the difference; "" if either has no standard error."""
+    """b - a, and whether it is within 1.96 of its standard errors; "" if a or b has no standard error."""
     if None in (a["value"], b["value"], a["stderr"], b["stderr"]):
         return ""
     difference = b["value"] - a["value"]
@@ -62,7 +72,7 @@ def _difference(a: dict, b: dict) -> str:
 
 
 def _flat(value: dict, prefix: str = ""):
-    """(key, value) of a nested dict, with dots in the keys."""
+    """The (key, value) pairs of a nested dictionary, with keys joined by dots."""
     for key, each in value.items():
         if isinstance(each, dict):
             yield from _flat(each, f"{prefix}{key}.")

@@ -1,12 +1,7 @@
-"""What metrics measure with: a model, its samples and the images to compare with; and the registry of metrics.
+"""What metrics measure with: a model, its samples, and the images that they are compared with."""
 
-A metric is a function of a `Context` that returns `Findings`, registered by `@metric`. A new one is a new module
-`ddpm_hf/metrics_<name>.py`, which `evaluation` finds.
-"""
-
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,10 +12,8 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.dataset import ImageData
-from ddpm_hf.evaluation.diagnostics import channel_moments
 from ddpm_hf.evaluation.features.extractor import Extractor
-from ddpm_hf.evaluation.features.stats import Measured, measure_cached
-from ddpm_hf.evaluation.fidelity import Estimate
+from ddpm_hf.evaluation.features.stats import ImageFeatures, measure_cached
 from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, num_classes
 from ddpm_hf.schedulers.noise import NoiseScheduler
@@ -30,76 +23,19 @@ from ddpm_hf.utils.distributed import in_all
 from ddpm_hf.utils.pictures import grid
 from ddpm_hf.utils.seeds import image_generators, seeded_generator
 
-FEWEST = 10  # images that have distances: twice the neighbours of precision, recall, density and coverage
+FEWEST = 10  # images for distances: twice the number of neighbours of precision, recall, density and coverage
 MOST_KEPT = 1_000  # samples whose pixels are kept
 SPLITS = {"train": "training", "held_out": "held-out"}
 
 
 @dataclass
-class Findings:
-    """What a metric has measured.
-
-    Args:
-        rows: by their keys in evaluation.json, each made by `record`.
-        protocol: how they were measured, for the entry of the protocol that has the metric's name.
-        pictures: for the report.
-        by_timestep: the rows of by_timestep.csv.
-    """
-
-    rows: dict[str, dict] = field(default_factory=dict)
-    protocol: dict = field(default_factory=dict)
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
-    by_timestep: list[dict] = field(default_factory=list)
-
-    def add(self, name: str, other: "Findings") -> None:
-        """Take in what the metric `name` has measured."""
-        self.rows |= other.rows
-        self.protocol |= {name: other.protocol} if other.protocol else {}
-        self.pictures |= other.pictures
-        self.by_timestep += other.by_timestep
-
-
-def record(name: str, estimate: Estimate, **more) -> dict:
-    """A row of evaluation.json: its name in words, value, standard error, number of images, and what else there is."""
-    values = {"value": estimate.value, "stderr": estimate.stderr, "n": estimate.n, **more}
-    lost = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-    return {"name": name, **values, **dict.fromkeys(lost)}  # JSON has no infinity
-
-
-@dataclass(frozen=True)
-class Metric:
-    measure: Callable[["Context"], Findings]
-    needs: tuple[str, ...]
-
-
-METRICS: dict[str, Metric] = {}  # in the order of evaluation.json
-
-
-def metric(name: str, *needs: str):
-    """Register a function as a metric.
-
-    Args:
-        name: what it is asked for by.
-        needs: "likelihood", held-out images and the model's forward process, of a metric whose work all processes
-            share by `Context.share`; or "samples", of one that the main process measures alone, with "features" if it
-            can't do without them and "logits" if these must come with a classifier.
-    """
-
-    def register(measure: Callable[[Context], Findings]) -> Callable[[Context], Findings]:
-        METRICS[name] = Metric(measure, needs)
-        return measure
-
-    return register
-
-
-@dataclass
 class Samples:
-    """All samples in the order of their numbers.
+    """All samples, in the order of their numbers.
 
     Args:
-        features, logits: (N, D) and (N, K), or None.
-        moments: (N, 2, C), as `channel_moments` gives them.
-        pixels: of the first `MOST_KEPT`, (n, C, H, W) in [-1, 1].
+        features, logits: (N, D) and (N, K), or None without an extractor or a classifier.
+        moments: (N, 2, C), from `channel_moments`.
+        pixels: the first `MOST_KEPT` samples, (n, C, H, W) in [-1, 1].
     """
 
     features: torch.Tensor | None
@@ -110,7 +46,7 @@ class Samples:
 
 @dataclass
 class Context:
-    """What a metric is measured with. Arguments are those of `evaluation.evaluate`; the rest is made when asked for."""
+    """What metrics measure with. The fields are arguments of `evaluate`; the properties are computed on first use."""
 
     pipeline: DDPMCustomPipeline
     accelerator: Accelerator
@@ -128,10 +64,10 @@ class Context:
 
     @cached_property
     def noise_scheduler(self) -> NoiseScheduler:
-        """The model's forward process as our scheduler has it, whichever scheduler the model samples with.
+        """The model's forward process as a `NoiseScheduler`, whichever scheduler the model samples with.
 
         Raises:
-            ValueError: ours has no such process.
+            ValueError: `NoiseScheduler` does not implement this forward process.
         """
         scheduler, unet = self.pipeline.scheduler, self.pipeline.unet.config
         if isinstance(scheduler, NoiseScheduler):
@@ -145,39 +81,43 @@ class Context:
             return scheduler_class(config).from_config(config)
         except ValueError as error:
             raise ValueError(
-                f"metrics: bpd and loss are not known for the model's {type(scheduler).__name__}: {error}"
+                f"metrics: bpd and loss can't be measured with the model's {type(scheduler).__name__}: {error}"
             ) from error
 
     def predict(self, sample, timesteps, labels) -> torch.Tensor:
-        """The network's output as `likelihood` asks for it: float64 of float64, through the network's own dtype."""
+        """The network's output: (B, C, H, W), (B,), (B,) or None -> (B, C or 2 C, H, W), float64 on the CPU."""
         unet = self.pipeline.unet
         classes = {} if labels is None else {"class_labels": labels.to(unet.device)}
         return unet(sample.to(unet.device, unet.dtype), timesteps.to(unet.device), **classes).sample.double().cpu()
 
     def subset(self, images: ImageData, most: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """At most so many evenly spread images (N, C, H, W), and their labels (N,) if the network takes any."""
+        """At most `most` evenly spread images (N, C, H, W), and their labels (N,), or None without classes.
+
+        An image without a label gets the null label.
+        """
         indices, classes = evenly_spread(torch.arange(len(images)), most), num_classes(self.pipeline.unet)
         if classes is None:
             return images.batch(indices), None
         labels = torch.full((len(indices),), -1) if images.labels is None else images.labels[indices]
         return images.batch(indices), torch.where(labels < 0, classes, labels)
 
-    def share(self, measure: Callable, images: ImageData, most: int, what: str) -> list:
-        """What `measure(images, labels, numbers)` of a part of the `subset` returns in each process, in all of them.
+    def share(self, measure: Callable, images: ImageData, most: int, description: str) -> list:
+        """Divide a `subset` of the images between the processes; every process gets the results of all of them.
 
         Args:
-            what: what the progress bar says.
+            measure: called in each process with the images (n, C, H, W), labels and numbers of its part.
+            description: text of the progress bar.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         chosen, labels = self.subset(images, most)
         numbers = list(range(rank, len(chosen), world))
         shard = chosen[numbers], None if labels is None else labels[numbers]
-        bar = tqdm(numbers, what, leave=False, unit=" images", disable=rank != 0)
+        bar = tqdm(numbers, description, leave=False, unit=" images", disable=rank != 0)
         return in_all(lambda: [measure(*shard, bar)], self.accelerator)
 
     @cached_property
     def sample_labels(self) -> torch.Tensor | None:
-        """Of each sample (num_samples,): the classes as often as in the training images, or in turns."""
+        """The class of each sample (num_samples,), as frequent as in the training images, or each class in turn."""
         classes = num_classes(self.pipeline.unet)
         if classes is None:
             return None
@@ -190,7 +130,7 @@ class Context:
 
     @cached_property
     def samples(self) -> Samples:
-        """Samples 0 ... num_samples - 1, made by all processes together."""
+        """Samples 0 ... num_samples - 1, generated by all processes together."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         batches = torch.arange(self.num_samples).split(self.batch_size)[rank::world]
 
@@ -202,7 +142,7 @@ class Context:
         return Samples(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def _generate_samples(self, numbers: torch.Tensor) -> tuple:
-        """The samples of these numbers: the first number, and what is `Samples`."""
+        """The first of the numbers, and what `Samples` holds of the samples with these numbers."""
         classes = {} if self.sample_labels is None else {"class_labels": self.sample_labels[numbers].tolist()}
         images = self.pipeline(
             len(numbers), image_generators(self.seed, numbers.tolist()), self.num_inference_steps, output_type="pt",
@@ -213,8 +153,8 @@ class Context:
         return numbers[0].item(), features, logits, channel_moments(images), images[numbers < MOST_KEPT]
 
     @cached_property
-    def references(self) -> dict[str, Measured]:
-        """Features of the training and the held-out images, each if there are enough, by all processes together."""
+    def references(self) -> dict[str, ImageFeatures]:
+        """Features of training and held-out images, if there are enough, computed by all processes together."""
         sets = {"train": self.train, "held_out": self.held_out} if self.extractor is not None else {}
         return {
             split: measure_cached(
@@ -225,21 +165,21 @@ class Context:
         }
 
     def held_out_features(self) -> torch.Tensor | None:
-        """Of as many held-out images as there are samples, or of all: what a perfect model would score."""
+        """Features of at most `num_samples` held-out images, which score what a perfect model would."""
         return evenly_spread(self.references["held_out"].features, self.num_samples) if self.has_held_out else None
 
     @property
     def has_held_out(self) -> bool:
-        """Whether enough images are held out to compare with."""
+        """Whether enough images were held out for distances."""
         return self.held_out is not None and len(self.held_out) >= FEWEST
 
     def picture(self, images: torch.Tensor) -> Image.Image:
-        """Images (B, C, H, W) in [-1, 1], eight a row."""
+        """A grid of images (B, C, H, W) in [-1, 1], eight per row."""
         return grid(to_output(images, "np"), 8, max(1, 64 // max(self.train.shape[1:])))
 
 
 def protocol_of(context: Context, model: str, config: DataConfig) -> dict:
-    """How samples and references were made; `Findings` say how each metric was measured."""
+    """The part of the protocol that all metrics share: model, references, samples and features."""
     pipeline, train, extractor = context.pipeline, context.train, context.extractor
     sets = {"train": train, "held_out": context.held_out}
     protocol = {
@@ -256,16 +196,16 @@ def protocol_of(context: Context, model: str, config: DataConfig) -> dict:
             for split, images in sets.items() if images is not None
         },
     }  # fmt: skip
-    if "samples" in vars(context):  # a cached property that some metric has needed
+    if "samples" in vars(context):  # a metric has used this cached property
         kind = type(pipeline.scheduler).__name__
         own = "ddpm" if isinstance(pipeline.scheduler, NoiseScheduler) else kind
-        asked = "as in the training images" if train.labels is not None else "in turns"
+        labels = "as in the training images" if train.labels is not None else "in turns"
         protocol |= {
             "num_samples": context.num_samples,
             "solver": context.solver or next((name for name, of in SOLVERS.items() if of == kind), own),
             "num_inference_steps": context.num_inference_steps,
             "guidance_scale": context.guidance_scale,
-            "class_labels": None if context.sample_labels is None else asked,
+            "class_labels": None if context.sample_labels is None else labels,
         }
     if extractor is not None:
         protocol["features"] = {key: getattr(extractor, key) for key in ("name", "sha256", "resize")}
@@ -274,16 +214,16 @@ def protocol_of(context: Context, model: str, config: DataConfig) -> dict:
 
 
 def _name(place: str) -> str:
-    """Of a folder its name alone, of a repository its whole name."""
+    """The name of a folder without its path, or user/name of a repository."""
     return Path(place).resolve().name if Path(place).exists() else place
 
 
-def mean(values: torch.Tensor) -> Estimate:
-    """Of values (N,), with its standard error."""
-    n = len(values)
-    return Estimate(values.mean().item(), values.std().item() / math.sqrt(n) if n > 1 else math.inf, n)
+def channel_moments(images: torch.Tensor) -> torch.Tensor:
+    """Mean and mean square of the pixels of each channel of each image: (B, C, H, W) -> (B, 2, C), float64."""
+    pixels = images.double().flatten(2)
+    return torch.stack([pixels.mean(2), pixels.square().mean(2)], dim=1)
 
 
 def evenly_spread(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """n of the rows, or all, evenly spread: in the order of a data set those of a class may stand together."""
+    """At most n rows, evenly spread, because a data set may be sorted by class."""
     return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows))).round().long()]

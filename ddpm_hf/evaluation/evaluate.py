@@ -1,7 +1,6 @@
-"""How good a model is: numbers with their errors and their protocol, in one file, and a page to look at.
+"""Evaluate a model: evaluation.json has the metrics, their standard errors and the protocol, report.html shows them.
 
-`evaluation.json` is {"protocol": how it was measured, "metrics": {key: {"name", "value", "stderr", "n", ...}}};
-`comparison` puts several side by side if their protocols agree.
+evaluation.json is {"protocol": how it was measured, "metrics": {key: {"name", "value", "stderr", "n", ...}}}.
 """
 
 import contextlib
@@ -12,29 +11,30 @@ import pkgutil
 import tempfile
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 
 import ddpm_hf.evaluation.metrics
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.dataset import has_embedded_digits
-from ddpm_hf.evaluation.context import FEWEST, METRICS, Context, Findings, protocol_of
+from ddpm_hf.evaluation.context import FEWEST, Context, protocol_of
 from ddpm_hf.evaluation.features.choose import make_extractor
-from ddpm_hf.evaluation.reference import data_config, load_references, train_config
-from ddpm_hf.evaluation.report import ENOUGH, write_report  # noqa: F401
+from ddpm_hf.evaluation.features.stats import unit_batches
+from ddpm_hf.evaluation.reference import data_config, load_references, train_config_path
+from ddpm_hf.evaluation.registry import METRICS, Findings
+from ddpm_hf.evaluation.report import write_report
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.utils.files import locked, write
 from ddpm_hf.utils.versions import versions
 
 OUTPUT, CURVES, REPORT = "evaluation.json", "by_timestep.csv", "report.html"
-SHOWN = 64  # images of a picture
+SHOWN = 64  # images per picture
 PACKAGES = ("ddpm-hf", "torch", "diffusers", "transformers", "scikit-learn", "scipy", "numpy", "pillow")
 log = logging.getLogger(__name__)
 
-# Importing a module registers its metrics, in the order of evaluation.json; new modules need no line here.
+# Importing a module registers its metrics, in the order of evaluation.json. A new module needs no line here.
 _found = sorted(module.name for module in pkgutil.iter_modules(ddpm_hf.evaluation.metrics.__path__))
-for _name in dict.fromkeys(("likelihood", "distances", "memorization", "drift", *_found)):
+for _name in dict.fromkeys(("likelihood", "by_timestep", "fidelity", "memorization", "drift", *_found)):
     importlib.import_module(f"ddpm_hf.evaluation.metrics.{_name}")
 
 
@@ -55,35 +55,37 @@ def evaluate(
     output: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> dict:
-    """Measure a model, by all processes of a launcher, and return what the main one writes: `output`, beside a report.
+    """Measure a model, write evaluation.json with a report, and return what evaluation.json contains.
+
+    All processes of a launcher share the work; the main process writes.
 
     Args:
         model: a pipeline folder, or user/model on the Hub.
-        dataset_name, train_data_dir: what to compare with; by default what the model was trained on.
-        metrics: of `METRICS`.
-        features: as `make_extractor` has it; by default those of the embedded digits for them, others by "imagenet".
+        dataset_name, train_data_dir: the images to compare with; by default those that the model was trained on.
+        metrics: names in `METRICS`.
+        features: see `make_extractor`; by default "digits" for the embedded digits, and "imagenet" for other images.
         weights: "ema", the EMA weights, or "raw", the training weights.
-        num_samples: distances are biased by their number, so compare those of equal numbers.
-        num_inference_steps: of the samples; by default 50, or all if there are fewer.
-        scheduler: a solver's name, or the model's own scheduler.
-        bpd_images: held-out images whose whole bound is computed, a prediction for each of the T timesteps.
-        batch_size: images at a time; it changes no number but by rounding.
-        output: the JSON file, by default evaluation.json in the folder of the model, or here for one of the Hub;
-            by_timestep.csv and report.html are written beside it, after its name if it has another.
-        cache: the folder of the references' features, found again by the content of the images.
+        num_samples: distances depend on it, so compare distances of equally many samples.
+        num_inference_steps: sampling steps; by default 50, or all timesteps if there are fewer.
+        scheduler: the name of a solver; by default the model's own scheduler.
+        bpd_images: number of held-out images whose whole bound is computed, with T predictions per image.
+        batch_size: images per batch; it changes the results only by rounding.
+        output: the JSON file; by default evaluation.json in the model's folder, or in the working directory for a model
+            on the Hub. by_timestep.csv and report.html are written next to it, and start with its name if that differs.
+        cache: folder for the features of the references, which are found again by the content of the images.
 
     Raises:
-        ValueError: a wrong argument, or images that can't be read; nothing has been written then.
+        ValueError: an argument is invalid, or the images can't be read. Nothing has been written then.
     """
     _check(metrics, weights, num_samples, seed, bpd_images, batch_size)
     output = _writable(output_of(model) if output is None else Path(output))
     accelerator = Accelerator()
-    # Two at once would do the same work and mix their reports
+    # Two evaluations in one folder would mix their reports
     with locked(output.parent, output.name) if accelerator.is_main_process else contextlib.nullcontext():
         pipeline = load_pipeline(model, "model", "raw" if weights == "raw" else None).to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.unet.eval().requires_grad_(False)
-        steps = pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)  # of a solver often one fewer
+        steps = pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)  # some solvers can do T - 1
         config = data_config(model, pipeline, dataset_name, train_data_dir, output)
         context = Context(
             pipeline, accelerator, *load_references(config, pipeline), seed, batch_size, num_samples,
@@ -92,7 +94,7 @@ def evaluate(
         )  # fmt: skip
         found = _measure(context, _prepare(context, metrics, features, config))
         protocol = protocol_of(context, model, config)
-        protocol["weights"] = weights if weights == "raw" or train_config(model) else "as saved"
+        protocol["weights"] = weights if weights == "raw" or train_config_path(model) else "as saved"
         protocol["reference"]["as_trained"] = dataset_name is None and train_data_dir is None
         evaluation = {"protocol": protocol | found.protocol | {"versions": versions(PACKAGES)}, "metrics": found.rows}
         if accelerator.is_main_process:
@@ -101,14 +103,14 @@ def evaluate(
 
 
 def output_of(model: str) -> Path:
-    """Where the evaluation of a model is written by default."""
+    """The file that the evaluation of a model is written to by default."""
     return Path(model) / OUTPUT if Path(model).is_dir() else Path(OUTPUT)
 
 
 def _check(metrics, weights, num_samples, seed, bpd_images, batch_size) -> None:
     for name in metrics:
         if name not in METRICS:
-            raise ValueError(f"metrics: there is no {name!r}; choose from {', '.join(METRICS)}")
+            raise ValueError(f"metrics: unknown metric {name!r}; choose from {', '.join(METRICS)}")
     if not metrics:
         raise ValueError(f"metrics: name at least one of {', '.join(METRICS)}")
     if weights not in ("ema", "raw"):
@@ -122,9 +124,9 @@ def _check(metrics, weights, num_samples, seed, bpd_images, batch_size) -> None:
 
 
 def _writable(output: Path) -> Path:
-    """`output`, before an hour's work is done that could not be kept."""
+    """The absolute path of `output`. Raises ValueError before an hour's work if it can't be written."""
     if output.is_dir():
-        raise ValueError(f"output={str(output)!r} is a folder; name a file, such as {output / OUTPUT}")
+        raise ValueError(f"output={str(output)!r} is a folder; name a file such as {output / OUTPUT}")
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -134,7 +136,7 @@ def _writable(output: Path) -> Path:
 
 
 def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, config: DataConfig) -> list[str]:
-    """Make the feature extractor, check all that can be wrong before an hour's work, and return what to measure."""
+    """Check the settings before an hour's work, make the feature extractor, and return the metrics to measure."""
     pipeline, train = context.pipeline, context.train
     pipeline.check_call(
         num_inference_steps=context.num_inference_steps, scheduler=context.solver,
@@ -145,42 +147,42 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     needs = {need for name in names for need in METRICS[name].needs}
     if "likelihood" in needs:
         if context.held_out is None:
-            raise ValueError("metrics: bpd and loss are of images that were held out, and a single image has none")
-        context.noise_scheduler.timesteps  # raises ValueError if there is none  # noqa: B018
+            raise ValueError("metrics: bpd and loss need held-out images, but there is only one image in all")
+        context.noise_scheduler.timesteps  # raises ValueError if it is not known  # noqa: B018
     if "features" in needs and len(train) < FEWEST:
-        raise ValueError(f"metrics: {len(train)} training images are too few for distances; name others")
+        raise ValueError(f"metrics: distances need at least {FEWEST} training images, but there are {len(train)}")
     if "samples" in needs and not context.has_held_out:
-        log.warning(f"fewer than {FEWEST} images were held out: nothing is compared with them")
+        log.warning(f"Fewer than {FEWEST} images were held out, so no samples are compared with held-out images.")
     if "features" not in needs and features is None:
         return names
     default = "digits" if has_embedded_digits(config) and train.shape[1:] == (8, 8) else None
     extractor = context.extractor = make_extractor(features or default, train.shape[0], context.accelerator.device)
-    extractor(((train.batch(torch.tensor([0])) + 1) / 2).clamp(0, 1))
+    extractor(next(unit_batches(train, 1)))  # raises ValueError if the features do not fit the images
     unscored = [name for name in names if "logits" in METRICS[name].needs and not extractor.classifies]
     if unscored and len(names) < len(METRICS):
-        raise ValueError(f"metrics: 'is' needs classes, which the features {extractor.name!r} do not have")
+        raise ValueError(f"metrics: 'is' needs a classifier, but the features {extractor.name!r} have no logits")
     if unscored:
-        log.warning(f"no Inception Score: the features {extractor.name!r} have no classes")
+        log.warning(f"The Inception Score is left out, because the features {extractor.name!r} have no logits.")
     return [name for name in names if name not in unscored]
 
 
 def _measure(context: Context, names: list[str]) -> Findings:
     found, main = Findings(), context.accelerator.is_main_process
     if any("samples" in METRICS[name].needs for name in names):
-        made, _ = context.samples, context.references  # by all processes together
-        shown = {"samples": made.pixels[:SHOWN], "real": context.subset(context.train, SHOWN)[0]}
+        samples, _ = context.samples, context.references  # all processes together
+        shown = {"samples": samples.pixels[:SHOWN], "real": context.subset(context.train, SHOWN)[0]}
         found.pictures = {name: context.picture(images) for name, images in shown.items()}
     for name in names:
-        if main or "samples" not in METRICS[name].needs:  # what is made of samples is not worth sharing
+        if main or "samples" not in METRICS[name].needs:  # metrics of samples are fast
             found.add(name, METRICS[name].measure(context))
     return found
 
 
 def _write(output: Path, evaluation: dict, found: Findings) -> None:
-    """The numbers first, so that nothing that happens to a picture can take them away."""
+    """Write evaluation.json first, so that an error in the report loses no numbers."""
     prefix = "" if output.name == OUTPUT else f"{output.stem}-"
     output.parent.mkdir(parents=True, exist_ok=True)
-    for name in (CURVES, REPORT, "report.png"):  # of an evaluation before this one, which once drew a picture
+    for name in (CURVES, REPORT, "report.png"):  # of an earlier evaluation; older versions drew report.png
         (output.parent / f"{prefix}{name}").unlink(missing_ok=True)
     write(output, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
     if found.by_timestep:
@@ -190,4 +192,4 @@ def _write(output: Path, evaluation: dict, found: Findings) -> None:
     try:
         write_report(output.parent / f"{prefix}{REPORT}", evaluation, found.pictures, found.by_timestep)
     except Exception as error:
-        log.warning(f"{output} is written, but its report can't be: {type(error).__name__} {error}")
+        log.warning(f"{output} was written, but its report could not be: {type(error).__name__}: {error}")

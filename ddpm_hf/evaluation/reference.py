@@ -1,4 +1,4 @@
-"""The images that a model is compared with: where they are, how they are decoded, and the numbers of their classes."""
+"""The images that a model is compared with: their data set, their decoding, and the labels of their classes."""
 
 import logging
 from pathlib import Path
@@ -18,20 +18,20 @@ log = logging.getLogger(__name__)
 def data_config(
     model: str, pipeline: DDPMCustomPipeline, dataset_name: str | None, train_data_dir: str | None, output: Path
 ) -> DataConfig:
-    """Where the images are and how they are decoded: as the model's training did, where that is known.
+    """The data set and its decoding, with the model's training settings if they are known.
 
     Args:
-        output: what is written, with pictures beside it, which must not lie among the images.
+        output: the file that the evaluation writes; the report next to it must not become one of the images.
 
     Raises:
-        ValueError: the data are not known, or not there, or `output` lies among them.
+        ValueError: the data set is unknown or does not exist, or `output` lies among its images.
     """
-    path = train_config(model)
+    path = train_config_path(model)
     named = dataset_name is not None or train_data_dir is not None
     if path is None and not named:
         raise ValueError(
-            f"model={model!r} does not say what it was trained on (it has no train_config.json): give --dataset_name "
-            "or --train_data_dir"
+            f"model={model!r} has no train_config.json, so its training data are unknown: give --dataset_name or "
+            "--train_data_dir"
         )
     changes = {"output_dir": str(output.absolute().parent)}
     if named:
@@ -44,8 +44,8 @@ def data_config(
     folder = config.train_data_dir
     if folder is not None and not named and not Path(folder).is_dir():
         raise ValueError(
-            f"the folder {folder!r}, which model={model!r} was trained on, is not "
-            f"{'here' if Path(folder).is_absolute() else f'in {Path.cwd()}'}: give its path with --train_data_dir"
+            f"model={model!r} was trained on train_data_dir={folder!r}, which does not exist (the working "
+            f"directory is {Path.cwd()}): give its path with --train_data_dir"
         )
     if folder is not None and among_images(Path(folder), output.absolute().parent):
         raise ValueError(
@@ -54,14 +54,14 @@ def data_config(
     if config.streaming:
         config.streaming = False
         log.warning(
-            "the model was trained on a stream: if its data set has no test split, some of the images that are held "
-            "out here were trained on there"
+            "The model was trained with streaming. If its data set has no test split, training may have used some of "
+            "the images that are held out here."
         )
     return config
 
 
-def train_config(model: str) -> Path | None:
-    """The file train_config.json of a folder or of a model on the Hub, if it has one."""
+def train_config_path(model: str) -> Path | None:
+    """The train_config.json of a folder or of a model on the Hub; None if it has none."""
     path = Path(model) / "train_config.json"
     if Path(model).exists():
         return path if path.is_file() else None
@@ -69,21 +69,21 @@ def train_config(model: str) -> Path | None:
         return Path(hf_hub_download(model, "train_config.json"))
     except RemoteEntryNotFoundError:
         return None
-    except Exception as error:  # the network, the Hub and the cache all raise their own
-        raise ValueError(f"model={model!r}: its train_config.json can't be had: {reason(error)}") from error
+    except Exception as error:  # the network, the Hub and the cache have no common error
+        raise ValueError(f"model={model!r}: train_config.json could not be downloaded: {reason(error)}") from error
 
 
 def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[ImageData, ImageData | None]:
-    """Training and held-out images, with the labels by which the network knows their classes.
+    """Training and held-out images, with the network's labels for their classes.
 
     Raises:
-        ValueError: they can't be read, or have another shape than the model's images, or other classes.
+        ValueError: the images can't be read, or do not have the shape or the classes of the model.
     """
     train, held_out = load_images(config, test_limit=None)
     if train.shape != pipeline.image_shape:
         raise ValueError(
-            f"the images of {config.train_data_dir or config.dataset_name!r} are {train.shape} (channels, height, "
-            f"width), and those of the model {pipeline.image_shape}: evaluate it on images of its own kind"
+            f"the images of {config.train_data_dir or config.dataset_name!r} have the shape {train.shape} (channels, "
+            f"height, width), but the model generates {pipeline.image_shape}: give images of that shape"
         )
     classes, names = num_classes(pipeline.unet), train.label_names
     if classes is None or names is None:
@@ -94,8 +94,8 @@ def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[I
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"the images have the classes {', '.join(names)[:200]}, and the model {', '.join(known)[:200]}: "
-            f"{', '.join(unknown)[:80]} it does not know"
+            f"the images have classes that the model was not trained on: {', '.join(unknown)[:80]}; the model has "
+            f"{', '.join(known)[:200]}"
         )
     labels = torch.tensor([known.index(name) for name in names])
     for images in (train, held_out):

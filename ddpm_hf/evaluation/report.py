@@ -1,4 +1,4 @@
-"""The report of an evaluation: report.html, a page that needs no other file."""
+"""The report of an evaluation: report.html, a page that loads no other file."""
 
 import base64
 import io
@@ -10,13 +10,13 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ddpm_hf.evaluation.charts import BITS, DISTANCES, DRIFTS, LOSSES, QUALITIES, draw_charts, has
+from ddpm_hf.evaluation.comparison import few_samples_warning
 from ddpm_hf.utils.files import write
 from ddpm_hf.utils.results import number
 
-ENOUGH = 10_000  # samples; with fewer the bias of a distance exceeds its interval
 SETS = {"train": "training images", "held_out": "held-out images"}
 MEMORIZATION = {"memorization_features": "by features", "memorization_pixels": "by pixels"}
-TOGETHER = (  # of these none is shown without the others
+TOGETHER = (  # metrics that are shown only together
     *(tuple(f"{name}_{of}" for name in QUALITIES) for of in SETS),
     ("inception_score", "inception_score_real"),
 )
@@ -29,12 +29,12 @@ KNOWN = {
 
 
 def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image], by_timestep: list[dict]) -> None:
-    """Write the page, whole or not at all.
+    """Write the page, atomically.
 
     Args:
-        evaluation: "protocol", any nested dictionary, and "metrics", each {"name", "value", "stderr", "n", ...}. What
-            is not there is left out; a metric that is not known here stands in a table of its own.
-        pictures: "samples", "real" and "memorization", as far as there are any.
+        evaluation: "protocol", any nested dictionary, and "metrics", each {"name", "value", "stderr", "n", ...}. The
+            page leaves out missing metrics, and has a table for metrics that are not in `KNOWN`.
+        pictures: any of "samples", "real" and "memorization".
         by_timestep: rows {"timestep", "loss_held_out", "loss_train", "bits", "x0_rmse", "x0_slope", "x0_bias"}.
     """
     protocol, metrics = evaluation["protocol"], dict(evaluation["metrics"])
@@ -46,7 +46,7 @@ def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image],
         name=protocol.get("model", {}).get("name", "A model"),
         summary=_summary(protocol),
         cards=_cards(metrics),
-        few=_few(protocol, metrics),
+        few=few_samples_warning({"protocol": protocol, "metrics": metrics}),
         protocol=json.dumps(protocol, indent=2, ensure_ascii=False),
         metrics=metrics,
         tables=_tables(metrics),
@@ -63,7 +63,7 @@ def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image],
 
 
 def _png(picture: Image.Image) -> bytes:
-    """A small picture enlarged with its pixels kept square."""
+    """The picture as PNG; a small picture is enlarged by a whole factor."""
     scale, buffer = max(1, 700 // picture.width), io.BytesIO()
     picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()
@@ -78,24 +78,24 @@ def z_score(metric: dict) -> str:
 
 
 def verdict(metric: dict) -> tuple[str, str]:
-    """What the test of nearness says: whether that is "good", "so" or "bad", and in words."""
+    """The result of the nearness test: "good", "unclear" or "bad", and its meaning in words."""
     z, copies = metric["value"], metric.get("copies") or 0.0
     if copies > max(0.01, 2 * (metric.get("copies_held_out") or 0.0)):
-        return "bad", f"copies of training images in {copies:.1%} of all cases: the nearest is far nearer than the next"
+        return "bad", f"copies of training images in {copies:.1%} of all cases: the second nearest image is far off"
     if z < -3:
-        return "so", (
-            "nearer to the training images than unseen images are: copies, or smoother or paler than real ones; look "
-            "at the pairs"
+        return "unclear", (
+            "nearer to the training images than held-out images are: they are copies, or smoother or paler than real "
+            "images; look at the pairs"
         )
     if z < -2:
-        return "so", "perhaps nearer to the training images than unseen images are: look at the pairs"
+        return "unclear", "perhaps nearer to the training images than held-out images are; look at the pairs"
     if z <= 2:
-        return "good", "no nearer to the training images than unseen images are"
-    return "so", "farther from the training images than unseen images are: no copies, but unlike the data"
+        return "good", "no nearer to the training images than held-out images are"
+    return "unclear", "farther from the training images than held-out images are: no copies, but unlike the data"
 
 
 def _withhold(metrics: dict) -> list[str]:
-    """Take out the metrics that mislead without others which were not measured, and return what to say of them."""
+    """Remove the metrics that are misleading alone if the others were not measured, and return their names."""
     withheld = []
     for group in TOGETHER:
         missing = [key for key in group if not has(metrics, key)]
@@ -106,7 +106,7 @@ def _withhold(metrics: dict) -> list[str]:
 
 
 def _cards(metrics: dict) -> list[dict]:
-    """The numbers to see first, each with the one to compare it with."""
+    """The most important values, each with a value to compare it with."""
     cards, shown = [], {key: number(metrics[key]) for key in metrics if has(metrics, key)}
 
     def add(name: str, text: str, beside: str, tone: str = "") -> None:
@@ -115,14 +115,14 @@ def _cards(metrics: dict) -> list[dict]:
     for key in [key for of in SETS for name in DISTANCES if (key := f"{name}_{of}") in shown][:1]:
         family, of = key.split("_", 1)
         real, matched = f"{family}_real", f"{key}_matched"
-        beside = f"held-out real images: {shown[real]}" if real in shown else ""
+        beside = f"held-out images: {shown[real]}" if real in shown else ""
         if real in shown and matched in shown:
-            beside = f"of {metrics[real]['n']:,}: samples {shown[matched]}, held-out {shown[real]}"
+            beside = f"with {metrics[real]['n']:,} images: samples {shown[matched]}, held-out images {shown[real]}"
         add(f"{DISTANCES[family]} to {SETS[of]}", shown[key], beside)
     if not cards and "precision_train" in shown:
-        add("Precision and recall", f"{shown['precision_train']} and {shown['recall_train']}", "of training images")
+        add("Precision and recall", f"{shown['precision_train']} and {shown['recall_train']}", "with training images")
     for key in [key for key in BITS if key in shown][:1]:
-        beside = f"of which the fixed variance costs {shown['bpd_floor']}" if "bpd_floor" in shown else ""
+        beside = f"{shown['bpd_floor']} of them are due to the fixed variance" if "bpd_floor" in shown else ""
         add(f"Bits per dimension: {BITS[key]}", shown[key], beside)
     for key in [key for key in MEMORIZATION if key in shown][:1]:
         tone, words = verdict(metrics[key])
@@ -131,10 +131,10 @@ def _cards(metrics: dict) -> list[dict]:
 
 
 def _tables(metrics: dict) -> dict[str, tuple[list[str], list[tuple[str, list]]]]:
-    """Heads, and rows of a title and a metric under each head, None where it was not measured."""
+    """For each table its column heads and its rows: a title, and one metric per column, or None."""
     between = {of: f"samples to {title}" for of, title in SETS.items()}
     between |= {
-        "train_matched": "as many samples as held-out images, to training images",
+        "train_matched": "equally many samples as held-out images, to training images",
         "real": "real images: held-out to training",
     }
     families = [name for name in DISTANCES if any(f"{name}_{of}" in metrics for of in between)]
@@ -149,7 +149,7 @@ def _tables(metrics: dict) -> dict[str, tuple[list[str], list[tuple[str, list]]]
             {name: [f"{name}_{of}" for of in judged] for name in QUALITIES},
         ),
         "inception_score": (
-            ["samples", "as many samples as real images", "real images"],
+            ["samples", "equally many samples as real images", "real images"],
             {"Inception Score": ["inception_score", "inception_score_matched", "inception_score_real"]},
         ),
         "bits": (["bits/dim"], {title: [key] for key, title in BITS.items()}),
@@ -163,21 +163,8 @@ def _tables(metrics: dict) -> dict[str, tuple[list[str], list[tuple[str, list]]]
     return {key: table for key, table in found.items() if table[1]}
 
 
-def _few(protocol: dict, metrics: dict) -> str | None:
-    """A warning of numbers of few samples."""
-    biased = [key for key in metrics if key.startswith(("fid_", "fd_")) or any(key in group for group in TOGETHER)]
-    n = protocol.get("num_samples", ENOUGH)
-    if not biased or n >= ENOUGH:
-        return None
-    return (
-        f"Only {n:,} samples. Fréchet distances of so few are biased upwards, and the intervals (±) do not hold that "
-        "bias; precision, recall, density, coverage and Inception Score shift with the number too. "
-        f"Compare with numbers of {n:,} samples only, or draw {ENOUGH:,} and more."
-    )
-
-
 def _summary(protocol: dict) -> str:
-    """The settings to see first, such as "2,000 samples · ddpm · 50 steps"."""
+    """The most important settings, such as "2,000 samples · ddpm · 50 steps"."""
     words = {"num_samples": "{:,} samples", "solver": "{}", "num_inference_steps": "{} steps"}
     words |= {"guidance_scale": "guidance {:g}", "weights": "{} weights", "dtype": "{}", "seed": "seed {}"}
     return " · ".join(text.format(protocol[key]) for key, text in words.items() if key in protocol)

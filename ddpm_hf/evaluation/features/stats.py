@@ -1,4 +1,4 @@
-"""Features of whole sets of images, kept on disk, and the mean and covariance of features."""
+"""Features of sets of images, with a cache on disk, and their mean and covariance."""
 
 import functools
 import hashlib
@@ -19,13 +19,13 @@ from ddpm_hf.utils.checksums import images_sha256
 from ddpm_hf.utils.distributed import in_all
 from ddpm_hf.utils.files import save_tensors
 
-ROWS = 4096  # of features whose deviations from the mean are held at a time
+ROWS = 4096  # of features per block, for the deviations from the mean
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """Mean and covariance of features; the statistics of two sets add up by `+`, without loss of accuracy.
+    """Mean and covariance of features. The sum a + b has the statistics of both sets together, in full accuracy.
 
     Args:
         count: the number of rows, N.
@@ -39,32 +39,32 @@ class FeatureStats:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "FeatureStats":
-        """Of rows (N, D), float64."""
+        """The statistics of rows (N, D), float64."""
         mean = features.mean(0)
         return cls(len(features), mean, (features - mean).T @ (features - mean))
 
     def __add__(self, other: "FeatureStats") -> "FeatureStats":
-        """Of the rows of both sets (Chan, Golub & LeVeque 1979, equation 2.1)."""
+        """The statistics of both sets together (Chan, Golub & LeVeque 1979, equation 2.1)."""
         count, step = self.count + other.count, other.mean - self.mean
         between = torch.outer(step, step) * (self.count * other.count / count)
         return FeatureStats(count, self.mean + step * (other.count / count), self.scatter + other.scatter + between)
 
     @property
     def covariance(self) -> torch.Tensor:
-        """(D, D), unbiased: the divisor is count - 1."""
+        """The unbiased covariance (D, D), with the divisor count - 1."""
         return self.scatter / (self.count - 1)
 
     @functools.cached_property
     def factor(self) -> torch.Tensor:
-        """(D, rank), whose product with its transpose is the covariance."""
+        """F (D, rank) with F F^T equal to the covariance."""
         values, vectors = torch.linalg.eigh(self.covariance)
-        real = values > values.max() * len(values) * torch.finfo(values.dtype).eps  # the others are rounded zeros
+        real = values > values.max() * len(values) * torch.finfo(values.dtype).eps  # the others are zero up to rounding
         return vectors[:, real] * values[real].sqrt()
 
 
 @dataclass
-class Measured:
-    """What an extractor makes of a set of images: features (N, D), and logits (N, K) if it classifies; float64."""
+class ImageFeatures:
+    """Features (N, D) of a set of images, and logits (N, K) if the extractor classifies; float64."""
 
     features: torch.Tensor
     logits: torch.Tensor | None = None
@@ -74,18 +74,18 @@ class Measured:
         return functools.reduce(lambda a, b: a + b, map(FeatureStats.of, self.features.split(ROWS)))
 
 
-def measure(extractor: Extractor, batches: Iterable[torch.Tensor]) -> Measured:
-    """Features of all images of the batches (B, C, H, W), floats in [0, 1]."""
+def measure(extractor: Extractor, batches: Iterable[torch.Tensor]) -> ImageFeatures:
+    """Compute the features of all images in batches (B, C, H, W) of floats in [0, 1]."""
     return _joined([extractor(batch) for batch in batches])
 
 
-def _joined(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Measured:
+def _joined(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> ImageFeatures:
     features, logits = zip(*parts, strict=True)
-    return Measured(torch.cat(features), None if logits[0] is None else torch.cat(logits))
+    return ImageFeatures(torch.cat(features), None if logits[0] is None else torch.cat(logits))
 
 
 def unit_batches(images: ImageData, batch_size: int = 256, indices=None) -> Iterator[torch.Tensor]:
-    """All images in order, or those of `indices` (N,), as batches (B, C, H, W) in [0, 1]."""
+    """All images in order, or those at `indices` (N,), in batches (B, C, H, W) with values in [0, 1]."""
     for part in (torch.arange(len(images)) if indices is None else indices).split(batch_size):
         yield ((images.batch(part) + 1) / 2).clamp(0, 1)
 
@@ -96,12 +96,12 @@ def measure_cached(
     folder: str | Path,
     batch_size: int = 256,
     accelerator: Accelerator | None = None,
-) -> Measured:
-    """`measure` of all images, read from a file in `folder` if this extractor has measured these images before.
+) -> ImageFeatures:
+    """The features of all images, from a cache in `folder` if this extractor has computed them before.
 
     The name of the file is a hash of the pixels and of the extractor's name, weights and resize. If the file does not
-    exist or can't be read, each process of `accelerator` measures a part of the images, and all processes get the
-    whole. The main process reads and writes the file.
+    exist or can't be read, each process of `accelerator` computes the features of a part of the images, and all
+    processes get the features of all images. The main process reads and writes the file.
     """
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     identity = (images_sha256(images), extractor.name, extractor.sha256, extractor.resize, extractor.classifies)
@@ -118,17 +118,17 @@ def measure_cached(
     return found
 
 
-def _read(path: Path) -> Measured | None:
+def _read(path: Path) -> ImageFeatures | None:
     try:
-        return Measured(**load_file(path))
+        return ImageFeatures(**load_file(path))
     except (OSError, SafetensorError, TypeError):
         return None
 
 
-def _write(path: Path, measured: Measured) -> None:
+def _write(path: Path, measured: ImageFeatures) -> None:
     tensors = {"features": measured.features} | ({} if measured.logits is None else {"logits": measured.logits})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, path)
-    except OSError as error:  # the features were computed, and can be computed again
+    except OSError as error:  # the features can be computed again next time
         log.warning(f"{path.parent}: can't write the cache of features: {error}")

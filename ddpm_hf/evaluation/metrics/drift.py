@@ -1,17 +1,16 @@
-"""The metric `drift`: whether colours shift."""
+"""The metric `drift`: do the colours of samples differ from those of training images?"""
 
 import math
 
 import torch
 
-from ddpm_hf.evaluation.context import Context, Findings, metric, record
-from ddpm_hf.evaluation.diagnostics import channel_moments
-from ddpm_hf.evaluation.fidelity import Estimate
+from ddpm_hf.evaluation.context import Context, channel_moments
+from ddpm_hf.evaluation.registry import Estimate, Findings, metric, record
 
 
 @metric("drift", "samples")
 def drift(context: Context) -> Findings:
-    """Each channel's mean and standard deviation, of samples less of training images."""
+    """The mean and standard deviation of each channel of the samples, minus those of the training images."""
     batches = torch.arange(len(context.train)).split(1024)
     of_train = mean_and_std(torch.cat([channel_moments(context.train.batch(batch)) for batch in batches]))
     of_samples, rows = mean_and_std(context.samples.moments), {}
@@ -31,14 +30,14 @@ def drift(context: Context) -> Findings:
 
 
 def mean_and_std(moments: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Of each channel over all pixels, (C,), each with its standard error over the images.
+    """Mean and standard deviation of each channel over all pixels, (C,), each with its standard error over the images.
 
     Args:
-        moments: (N, 2, C), as `channel_moments` gives them.
+        moments: (N, 2, C), from `channel_moments`.
     """
     n = max(len(moments), 2)
     (mean, square), spread = moments.mean(0), moments.std(0) if len(moments) > 1 else moments[0] * math.nan
     std = (square - mean**2).clamp(min=0).sqrt()
-    # The delta method: d std = (d square - 2 mean d mean) / (2 std), image by image
+    # The delta method per image: d std = (d square - 2 mean d mean) / (2 std)
     linear = (moments[:, 1] - 2 * mean * moments[:, 0]) / (2 * std.clamp(min=1e-12))
     return (mean, spread[0] / math.sqrt(n)), (std, linear.std(0) / math.sqrt(n))

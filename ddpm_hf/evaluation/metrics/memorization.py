@@ -1,19 +1,59 @@
-"""The metric `memorization`: are samples nearer to the training images than images that were never trained on are?"""
+"""The metric `memorization`: are samples nearer to the training images than held-out images are?"""
+
+import math
 
 import torch
+from scipy.stats import norm, rankdata, tiecorrect
 
 from ddpm_hf.data.neighbours import nearest, nearest_images
-from ddpm_hf.evaluation.context import Context, Findings, evenly_spread, metric, record
-from ddpm_hf.evaluation.fidelity import Estimate
-from ddpm_hf.evaluation.memorization import nearness, share_of_copies
+from ddpm_hf.evaluation.context import Context, evenly_spread
+from ddpm_hf.evaluation.registry import Estimate, Findings, metric, record
 from ddpm_hf.utils.pictures import with_caption
 
-MOST_COMPARED = 1_000  # samples and held-out images whose neighbours are looked for
+COPY = 1 / 3
+MOST_COMPARED = 1_000  # samples and held-out images whose neighbours are searched
+
+
+def share_of_copies(distances: torch.Tensor) -> float:
+    """The share of images whose nearest training image is at most `COPY` times as far away as the second nearest.
+
+    This is the criterion of Gu et al. 2023, arXiv:2310.02664.
+
+    Args:
+        distances: (N, 2), to the two nearest training images.
+    """
+    return (distances[:, 0] <= COPY * distances[:, 1]).double().mean().item()
+
+
+def nearness(of_samples: torch.Tensor, of_held_out: torch.Tensor) -> dict[str, float]:
+    """Test whether samples are nearer to the training images than held-out images are.
+
+    The two-sample test of Meehan, Chaudhuri & Dasgupta 2020 (arXiv:2004.05675, section 3.1, over the whole space): the
+    z score of the Mann-Whitney statistic of the two sets of distances, about standard normal if they are alike.
+
+    Args:
+        of_samples: (N,) distance of each sample to its nearest training image.
+        of_held_out: (M,) distance of each held-out image to its nearest training image.
+
+    Returns:
+        `value`: z. Far below 0 the model copies, or its samples are smoother or paler than real images, which brings
+        them nearer to all images. Far above 0 the samples are unlike the data. `p_value`: the probability of this z or
+        a smaller one if samples and held-out images are alike. `median_ratio`: the median distance of samples divided
+        by that of held-out images; None if the latter is 0.
+    """
+    n, m = len(of_samples), len(of_held_out)
+    ranks = rankdata(torch.cat([of_samples.double(), of_held_out.double()]).numpy())
+    u = ranks[:n].sum() - n * (n + 1) / 2
+    variance = n * m / 12 * (n + m + 1) * tiecorrect(ranks)
+    z = (u - n * m / 2) / math.sqrt(variance) if variance > 0 else 0.0
+    unseen = of_held_out.double().median().item()
+    ratio = of_samples.double().median().item() / unseen if unseen > 0 else None
+    return {"value": float(z), "p_value": float(norm.cdf(z)), "median_ratio": ratio}
 
 
 @metric("memorization", "samples")
 def memorization(context: Context) -> Findings:
-    """The test of nearness in pixels and, if there is an extractor, in features; and the nearest pairs to look at."""
+    """Test nearness in pixels and, with an extractor, in features; show the pairs that are nearest in pixels."""
     pixels = context.samples.pixels[:MOST_COMPARED]
     found, distances = nearest_images(pixels, context.train, 2)
     closest = distances[:, 0].argsort()[:24]
