@@ -1,4 +1,4 @@
-"""Sharing, against a Hub on loopback that the Hub's own client talks to."""
+"""Pushing models to a local Hub server, with the real client of the Hub."""
 
 import json
 import logging
@@ -19,7 +19,8 @@ import torch
 from conftest import TINY_UNET, calls, tiny_config, tiny_unet
 from huggingface_hub import HfApi, ModelCard
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, training
+import ddpm_hf
+from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, training
 from ddpm_hf.commands import train_callbacks as command
 from ddpm_hf.commands.main import main
 from ddpm_hf.commands.train_callbacks import write_facts_and_card
@@ -52,15 +53,15 @@ def made_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(made_once, tmp_path, monkeypatch) -> Path:
-    """The output folder of a run of three updates, made by the command."""
+    """The output folder of `ddpm-hf train` for three updates."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made_once, "runs/digits")
     return Path("runs/digits")
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    monkeypatch.setattr("ddpm_hf.hub.push.WAITS", (0, 0))
+def _no_waits(monkeypatch):
+    monkeypatch.setattr("ddpm_hf.hub.upload.WAITS", (0, 0))
 
 
 def sample(pipeline) -> torch.Tensor:
@@ -72,7 +73,7 @@ def sample(pipeline) -> torch.Tensor:
 # ---------------------------------------------------------------- what is uploaded
 
 
-def test_what_belongs_there_is_uploaded_and_its_address_comes_last(hub, run, capsys):
+def test_push_uploads_the_model_and_prints_the_commit_address_last(hub, run, capsys):
     (run / "checkpoint-3" / "README.md").write_text("not this one")
     (run / "unet" / "notes.txt").write_text("nor this")
     assert main(["push", str(run), "me/digits", "--license", "mit"]) == 0
@@ -91,7 +92,7 @@ def test_what_belongs_there_is_uploaded_and_its_address_comes_last(hub, run, cap
     )
 
 
-def test_a_second_push_takes_out_what_would_be_loaded_and_is_no_more(hub, run):
+def test_a_second_push_deletes_files_that_the_folder_no_longer_has(hub, run):
     push(run, "me/digits", self_contained=True)
     assert any(name.endswith("_unet.py") for name in hub.files("me/digits"))
     HfApi().upload_file(repo_id="me/digits", path_in_repo="NOTES.md", path_or_fileobj=b"mine")
@@ -101,18 +102,18 @@ def test_a_second_push_takes_out_what_would_be_loaded_and_is_no_more(hub, run):
     assert set(hub.files("me/digits")) == left
 
 
-def test_a_push_of_what_is_there_sends_and_changes_nothing(hub, run):
+def test_pushing_the_same_files_again_sends_nothing(hub, run):
     first = push(run, "me/digits")
     sent = dict(hub.uploaded_bytes)
     assert push(run, "me/digits") == first
     assert dict(hub.uploaded_bytes) == sent
 
 
-def test_where_files_were_is_not_told(hub, run, tmp_path):
+def test_local_paths_are_not_uploaded(hub, run, tmp_path):
     home = tmp_path / "grace"
     shutil.copytree(run, home / "model")
     pipeline = DDPMCustomPipeline.from_pretrained(home / "model")
-    pipeline.save_pretrained(home / "model")  # with which diffusers keeps where it was loaded from
+    pipeline.save_pretrained(home / "model")  # diffusers stores where it was loaded from
     assert "grace" in (home / "model/model_index.json").read_text() + (home / "model/unet/config.json").read_text()
     settings = json.loads((run / "train_config.json").read_text())
     settings |= {"train_data_dir": "/home/grace/patients", "output_dir": "C:\\Users\\grace\\out", "dataset_name": "a/b",
@@ -124,7 +125,7 @@ def test_where_files_were_is_not_told(hub, run, tmp_path):
     assert not [name for name, content in hub.files("me/digits").items() if b"grace" in content]
 
 
-def test_a_data_set_in_a_folder_is_none_of_the_hub(run, tmp_path):
+def test_a_local_dataset_is_not_recorded_as_one_of_the_hub(run, tmp_path):
     config = tiny_config(tmp_path / "out", dataset_name=str(tmp_path / "grace"), train_data_dir=None)
     pipeline, images = DDPMCustomPipeline.from_pretrained(run), ImageData(torch.zeros(20, 1, 8, 8).byte())
     process = SimpleNamespace(num_processes=1, mixed_precision="no", device=torch.device("cpu"))
@@ -141,7 +142,7 @@ def test_folders_that_are_links_inside_are_uploaded_too(hub, run):
     assert set(hub.files("me/digits")) == MODEL
 
 
-def test_what_is_there_and_nobody_elses_is_deleted(hub, run):
+def test_push_deletes_only_files_of_earlier_pushes(hub, run):
     HfApi().create_repo("digits")
     for name in ("pipeline.py", "unet/other/x.safetensors", "notes/log.csv"):
         HfApi().upload_file(repo_id="me/digits", path_in_repo=name, path_or_fileobj=b"mine")
@@ -154,7 +155,7 @@ def test_what_is_there_and_nobody_elses_is_deleted(hub, run):
     assert set(hub.files("me/digits")) == (MODEL | kept) - {"run.json", "log.csv", "samples.png"}
 
 
-def test_what_others_put_there_stays(hub, run, caplog):
+def test_files_that_others_changed_are_kept_with_a_warning(hub, run, caplog):
     push(run, "me/digits", self_contained=True)
     mine = {"unet/diffusion_pytorch_model.fp16.safetensors": b"half", "ddpm_hf_mine.py": b"1", "log.csv": b"mine\n"}
     for name, content in mine.items():
@@ -167,32 +168,33 @@ def test_what_others_put_there_stays(hub, run, caplog):
     assert set(there) == (MODEL | mine.keys()) - {"samples.png"}
     assert mine.items() <= there.items()
     assert [r.getMessage() for r in caplog.records] == [
-        "log.csv stay on the Hub, although the folder does not have them: no push is known to have written them as "
-        "they are"
+        "the upload kept these files, which are not in the folder, because no earlier push wrote their present "
+        "content: log.csv"
     ]
     caplog.clear()
     (run / "log.csv").write_text("anew\n")
     push(run, "me/digits")
     assert hub.files("me/digits")["log.csv"] == b"anew\n"
     assert [r.getMessage() for r in caplog.records] == [
-        "log.csv were replaced on the Hub; no push is known to have written what was there, which its history keeps"
+        "the upload replaced these files, whose content no earlier push wrote; the history of the repository keeps "
+        "them: log.csv"
     ]
 
 
 @pytest.mark.parametrize("manifest", [None, b"[1]", b"{", b'{"files": {"samples.png": 3}}', b"[" * 100_000])
-def test_where_no_manifest_is_nothing_is_deleted(hub, run, caplog, manifest):
+def test_without_a_valid_manifest_nothing_is_deleted(hub, run, caplog, manifest):
     push(run, "me/digits")
     repo = hub.repo("me/digits")
     there = hub.files("me/digits") | {"unet/diffusion_pytorch_model.fp16.safetensors": b"half", "NOTES.md": b"mine"}
     there |= {"pushed.json": manifest}
-    if manifest is None:  # of the version before
+    if manifest is None:  # as pushed by version 0.1.0
         del there["pushed.json"]
     repo.commit("main", there, "", "me")
     (run / "samples.png").unlink()
     push(run, "me/digits")
     assert set(hub.files("me/digits")) == {*there, "pushed.json"}
-    (told,) = (r.getMessage() for r in caplog.records if "stay on the Hub" in r.getMessage())
-    assert told.startswith("samples.png, unet/diffusion_pytorch_model.fp16.safetensors stay on the Hub")
+    (warning,) = (r.getMessage() for r in caplog.records if "kept these files" in r.getMessage())
+    assert warning.endswith(": samples.png, unet/diffusion_pytorch_model.fp16.safetensors")
     caplog.clear()
     (run / "loss.png").unlink()
     push(run, "me/digits")
@@ -209,11 +211,11 @@ def test_the_manifest_has_the_checksums_of_the_hub(hub, run):
             assert (file.lfs.sha256 if file.lfs else file.blob_id) == listed[file.path]["sha256" if file.lfs else "git"]
 
 
-def test_a_card_that_was_edited_on_the_hub_is_theirs(hub, run):
+def test_a_card_that_was_edited_on_the_hub_is_kept(hub, run):
     push(run, "me/digits", license="mit")
     push(run, "me/digits")
     card = hub.files("me/digits")["README.md"].decode()
-    assert "license: mit" in card  # it was said once
+    assert "license: mit" in card  # the licence of the first push
     push(run, "me/digits", license="apache-2.0")
     card = hub.files("me/digits")["README.md"].decode()
     assert "license: apache-2.0" in card
@@ -226,16 +228,16 @@ def test_a_card_that_was_edited_on_the_hub_is_theirs(hub, run):
 
 
 @pytest.mark.parametrize("in_cache", [False, True])
-def test_a_hub_that_does_not_answer_has_not_said_that_there_is_no_card(hub, run, monkeypatch, in_cache):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # of the client, which tries again itself
+def test_a_card_that_cannot_be_read_is_not_replaced(hub, run, monkeypatch, in_cache):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its own retries
     push(run, "me/digits")
-    if in_cache:  # from before it was edited
+    if in_cache:  # the card before the edit
         HfApi().hf_hub_download("me/digits", "README.md")
     theirs = hub.files("me/digits")["README.md"].decode().replace(MARK, "Grace wrote this").encode()
     hub.plant("me/digits", {"README.md": theirs})
     (run / "log.csv").write_text("other\n")
     hub.fail("README.md", times=100, status=503)
-    with pytest.raises(ValueError, match=r"its upload to me/digits failed \(.*503.*tries again"):
+    with pytest.raises(ValueError, match=r"the upload to me/digits failed \(.*503.*to try again"):
         push(run, "me/digits")
     assert hub.files("me/digits")["log.csv"] != b"other\n"
     hub.faults.clear()
@@ -245,7 +247,7 @@ def test_a_hub_that_does_not_answer_has_not_said_that_there_is_no_card(hub, run,
     assert hub.files("me/digits")["README.md"] == theirs
 
 
-def test_what_somebody_commits_between_the_look_and_the_commit_is_looked_at_too(hub, run, monkeypatch):
+def test_a_commit_by_others_during_the_push_is_respected(hub, run, monkeypatch):
     push(run, "me/digits")
     theirs = hub.files("me/digits")["README.md"].decode().replace(MARK, "Grace wrote this").encode()
     commit, times = HfApi.create_commit, [1]
@@ -266,27 +268,27 @@ def test_what_somebody_commits_between_the_look_and_the_commit_is_looked_at_too(
     assert "log.csv" not in there
     (run / "log.csv").write_text("other\n")
     times[0] = 100
-    with pytest.raises(ValueError, match=r"failed \(somebody else keeps changing it at the same time: .*412"):
+    with pytest.raises(ValueError, match=r"failed \(the repository keeps changing during the upload: .*412"):
         push(run, "me/digits")
     assert "log.csv" not in hub.files("me/digits")
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "RepoNotFound"), (403, "GatedRepo"), (503, None)])
-def test_only_the_hub_says_that_a_repository_is_not_there(hub, run, status, code):
+def test_only_status_404_means_that_a_repository_does_not_exist(hub, run, status, code):
     HfApi().create_repo("digits")
     for settings in ({"private": True}, {"create_pr": True}):
         hub.fail("GET /api/models/me/digits", times=2, status=status, code=code)
-        with pytest.raises(ValueError, match=f"'me/digits' can't be looked up on the Hub: .*{status}"):
+        with pytest.raises(ValueError, match=f"the Hub could not look up 'me/digits': .*{status}"):
             check_right_to_push("digits", **settings)
         hub.faults.clear()
 
 
-def test_licences_that_can_not_be(hub, run):
+def test_invalid_licences_raise(hub, run):
     for license in ("foo: bar\n---\n# x", "", "Apache 2"):
-        with pytest.raises(ValueError, match="must be an identifier of the Hub's"):
+        with pytest.raises(ValueError, match="must be a licence identifier of the Hub"):
             push(run, "me/digits", license=license)
     (run / "README.md").write_text("Mine.")
-    with pytest.raises(ValueError, match="has been edited and is uploaded as it is; say it there"):
+    with pytest.raises(ValueError, match="was edited and is uploaded unchanged; set it there"):
         push(run, "me/digits", license="mit")
     (run / "README.md").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="must be UTF-8"):
@@ -294,7 +296,7 @@ def test_licences_that_can_not_be(hub, run):
     assert not hub.repos
 
 
-def test_a_link_to_elsewhere_is_not_followed(hub, run, tmp_path):
+def test_a_link_out_of_the_folder_raises(hub, run, tmp_path):
     (tmp_path / "secret").write_text("do not publish")
     (run / "log.csv").unlink()
     (run / "log.csv").symlink_to(tmp_path / "secret")
@@ -303,7 +305,7 @@ def test_a_link_to_elsewhere_is_not_followed(hub, run, tmp_path):
     assert not hub.repos
 
 
-def test_a_card_that_somebody_has_edited_is_theirs(hub, run):
+def test_a_card_that_was_edited_in_the_folder_is_uploaded(hub, run):
     card = (run / "README.md").read_text()
     assert MARK in card
     (run / "README.md").write_text(card.replace(MARK, ""))
@@ -316,7 +318,7 @@ def test_a_card_that_somebody_has_edited_is_theirs(hub, run):
 # ---------------------------------------------------------------- private, branches, pull requests
 
 
-def test_private(hub, run, monkeypatch):
+def test_a_private_repository(hub, run, monkeypatch):
     push(run, "me/digits", private=True)
     assert hub.repo("me/digits").private
     monkeypatch.setenv("HF_TOKEN", "hf_other")
@@ -326,7 +328,7 @@ def test_private(hub, run, monkeypatch):
     DDPMCustomPipeline.from_pretrained("me/digits", token="hf_secret")
 
 
-def test_what_is_public_is_not_taken_for_private(hub, run, capsys):
+def test_private_raises_for_a_public_repository(hub, run, capsys):
     HfApi().create_repo("digits")
     with pytest.raises(ValueError, match="exists and is public"):
         push(run, "me/digits", private=True)
@@ -355,25 +357,25 @@ def test_a_branch_and_a_pull_request(hub, run):
         push(run, "me/digits", revision="v1")
 
 
-def test_anybody_may_propose_and_does_so_once(hub, run, monkeypatch):
+def test_a_pull_request_needs_no_right_to_write_and_is_opened_once(hub, run, monkeypatch):
     push(run, "me/digits")
     before = hub.repo("me/digits").sha("main")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    with pytest.raises(ValueError, match="nothing in it differs from what is there"):
+    with pytest.raises(ValueError, match="a pull request would be empty"):
         push(run, "me/digits", create_pr=True)
     (run / "log.csv").write_text("better\n")
     assert "/discussions/1" in push(run, "me/digits", create_pr=True)
     (run / "log.csv").write_text("much better\n")
-    hub.fail(r"/commit/", after_bytes=10**9)  # done, and the answer is lost
-    with pytest.raises(ValueError, match="tries again"):
+    hub.fail(r"/commit/", after_bytes=10**9)  # succeeds, but the answer is lost
+    with pytest.raises(ValueError, match="to try again"):
         push(run, "me/digits", create_pr=True)
     assert {name for name in hub.repo("me/digits").branches if name != "main"} == {"refs/pr/1", "refs/pr/2"}
     assert hub.repo("me/digits").sha("main") == before
-    with pytest.raises(ValueError, match="is not on the Hub, or you may not see it"):
+    with pytest.raises(ValueError, match="does not exist on the Hub, or you may not read it"):
         push(run, "me/none", create_pr=True)
 
 
-# ---------------------------------------------------------------- who may
+# ---------------------------------------------------------------- rights
 
 
 @pytest.mark.parametrize(
@@ -381,13 +383,13 @@ def test_anybody_may_propose_and_does_so_once(hub, run, monkeypatch):
     [
         (None, "me/digits", "needs a login"),
         ("hf_wrong", "me/digits", "needs a login"),
-        ("hf_reader", "me/digits", "may only read"),
-        ("hf_secret", "you/digits", "me may not write to you, but to me, club"),
-        ("hf_fine", "me/digits", "may only read"),
+        ("hf_reader", "me/digits", "token of this login is read-only"),
+        ("hf_secret", "you/digits", "me may not write to you, only to me, club"),
+        ("hf_fine", "me/digits", "token of this login is read-only"),
         ("hf_secret", "a/b/c", "a/b/c"),
     ],
 )
-def test_who_may_not_write_is_told_before_training(hub, tmp_path, monkeypatch, capsys, token, repo_id, why):
+def test_training_raises_at_once_without_the_right_to_write(hub, tmp_path, monkeypatch, capsys, token, repo_id, why):
     scoped = [{"entity": {"name": "me"}, "permissions": ["repo.content.read"]}]
     hub.users["hf_fine"] = {"name": "me", "role": "fineGrained", "orgs": [], "fineGrained": {"scoped": scoped}}
     monkeypatch.chdir(tmp_path)
@@ -400,7 +402,7 @@ def test_who_may_not_write_is_told_before_training(hub, tmp_path, monkeypatch, c
     assert not hub.repos
 
 
-def test_who_may(hub, monkeypatch):
+def test_logins_with_the_right_to_write(hub, monkeypatch):
     scoped = [{"entity": {"name": "me/digits"}, "permissions": ["repo.write"]}]
     hub.users["hf_fine"] = {"name": "me", "role": "fineGrained", "orgs": [], "fineGrained": {"scoped": scoped}}
     monkeypatch.setenv("HF_TOKEN", "hf_fine")
@@ -409,14 +411,14 @@ def test_who_may(hub, monkeypatch):
     assert check_right_to_push("club/digits") == "club/digits"
 
 
-def test_a_folder_that_is_no_pipeline(hub, tmp_path, capsys):
+def test_a_folder_without_a_pipeline_raises(hub, tmp_path, capsys):
     assert main(["push", str(tmp_path), "me/digits"]) == 2
     assert main(["push", str(tmp_path / "none"), "me/digits"]) == 2
     assert "model_index.json is not there" in capsys.readouterr().err.splitlines()[0]
     assert not hub.repos
 
 
-# ---------------------------------------------------------------- what breaks
+# ---------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize(
@@ -424,7 +426,7 @@ def test_a_folder_that_is_no_pipeline(hub, tmp_path, capsys):
     [
         lambda hub: hub.fail(r"PUT ", times=1, after_bytes=1000),
         lambda hub: hub.fail(r"/commit/"),
-        lambda hub: hub.fail(r"/commit/", after_bytes=10**9),  # done, and the answer is lost
+        lambda hub: hub.fail(r"/commit/", after_bytes=10**9),  # succeeds, but the answer is lost
         lambda hub: hub.fail(r"/commit/", times=2, status=503),
         lambda hub: hub.fail(r"repos/create", after_bytes=10**9),
         lambda hub: hub.fail(r"paths-info"),
@@ -432,15 +434,15 @@ def test_a_folder_that_is_no_pipeline(hub, tmp_path, capsys):
     ],
     ids=["weights", "commit", "answer", "unavailable", "create", "check", "look"],
 )
-def test_a_connection_that_breaks_is_gone_on_with(hub, run, break_it):
+def test_push_retries_after_a_broken_connection(hub, run, break_it):
     break_it(hub)
     push(run, "me/digits")
     assert set(hub.files("me/digits")) == MODEL
-    assert len(hub.repo("me/digits").commits) == 2  # the first is the Hub's own
+    assert len(hub.repo("me/digits").commits) == 2  # the Hub makes the first commit
     assert set(hub.uploads.values()) == {1}
 
 
-def test_a_full_disk_there_is_told_with_the_command_that_tries_again(hub, run, capsys):
+def test_the_error_of_a_failed_push_has_the_command_to_try_again(hub, run, capsys):
     hub.quota = 10_000
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["push", str(run), "me/digits", "--private", "--self_contained", "--license", "mit"]) == 2
@@ -448,7 +450,7 @@ def test_a_full_disk_there_is_told_with_the_command_that_tries_again(hub, run, c
     assert told.out == ""
     assert "storage limit" in told.err
     assert "hf_secret" not in told.err
-    command = re.search("`(ddpm-hf .*)` tries again", told.err.splitlines()[-1])[1]
+    command = re.search("run `(ddpm-hf .*)` to try again", told.err.splitlines()[-1])[1]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     hub.quota = None
     assert main(shlex.split(command)[1:]) == 0
@@ -456,13 +458,13 @@ def test_a_full_disk_there_is_told_with_the_command_that_tries_again(hub, run, c
     assert hub.repo("me/digits").private
 
 
-def test_what_is_not_there_as_it_was_sent_is_no_success(hub, run, monkeypatch):
+def test_files_that_arrive_damaged_or_not_at_all_raise(hub, run, monkeypatch):
     there = HfApi.get_paths_info
     monkeypatch.setattr(HfApi, "get_paths_info", lambda *args, **kwargs: there(*args, **kwargs)[1:])
-    with pytest.raises(ValueError, match="is not in the repository as it was sent"):
+    with pytest.raises(ValueError, match="is missing in the repository or differs"):
         push(run, "me/digits")
 
-    for name, field in (("unet/config.json", "blob_id"), ("samples.png", "sha256")):  # as long, and another
+    for name, field in (("unet/config.json", "blob_id"), ("samples.png", "sha256")):  # same size, other content
 
         def other(*args, name=name, field=field, **kwargs):
             infos = there(*args, **kwargs)
@@ -471,16 +473,16 @@ def test_what_is_not_there_as_it_was_sent_is_no_success(hub, run, monkeypatch):
             return infos
 
         monkeypatch.setattr(HfApi, "get_paths_info", other)
-        with pytest.raises(ValueError, match=f"{name} is not in the repository as it was sent"):
+        with pytest.raises(ValueError, match=f"{name} is missing in the repository or differs"):
             push(run, "me/digits")
 
 
-# ---------------------------------------------------------------- while training
+# ---------------------------------------------------------------- during training
 
 
-def test_a_run_is_uploaded_at_each_save_and_at_its_end(hub, tmp_path, monkeypatch, capsys):
+def test_training_uploads_saves_and_the_final_model(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ends = threading.Event()  # of the first upload, which the second save waits for and the training does not
+    ends = threading.Event()  # the first upload, for which training does not wait
     commit, begun = HfApi.create_commit, []
 
     def slowly(*args, **kwargs):
@@ -503,7 +505,7 @@ def test_a_run_is_uploaded_at_each_save_and_at_its_end(hub, tmp_path, monkeypatc
     repo = hub.repo("me/digits-model")
     assert repo.private
     first, last = [c for c in repo.commits.values() if c.message.startswith("Train")]
-    assert first.files["log.csv"].count(b"\n") == 2  # as it was then
+    assert first.files["log.csv"].count(b"\n") == 2  # as of the first save
     assert last.files["log.csv"].count(b"\n") == 4
     assert first.files["unet/config.json"] == last.files["unet/config.json"]
     weights = "unet/diffusion_pytorch_model.raw.safetensors"
@@ -514,10 +516,10 @@ def test_a_run_is_uploaded_at_each_save_and_at_its_end(hub, tmp_path, monkeypatc
     assert not list(Path("runs/digits").glob(".part-*"))
 
 
-def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub, tmp_path, monkeypatch):
+def test_training_does_not_wait_for_the_upload_of_a_save(hub, tmp_path, monkeypatch):
     trained = threading.Event()
 
-    class Late(threading.Thread):  # the training may go on as far as it likes before this one gets a turn
+    class Late(threading.Thread):  # starts only after training has ended
         def run(self):
             assert trained.wait(60)
             super().run()
@@ -542,7 +544,7 @@ def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub
     run = training.train(
         config, callbacks=[calls(on_init_end=pushing.check), calls(on_save=write_facts_and_card), calls(on_save=save)]
     )
-    assert max(waited) < 5, waited  # the client itself waits for an answer for 10 s and more
+    assert max(waited) < 5, waited  # the client waits at least 10 s for an answer
     hub.release()
     trained.set()
     pushing.finish(run)
@@ -553,7 +555,7 @@ def test_training_does_not_wait_for_the_hub_and_what_is_uploaded_is_the_save(hub
     assert "1 updates of 3" in card.content
     assert "Fréchet distance" in card.content
     assert "evaluation.json" in first.files
-    assert "evaluation.json" not in last.files  # it is of the weights then
+    assert "evaluation.json" not in last.files  # it belongs to the weights of the first save
     assert "3 updates" in last.files["README.md"].decode()
 
 
@@ -577,22 +579,22 @@ def test_a_stopped_run_does_not_wait_for_its_upload(hub, tmp_path):
     assert not list((tmp_path / "runs/digits").glob(".part-*"))
 
 
-def test_an_upload_that_fails_neither_loses_nor_ends_a_run(hub, tmp_path, monkeypatch, capsys, caplog):
+def test_training_continues_after_a_failed_upload(hub, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     hub.quota = 10_000
     with caplog.at_level(logging.WARNING, "ddpm_hf"):
         assert main([*TRAIN, "--checkpointing_steps", "1", *PUSH]) == 2
-    assert "training goes on, but its upload to me/digits-model failed" in caplog.text
+    assert "training continues, but the upload to me/digits-model failed" in caplog.text
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the model is trained and saved in runs/digits, but its upload" in error
-    assert "`ddpm-hf push runs/digits me/digits-model --private` tries again" in error
+    assert "the trained model is saved in runs/digits, but the upload" in error
+    assert "run `ddpm-hf push runs/digits me/digits-model --private` to try again" in error
     assert json.loads(Path("runs/digits/checkpoint-3/state.json").read_text())["step"] == 3
     hub.quota = None
     assert main(["push", "runs/digits", "me/digits-model", "--private"]) == 0
     assert set(hub.files("me/digits-model")) == MODEL
 
 
-def test_no_push_unless_asked(hub, run):
+def test_training_without_push_to_hub_sends_no_request(hub, run):
     assert hub.requests == []
 
 
@@ -611,7 +613,7 @@ print("ddpm_hf" in sys.modules)
 
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
-    """The Python of an environment with all that this one has, but for ddpm_hf."""
+    """The Python of an environment with the packages of this one except ddpm_hf."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
     (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
@@ -619,12 +621,12 @@ def elsewhere(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_another_environment_pulls_and_samples_the_same_pixels(hub, run, elsewhere, tmp_path):
+def test_a_self_contained_repository_samples_the_same_without_the_package(hub, run, elsewhere, tmp_path):
     push(run, "me/digits", self_contained=True)
     push(run, "me/plain")
     here = sample(DDPMCustomPipeline.from_pretrained(run))
     env = hub.env(tmp_path / "home")
-    env.pop("PYTHONPATH", None)  # by which the other one would have the package too
+    env.pop("PYTHONPATH", None)  # would make the package importable
     no_package = subprocess.run([elsewhere, "-c", "import ddpm_hf"], cwd=tmp_path, env=env, capture_output=True)
     assert b"No module named 'ddpm_hf'" in no_package.stderr
     trusting = ', custom_pipeline="pipeline", trust_remote_code=True'
@@ -656,24 +658,26 @@ def test_another_environment_pulls_and_samples_the_same_pixels(hub, run, elsewhe
     assert "trust_remote_code=True" in refused.stderr
 
 
-def test_shipped_code_is_our_code_but_for_the_names_of_modules(run):
+def test_shipped_code_differs_from_ours_only_in_imports(run):
     files = code_of(run)
-    package = Path(cards.__file__).parent
-    for name, content in files.items():
-        if name.endswith(".py"):
-            stem = Path(name).stem.split("_")[-1]
-            ours = (package / f"{stem}.py").read_text()
-            assert re.sub(r"from \.ddpm_hf_[0-9a-f]{12}_", "from ddpm_hf.", content.decode()) == ours
-            assert not re.search(r"^\s*(from|import) ddpm_hf", content.decode(), re.M)
-    # diffusers copies what pipeline.py itself imports, and no more
-    imported = set(re.findall(r"^from \.(\w+) import", files["pipeline.py"].decode(), re.M))
+    code = {name: content.decode() for name, content in files.items() if name.endswith(".py")}
+    package = Path(ddpm_hf.__file__).parent
+    rooms = ("models", "schedulers", "pipelines")
+    modules = {path.stem: path for room in rooms for path in (package / room).glob("*.py")}
+    for name, content in code.items():
+        ours = modules[Path(name).stem.split("_")[-1]].read_text()
+        without_rooms = re.sub(r"from ddpm_hf\.(\w+)\.(\w+) import", r"from ddpm_hf.\2 import", ours)
+        assert re.sub(r"from \.ddpm_hf_[0-9a-f]{12}_", "from ddpm_hf.", content) == without_rooms
+        assert not re.search(r"^\s*(from|import) ddpm_hf", content, re.M)
+    # diffusers copies only the modules that pipeline.py itself imports
+    imported = set(re.findall(r"^from \.(\w+) import", code["pipeline.py"], re.M))
     assert imported == {Path(name).stem for name in files if name.startswith("ddpm_hf_")}
 
 
 # ---------------------------------------------------------------- the card
 
 
-def test_the_card_says_what_was_measured_and_no_more(run):
+def test_the_card_has_what_was_measured_and_no_more(run):
     card = ModelCard.load(run / "README.md")
     assert card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "unconditional-image-generation"
@@ -687,8 +691,8 @@ def test_the_card_says_what_was_measured_and_no_more(run):
     assert results["mse"].metric_value == pytest.approx(float(last[3]), abs=1e-6)
     assert "180 held-out images after update 3" in results["mse"].metric_args["protocol"]
     parameters = sum(p.numel() for p in DDPMCustomPipeline.from_pretrained(run).unet.parameters())
-    for words in (f"{parameters:,} parameters", "3 updates, 24 images seen", "CC BY 4.0", "not stated", "![samples]",
-                  "(denoising.gif)", "(loss.png)", "torch 2."):  # fmt: skip
+    for words in (f"{parameters:,} parameters", "3 updates, 24 images seen", "CC BY 4.0", "has not chosen one",
+                  "![samples]", "(denoising.gif)", "(loss.png)", "torch 2."):  # fmt: skip
         assert words in card.content
     for leftover in ("None", "{{", "}}", "{%", "nan"):
         assert leftover not in card.text
@@ -696,7 +700,7 @@ def test_the_card_says_what_was_measured_and_no_more(run):
     assert "ddpm-hf sample digits" in card.text
 
 
-def test_an_evaluation_is_in_the_card_as_long_as_the_weights_are_those_that_it_is_of(hub, run):
+def test_the_card_has_the_evaluation_only_if_it_belongs_to_the_weights(hub, run):
     sha = weights_sha256(DDPMCustomPipeline.from_pretrained(run).unet)
     metrics = {
         "fd_train": {"name": "Fréchet distance (digits features)", "value": 4.0, "stderr": 0.5, "n": 2000},
@@ -714,7 +718,7 @@ def test_an_evaluation_is_in_the_card_as_long_as_the_weights_are_those_that_it_i
     found = {result.metric_type: result for result in card.data.eval_results}
     assert found["fd_train"].metric_value == 4.0
     assert found["memorization_pixels"].metric_value == -0.25
-    assert "Memorisation: see what was measured" in card.content
+    assert "Memorisation of the training images was measured" in card.content
 
     protocol["model"]["sha256"] = "of other weights"
     (run / "evaluation.json").write_text(json.dumps({"protocol": protocol, "metrics": metrics}))
@@ -726,20 +730,20 @@ def test_an_evaluation_is_in_the_card_as_long_as_the_weights_are_those_that_it_i
         push(str(run), "me/digits")
 
 
-def test_the_card_of_a_folder_that_nobody_knows_anything_of(hub, run, tmp_path):
+def test_the_card_of_a_folder_without_training_facts(hub, run, tmp_path):
     pipeline = DDPMCustomPipeline.from_pretrained(run)
     pipeline.save_pretrained(tmp_path / "bare")
     push(tmp_path / "bare", "me/bare")
     card = hub.files("me/bare")["README.md"].decode()
-    assert "| data | not known |" in card
-    assert "| training | not known" in card
-    assert "Memorisation: not measured" in card
+    assert "| data | unknown |" in card
+    assert "| training | unknown" in card
+    assert "Memorisation of the training images was not measured" in card
     assert "model-index" not in card
     assert "![" not in card
     assert "None" not in card
 
 
-def test_the_card_of_a_model_of_classes_says_how_to_ask(tmp_path):
+def test_the_card_of_a_class_conditional_model(tmp_path):
     pipeline = DDPMCustomPipeline(tiny_unet(num_classes=10, class_names=list("0123456789")), LinearNoiseScheduler())
     card = str(cards.model_card(pipeline, {}, tmp_path, "me/digits"))
     assert "pipe(class_labels=['0', '1', '2', '3'], num_inference_steps=50)" in card
@@ -765,7 +769,7 @@ NAMES = ["é", "$(touch pwned)", "it's", 'a "b" | <c>\nd', "{{ 7 * 7 }}"]
     ],
     ids=["names", "numbers", "few steps", "bands", "not square"],
 )
-def test_what_the_card_says_how_to_call_works(tmp_path, monkeypatch, capsys, unet, timesteps):
+def test_the_calls_in_the_card_work(tmp_path, monkeypatch, capsys, unet, timesteps):
     monkeypatch.chdir(tmp_path)
     pipeline = DDPMCustomPipeline(tiny_unet(**unet), LinearNoiseScheduler(num_train_timesteps=timesteps))
     pipeline.set_progress_bar_config(disable=True)
@@ -777,7 +781,7 @@ def test_what_the_card_says_how_to_call_works(tmp_path, monkeypatch, capsys, une
     script = f"ddpm-hf() {{ printf '%s\\0' \"$@\"; }}; {command.replace('50', '2')}"
     words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
     assert main(words) == 0
-    assert "16 images made" in capsys.readouterr().out
+    assert "16 images generated" in capsys.readouterr().out
     assert not Path("pwned").exists()
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows if not row.startswith("| |"))
@@ -785,12 +789,10 @@ def test_what_the_card_says_how_to_call_works(tmp_path, monkeypatch, capsys, une
     assert "<c>" not in "".join(rows)
 
 
-def test_flops_are_those_of_a_convolution_by_hand():
-    from ddpm_hf import DDPMUNet
-
+def test_flops_of_a_convolution():
     small, wide = (DDPMUNet(**{**TINY_UNET, "in_channels": channels, "sample_size": 8}) for channels in (1, 2))
     stem, out = TINY_UNET["stem_channels"], TINY_UNET["up_block_out_channels"][-1]
-    per_pixel = 2 * 9 * (stem + out)  # of 3x3 weights a channel more of input and of output
+    per_pixel = 2 * 9 * (stem + out)  # 3x3 kernels of one more input and output channel
     assert cards.forward_flops(wide) - cards.forward_flops(small) == 64 * per_pixel
 
 
@@ -815,7 +817,7 @@ sys.exit(main([*sys.argv[1:], "--dataset_name", "me/data", "--push_to_hub", "--h
 
 
 @pytest.mark.slow
-def test_from_a_data_set_of_the_hub_to_a_model_on_it(hub, tmp_path):
+def test_from_a_dataset_on_the_hub_to_a_model_on_the_hub(hub, tmp_path):
     env = hub.env(tmp_path / "home", token="hf_secret")
     command = [sys.executable, "-c", ON_THE_HUB, *TRAIN, "--config", "cifar10", "--class_conditional"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -825,24 +827,24 @@ def test_from_a_data_set_of_the_hub_to_a_model_on_it(hub, tmp_path):
     assert "| data | [me/data](https://huggingface.co/datasets/me/data) |" in card.content
     assert "| licence of the data | cc-by-4.0 |" in card.content
     assert "| classes | 2: even, odd |" in card.content
-    assert "18 images to train on, 2 held out" in card.content
-    assert "With 18 images to train on" in card.content
+    assert "18 training images, 2 held-out images" in card.content
+    assert "with only 18 training images" in card.content
     assert "hf_secret" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("change", [dict.clear, lambda facts: facts["data"].pop("num_images"),
                                     lambda facts: facts["metrics"].append({}), lambda facts: facts.update(data=None),
                                     lambda facts: facts["training"].update(updates="many")])  # fmt: skip
-def test_run_json_that_is_damaged_is_told(hub, run, change):
+def test_a_damaged_run_json_raises(hub, run, change):
     facts = json.loads((run / "run.json").read_text())
     change(facts)
     (run / "run.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"run.json (can't be read|is not as training writes it)"):
+    with pytest.raises(ValueError, match=r"run.json (must hold|or evaluation.json has a missing or invalid entry)"):
         push(run, "me/digits")
     assert not hub.repos
 
 
-def test_a_run_that_is_stopped_has_a_card_of_what_it_had_come_to(tmp_path):
+def test_the_card_of_a_stopped_run(tmp_path):
     saves = []
 
     def stop(run):
@@ -861,41 +863,41 @@ def test_a_run_that_is_stopped_has_a_card_of_what_it_had_come_to(tmp_path):
     assert f"2 updates of 9, {seen} images seen" in (folder / "README.md").read_text()
 
 
-def test_a_card_that_can_not_be_made_does_not_end_a_run(tmp_path, monkeypatch, caplog):
+def test_training_continues_if_the_card_fails(tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise KeyError("flops")
 
     monkeypatch.setattr(cards, "forward_flops", fail)
     config = tiny_config(tmp_path / "out", max_train_steps=4, checkpointing_steps=2)
     assert training.train(config, callbacks=[calls(on_save=write_facts_and_card)]).finished
-    assert caplog.text.count("training goes on, but update") == 2
+    assert caplog.text.count("no model card was written at update") == 2
     assert not (tmp_path / "out/README.md").exists()
     assert json.loads((tmp_path / "out/run.json").read_text())["training"]["updates"] == 4
 
 
-def test_a_model_that_began_with_another_says_so(tmp_path, run):
+def test_the_card_names_the_initial_weights(tmp_path, run):
     settings = {"pretrained_model_name_or_path": str(run), "max_train_steps": 2}
     first = training.train(
         tiny_config(tmp_path / "out", unet={}, **settings), callbacks=[calls(on_save=write_facts_and_card)]
     )
     card = (tmp_path / "out/README.md").read_text()
-    assert "beginning with the weights of a local model" in card
+    assert "starting from the weights of a local model" in card
     assert "base_model" not in card
     first.config.pretrained_model_name_or_path = "google/ddpm-cifar10-32"
     write_facts_and_card(first)
     assert "base_model: google/ddpm-cifar10-32" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_run_that_is_resumed_behind_its_end_elsewhere_has_a_card(tmp_path, run):
+def test_the_card_of_a_run_resumed_after_its_end(tmp_path, run):
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
     settings = {"resume_from_checkpoint": str(run / "checkpoint-3"), "max_train_steps": 3, "train_batch_size": 8}
     training.train(
         tiny_config(tmp_path / "out", scheduler=scheduler, **settings), callbacks=[calls(on_save=write_facts_and_card)]
     )
-    assert "| wall time | not known |" in (tmp_path / "out/README.md").read_text()
+    assert "| wall time | unknown |" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_space_with_the_page(hub, run, capsys):
+def test_push_with_a_space(hub, run, capsys):
     assert main(["push", str(run), "me/digits", "--space"]) == 0
     page, model = capsys.readouterr().out.splitlines()[-2:]
     assert page.startswith(f"{hub.url}/spaces/me/digits/commit/")
@@ -905,7 +907,7 @@ def test_a_space_with_the_page(hub, run, capsys):
     assert b"from_pretrained('me/digits')" in there["app.py"]
 
 
-def test_a_space_that_somebody_has_edited_stays_so(hub, monkeypatch, caplog):
+def test_edited_files_of_a_space_are_kept(hub, monkeypatch, caplog):
     space.push_space("me/digits")
     hub.plant("me/digits", {"app.py": b"mine\n", "notes.txt": b"mine too\n"}, repo_type="space")
     files = space.space_files("me/digits")
@@ -916,9 +918,9 @@ def test_a_space_that_somebody_has_edited_stays_so(hub, monkeypatch, caplog):
         assert set(there) == {".gitattributes", "pushed.json", "README.md", "app.py", "notes.txt"}
         assert there["app.py"] == b"mine\n"
         assert there["README.md"] == words.encode()
-        assert "app.py stay as somebody has edited them on the Hub" in caplog.text
+        assert "kept these files because they were edited on the Hub: app.py" in caplog.text
         caplog.clear()
     monkeypatch.setattr(space, "space_files", lambda repo_id: files)
-    hub.plant("me/digits", {"app.py": files["app.py"].encode()}, repo_type="space")  # which they take back
+    hub.plant("me/digits", {"app.py": files["app.py"].encode()}, repo_type="space")  # the edit is reverted
     space.push_space("me/digits")
     assert not caplog.records

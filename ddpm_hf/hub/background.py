@@ -1,4 +1,4 @@
-"""Uploading a run to the Hugging Face Hub while it trains."""
+"""Uploading a model to the Hugging Face Hub during training."""
 
 import logging
 import shutil
@@ -9,25 +9,26 @@ from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 
-from ddpm_hf.hub.push import check_right_to_push, files_in, files_of, push_command, upload
+from ddpm_hf.hub.contents import files_in, files_of
+from ddpm_hf.hub.push import check_right_to_push, retry_hint
+from ddpm_hf.hub.upload import upload
 from ddpm_hf.utils.files import part_of
 
 log = logging.getLogger(__name__)
 
 
 class PushInBackground:
-    """Uploads a `Run`: call `check` before its training, the object itself after each save, `finish` at the end.
+    """Uploads the model of a `Run`: call `check` before training, the object after each save, and `finish` at the end.
 
-    After a save the training waits only for the disk: a thread of its own uploads a copy. While an upload is under way,
-    later saves are skipped. A failed upload is logged; training continues. Only the last one, when training is done,
-    raises ValueError if it fails.
+    Training waits only for a local copy of the files, which a thread uploads. Saves during an upload are not uploaded.
+    A failed upload is logged; training continues. The final upload raises ValueError if it fails.
     """
 
     def __init__(self):
         self.repo_id, self.thread = None, None
 
     def check(self, run) -> None:
-        """Before training: raise ValueError if uploads would fail for want of a login, a right or a valid name."""
+        """Raise ValueError if there is no login, no right to write, or no valid name."""
         name = run.config.hub_model_id or run.output_dir.resolve().name
         try:
             self.repo_id = check_right_to_push(name, run.config.hub_private_repo)
@@ -35,30 +36,31 @@ class PushInBackground:
             raise ValueError(f"hub_model_id={name!r}: {error}") from error
 
     def __call__(self, run) -> None:
+        """Upload a save, unless it is the final one or another upload is running."""
         if run.finished or (self.thread is not None and self.thread.is_alive()):
             return
         try:
-            upload_staged = self._stage(run)
-        except Exception as error:  # a full disk, a card that can't be made
-            return log.warning(f"training goes on, but update {run.step} can't be uploaded: {error}")
-        # A daemon, as a stopped run does not wait for its upload
-        self.thread = threading.Thread(target=_warn_of_failure, args=[upload_staged], daemon=True)
+            upload_copy = self._copy(run)
+        except Exception as error:  # for instance a full disk, or a model card that could not be made
+            return log.warning(f"update {run.step} could not be uploaded; training continues: {error}")
+        # A daemon, so that a stopped run exits without waiting for its upload
+        self.thread = threading.Thread(target=_warn_of_failure, args=[upload_copy], daemon=True)
         self.thread.start()
 
     def finish(self, run) -> None:
-        """After training, if it is done: upload the final model, and print the commit's address."""
+        """If training is finished, upload the final model and print the address of the commit."""
         if not run.finished:
             return
         if self.thread is not None:
             self.thread.join()
         try:
-            print(self._stage(run)(), flush=True)
+            print(self._copy(run)(), flush=True)
         except ValueError as error:
-            raise ValueError(f"the model is trained and saved in {run.output_dir}, but {error}") from error
+            raise ValueError(f"the trained model is saved in {run.output_dir}, but {error}") from error
 
-    def _stage(self, run) -> Callable[[], str]:
-        """Copy what is to be uploaded, without asking the Hub, and return a function that uploads the copy."""
-        # The next training in the folder removes the copy if this process is killed
+    def _copy(self, run) -> Callable[[], str]:
+        """Copy the files without a request to the Hub, and return a function that uploads the copy."""
+        # The next training in this folder removes the copy if this process is killed
         prefix = f"{part_of(run.output_dir / 'upload').name}-"
         staged = tempfile.TemporaryDirectory(dir=run.output_dir, prefix=prefix, ignore_cleanup_errors=True)
         folder = Path(staged.name) / run.output_dir.resolve().name
@@ -66,17 +68,17 @@ class PushInBackground:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / name)
         files, private = files_of(folder, run.pipeline, self.repo_id), run.config.hub_private_repo
-        message, again = f"Train for {run.step} updates", push_command(run.output_dir, self.repo_id, private=private)
+        message, hint = f"Train for {run.step} updates", retry_hint(run.output_dir, self.repo_id, private=private)
 
-        def upload_staged() -> str:
+        def upload_copy() -> str:
             with staged:
-                return upload(files, self.repo_id, message, again, private)
+                return upload(files, self.repo_id, message, hint, private)
 
-        return upload_staged
+        return upload_copy
 
 
 def _warn_of_failure(call: Callable) -> None:
     try:
         call()
     except Exception as error:
-        log.warning(f"training goes on, but {error}")
+        log.warning(f"training continues, but {error}")

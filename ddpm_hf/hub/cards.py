@@ -1,4 +1,4 @@
-"""The model card of a pipeline folder: README.md, made of run.json, evaluation.json and the pipeline itself."""
+"""The model card of a pipeline folder: README.md, generated from run.json, evaluation.json and the pipeline."""
 
 import html
 import json
@@ -19,58 +19,58 @@ from ddpm_hf.utils.files import write
 from ddpm_hf.utils.results import number, read_evaluation
 
 FACTS, CARD, EVALUATION = "run.json", "README.md", "evaluation.json"
-# The first line of a card that may be written anew. Whoever edits the card takes it out.
+# Marks a generated card, which may be overwritten. Cards on the Hub have this text, so it must not change.
 MARK = "<!-- Made by ddpm_hf of what was measured. Take this line out, or your changes to the card will be lost. -->"
-PICTURES = {  # files shown in the card, and their captions
+PICTURES = {  # uploaded files and their captions
     "samples.png": "samples",
-    "denoising.gif": "from noise to images",
+    "denoising.gif": "sampling, from noise to images",
     "loss.png": "training and held-out loss",
-    "first_samples.png": "the first preview, of EMA weights and training weights",
+    "first_samples.png": "first samples of the EMA weights and the training weights",
 }
 TASK = "unconditional-image-generation"
 
 
 def write_card(pipeline: DDPMCustomPipeline, folder: Path) -> None:
-    """Write the card of a pipeline folder, unless somebody has edited the one that is there."""
+    """Write the card of a pipeline folder, unless the card there was edited."""
     if is_generated(folder / CARD):
         write(folder / CARD, str(model_card(pipeline, read_facts(folder / FACTS), folder)))
 
 
 def is_generated(card: Path) -> bool:
-    """Whether a card may be written here: there is none yet, or it still has its `MARK`."""
+    """Whether a card does not exist yet or still has its `MARK`, and so may be overwritten."""
     return not card.exists() or MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def read_facts(path: Path) -> dict:
-    """Read a run.json, which has what is known of a training; {} if there is no such file.
+    """Read the facts of a training run from run.json; {} if the file does not exist.
 
     Raises:
-        ValueError: the file is not as training writes it.
+        ValueError: the file is not JSON or lacks a part that training writes.
     """
     if not path.exists():
         return {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     kinds = {"data": dict, "training": dict, "versions": dict, "metrics": list}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
-        raise ValueError(f"{path} can't be read: it is not as training writes it")
+        raise ValueError(f"{path} must hold {', '.join(kinds)}, as training writes them")
     return facts
 
 
 def evaluation_of(pipeline: DDPMCustomPipeline, folder: Path) -> dict:
-    """The evaluation.json of a folder; {} if there is none, or if it is of other weights or another scheduler.
+    """The evaluation.json of a folder; {} if it does not exist or belongs to other weights or another scheduler.
 
     Raises:
-        ValueError: the file can't be read.
+        ValueError: the file is not a valid evaluation.
     """
     if not (folder / EVALUATION).is_file():
         return {}
-    found = read_evaluation(folder / EVALUATION)
-    of = found["protocol"].get("model", {})
-    same = of.get("sha256") == weights_sha256(pipeline.unet) and of.get("scheduler") == plain_config(pipeline.scheduler)
-    return found if same else {}
+    evaluation = read_evaluation(folder / EVALUATION)
+    model = evaluation["protocol"].get("model", {})
+    same_weights = model.get("sha256") == weights_sha256(pipeline.unet)
+    return evaluation if same_weights and model.get("scheduler") == plain_config(pipeline.scheduler) else {}
 
 
 def model_card(
@@ -81,19 +81,17 @@ def model_card(
     license: str | None = None,
     self_contained: bool = False,
 ) -> ModelCard:
-    """The card of a model, with nothing in it that was not measured or given.
-
-    Its licence can be changed afterwards, in `card.data.license`: the text does not depend on it.
+    """The model card of a pipeline. The text does not depend on `card.data.license`, which may be set afterwards.
 
     Args:
-        facts: what run.json has of the training, or {} if that is not known.
-        folder: where its pictures and its evaluation are.
-        repo_id: user/name; `None`: it is not on the Hub.
-        license: of the model, chosen by its publisher: an identifier of the Hub's, such as "apache-2.0".
-        self_contained: the repository carries the code that loads it.
+        facts: the content of run.json, or {} if the training is unknown.
+        folder: contains the pictures and evaluation.json.
+        repo_id: "user/name"; `None` for a model that is not on the Hub.
+        license: the licence of the model: an identifier of the Hub, such as "apache-2.0".
+        self_contained: the repository contains the code of the pipeline.
 
     Raises:
-        ValueError: `facts` or evaluation.json are not as training and evaluation write them.
+        ValueError: `facts` or evaluation.json lack an entry or have an invalid one.
     """
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
@@ -119,13 +117,13 @@ def model_card(
             raw=any((folder / "unet").glob("*.raw.safetensors")),
             **_of_pipeline(pipeline, source),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:  # of another version, or edited
-        what = f"{folder / FACTS} is not as training writes it, or {EVALUATION} not as evaluation does"
+    except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        what = f"{folder / FACTS} or {EVALUATION} has a missing or invalid entry"
         raise ValueError(f"{what}: {type(error).__name__} {error}") from error
 
 
 def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], classes: list | None) -> ModelCardData:
-    """What the Hub reads: the YAML at the top of the card."""
+    """The metadata of the card, which the Hub reads."""
     data, base = facts.get("data", {}), facts.get("training", {}).get("base_model")
     results = [
         EvalResult(
@@ -143,7 +141,7 @@ def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], 
     return ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag=TASK if classes is None else None,  # the Hub has none for class-conditional models
+        pipeline_tag=TASK if classes is None else None,  # the Hub has no tag for class-conditional models
         base_model=base if base and "/" in base else None,
         tags=["ddpm", "ddpm_hf", "pytorch", *(["class-conditional"] if classes else [])],
         datasets=[data["name"]] if data.get("on_hub") else None,
@@ -153,17 +151,16 @@ def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], 
 
 
 def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
-    """What the template says of the pipeline itself, and how to call it.
+    """Template variables that describe the pipeline and how to call it.
 
-    Names of classes come from data that somebody else may have made, so they are quoted: as Python, as words of a
-    shell, and as cells of a table.
+    Class names come from the data and are untrusted, so they are quoted for Python, the shell and Markdown tables.
     """
     unet, classes = pipeline.unet, _classes(pipeline.unet)
     channels, height, width = pipeline.image_shape
     steps = str(min(50, len(pipeline.scheduler)))
     words = ["ddpm-hf", "sample", source, "--num_images", "16", "--num_inference_steps", steps]
-    asked = classes and (unet.config.get("class_names") or list(range(len(classes))))[:4]
-    call = f"class_labels={list(asked)}" if classes else "16"
+    labels = list((unet.config.get("class_names") or range(len(classes or ())))[:4])
+    call = f"class_labels={labels}" if classes else "16"
     call += f", num_inference_steps={steps}"
     if channels not in PIL_MODES:
         call += ', output_type="np"'
@@ -174,7 +171,7 @@ def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
         "call": call,
         "command": shlex.join(words),
         "classes": _cells(classes),
-        "shape": f"{height}x{width} pixels, {channels} channel{'s' if channels > 1 else ''}",
+        "shape": f"{height}x{width} pixels with {channels} channel{'s' if channels > 1 else ''}",
         "network": type(unet).__name__,
         "scheduler": pipeline.scheduler,
         "parameters": sum(p.numel() for p in unet.parameters()),
@@ -183,14 +180,14 @@ def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
 
 
 def _evaluated(evaluation: dict) -> list[dict]:
-    """Rows of the card's table of metrics, from an evaluation.json."""
+    """Rows of the table of metrics, from evaluation.json."""
     protocol, rows = evaluation.get("protocol", {}), []
     names = {"num_samples": "samples", "num_inference_steps": "steps", "guidance_scale": "guidance", "seed": "seed"}
-    made = ", ".join(f"{name} {protocol[key]}" for key, name in names.items() if key in protocol)
+    sampling = ", ".join(f"{name} {protocol[key]}" for key, name in names.items() if key in protocol)
     for key, metric in evaluation.get("metrics", {}).items():
         how = [f"{number(metric)} (95 %)"] if metric["stderr"] is not None else []
         how += [] if metric["n"] is None else [f"n = {metric['n']}"]
-        how += [] if key.startswith(("bpd", "loss")) else [made]
+        how += [] if key.startswith(("bpd", "loss")) else [sampling]
         held_out = key.endswith(("held_out", "real")) or key in ("bpd", "bpd_fast", "bpd_floor")
         rows.append(
             {
@@ -198,18 +195,15 @@ def _evaluated(evaluation: dict) -> list[dict]:
                 "name": metric["name"],
                 "value": metric["value"],
                 "split": "held out" if held_out else "train",
-                "protocol": "; ".join([*how, f"{EVALUATION} has the whole protocol"]),
+                "protocol": "; ".join([*how, f"{EVALUATION} has the full protocol"]),
             }
         )
     return rows
 
 
 def forward_flops(unet) -> int:
-    """Floating-point operations of one prediction for one image of the network's `sample_size`.
-
-    A multiplication and an addition count as two.
-    """
-    with torch.device("meta"):  # nothing is computed
+    """Floating-point operations of one prediction for one image of `sample_size`; a multiply-add counts as two."""
+    with torch.device("meta"):  # computes nothing
         meta = type(unet).from_config(unet.config).eval()
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -221,13 +215,13 @@ def forward_flops(unet) -> int:
 
 
 def _classes(unet) -> list[str] | None:
-    """Names of the network's classes; their numbers if they have no names; None for an unconditional network."""
+    """Class names of the network, or class numbers if there are no names; None for an unconditional network."""
     number = unet.config.get("num_classes")
     return None if number is None else unet.config.get("class_names") or [str(k) for k in range(number)]
 
 
 def _cells(value):
-    """A text, or all texts in dicts and lists, as it can stand in a table of Markdown."""
+    """Escape a string, or all strings in dicts and lists, for a Markdown table."""
     if isinstance(value, dict):
         return {name: _cells(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The code that a self-contained repository carries: diffusers loads its pipeline where ddpm_hf is not installed."""
+"""The code of a self-contained repository, whose pipeline diffusers loads without this package."""
 
 import ast
 import hashlib
@@ -11,17 +11,17 @@ from pathlib import Path
 from ddpm_hf.pipelines.loading import INDEX, OURS
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 
-# Names of the files of code in a repository
+# Names of the code files in a repository
 SHIPPED = ["pipeline.py", "ddpm_hf_*.py", "unet/ddpm_hf_*.py", "scheduler/ddpm_hf_*.py"]
 IMPORT = re.compile(r"^( *)from ddpm_hf\.(?:\w+\.)*(\w+) import ", re.MULTILINE)
 
 
 def code_of(folder: Path) -> dict[str, bytes]:
-    """The files of code for the pipeline in `folder`, and its model_index.json that refers to them.
+    """The code files for the pipeline in `folder`, and its model_index.json with references to them.
 
-    pipeline.py and every module of ours that it imports, as they are here but for the names by which they import one
-    another; and the module of each component's class, once more in the folder of the component. diffusers copies the
-    code of all repositories into one folder, so names of modules bear a checksum of the code.
+    The files are pipeline.py, every module of this package that it imports, and copies of the modules of the two
+    components in the folders of these. Only the imports between the modules differ from the installed code. File names
+    contain a checksum of the code, because diffusers copies the code of all repositories into one folder.
     """
     sources = _sources(DDPMCustomPipeline.__module__)
     checksum = hashlib.sha256("".join(sources[module] for module in sorted(sources)).encode()).hexdigest()[:12]
@@ -43,7 +43,7 @@ def code_of(folder: Path) -> dict[str, bytes]:
 
 
 def _sources(module: str) -> dict[str, str]:
-    """Source of a module and of all modules of ours that it imports, directly or through others, by their names."""
+    """The source code, by name, of a module and of all modules of this package that it imports, also indirectly."""
     found, wanted = {}, [module]
     while wanted:
         module = wanted.pop()

@@ -1,4 +1,4 @@
-"""A Space on the Hugging Face Hub with the page of `ddpm-hf demo`, to try a model in the browser."""
+"""A Space on the Hugging Face Hub that serves the page of `ddpm-hf demo` for one model."""
 
 import json
 from importlib import metadata
@@ -6,32 +6,33 @@ from importlib import metadata
 from huggingface_hub.utils import validate_repo_id
 
 import ddpm_hf
-from ddpm_hf.hub.push import check_right_to_push, upload
+from ddpm_hf.hub.push import check_right_to_push
+from ddpm_hf.hub.upload import upload
 
 
 def push_space(repo_id: str, private: bool = False) -> str:
-    """Upload a Space of the model's name, and return its commit's address.
+    """Upload a Space with the name of the model, and return the address of its commit.
 
-    Files of an earlier push that somebody has changed on the Hub stay as they are.
+    Files of an earlier push that were edited on the Hub are kept.
     """
     repo_id = check_right_to_push(repo_id, private, repo_type="space")
     files = {name: text.encode() for name, text in space_files(repo_id).items()}
-    return upload(files, repo_id, "Show a DDPM", "the same command", private, repo_type="space")
+    return upload(files, repo_id, "Show a DDPM", "run the same command to try again", private, repo_type="space")
 
 
 def space_files(repo_id: str) -> dict[str, str]:
-    """The files, by name, of a Space that shows the model `repo_id`."""
-    validate_repo_id(repo_id)  # its error is a ValueError
+    """The files of a Space for the model `repo_id`, by name."""
+    validate_repo_id(repo_id)  # raises a ValueError
     try:
         gradio = metadata.version("gradio")
     except ImportError as error:
-        raise ValueError("a Space needs the version of gradio, `pip install ddpm-hf[demo]`") from error
+        raise ValueError("a Space needs gradio; install it with `pip install ddpm-hf[demo]`") from error
     card = {"title": repo_id.split("/")[-1], "sdk": "gradio", "sdk_version": gradio, "app_file": "app.py"}
     card["models"] = [repo_id]
     return {
         "app.py": (
             "from ddpm_hf import DDPMCustomPipeline\n"
-            "from ddpm_hf.commands.page import LAUNCH, build_demo\n\n"
+            "from ddpm_hf.commands.demo_page import LAUNCH, build_demo\n\n"
             f"pipeline = DDPMCustomPipeline.from_pretrained({repo_id!r})\n"
             "build_demo(pipeline).launch(**LAUNCH)\n"
         ),
