@@ -1,4 +1,4 @@
-"""Checkpoints of tutorials and of diffusers as pipelines of ours, and ours as diffusers' own.
+"""Conversion of tutorial and diffusers checkpoints to pipelines of this package, and back to diffusers.
 
-A module here that has a `SOURCE` is a source, under the name of the module.
+Every module here that defines `SOURCE` is a source with the name of the module.
 """

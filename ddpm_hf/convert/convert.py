@@ -1,4 +1,4 @@
-"""The conversion. It accounts for every key, then checks every shape, and only then writes."""
+"""Converting checkpoints. All keys and then all shapes are checked before anything is written."""
 
 import importlib
 import os
@@ -35,35 +35,33 @@ DIFFUSION_KEYS = {
 
 
 def convert(source, output, kind: str | None = None, source_config=None) -> list[str]:
-    """Write the pipeline folder `output` from somebody else's checkpoint.
+    """Convert a checkpoint of another project to the pipeline folder `output`.
 
     Args:
         source: a file of weights (`.pth`, `.pt`, `.bin`, `.safetensors`) or, for diffusers, a folder.
-        output: a folder that is not there yet.
-        kind: one of `KINDS`; `None`: the one whose weights these are.
-        source_config: YAML or JSON in the source's own keys, flat or nested under `config` or `model_params`.
+        output: a folder that does not exist.
+        kind: one of `KINDS`; `None` to detect it from the weights.
+        source_config: a YAML or JSON file with the keys of the source, flat or nested under any names.
 
     Returns:
-        What a person should know, a line each: what was assumed, what was ignored.
+        Notes for the user, one per line: what was converted, assumed and ignored.
 
     Raises:
-        ValueError: something can't be converted; the message says why, and nothing has been written.
+        ValueError: the checkpoint cannot be converted. Nothing has been written.
     """
     source, output = Path(source), _not_there(output)
     if not source.exists():
-        raise ValueError(
-            f"source {str(source)!r} does not exist; it must be a file of weights or a folder of diffusers"
-        )
+        raise ValueError(f"source={str(source)!r} does not exist; it must be a file of weights or a diffusers folder")
     if kind not in (None, *KINDS):
-        raise ValueError(f"from={kind!r}; choose from {', '.join(KINDS)}")
+        raise ValueError(f"from={kind!r} must be one of {', '.join(KINDS)}")
     if source.is_dir() and source_config is not None:
-        raise ValueError("source_config is for a tutorial's checkpoint; a folder of diffusers has its own config.json")
+        raise ValueError("source_config is only for tutorial checkpoints; a diffusers folder has a config.json")
     if source.is_dir() and kind in (None, "diffusers"):
         kind = "diffusers"
         unet, scheduler, notes = read_folder(source)
     elif source.is_dir() or kind == "diffusers":
         have, want = ("folder", "file") if source.is_dir() else ("file", "folder")
-        raise ValueError(f"source {str(source)!r} is a {have}; what comes from {kind} is a {want}")
+        raise ValueError(f"source={str(source)!r} is a {have}; with from={kind!r} it must be a {want}")
     else:
         weights = load_weights(source)
         kind = _kind_of(weights, kind, source)
@@ -75,17 +73,17 @@ def convert(source, output, kind: str | None = None, source_config=None) -> list
 
 
 def convert_back(source, output) -> list[str]:
-    """Write a pipeline folder of ours as one of diffusers' own, which needs no package of ours.
+    """Convert a pipeline folder of this package to a `DDPMPipeline` of diffusers.
 
     Raises:
-        ValueError: the folder is without our network, or diffusers' network can't express a setting.
+        ValueError: the folder has no `DDPMUNet`, or `UNet2DModel` cannot express a setting.
     """
     source, output = Path(source), _not_there(output)
     if not (source / "model_index.json").is_file():
-        raise ValueError(f"source {str(source)!r} is not a pipeline folder: it has no model_index.json")
+        raise ValueError(f"source={str(source)!r} is not a pipeline folder: it has no model_index.json")
     pipeline = load_pipeline(str(source), "source")
     if not isinstance(pipeline.unet, DDPMUNet):
-        raise ValueError(f"source {str(source)!r} holds a {type(pipeline.unet).__name__} already")
+        raise ValueError(f"source={str(source)!r} has a {type(pipeline.unet).__name__}; only a DDPMUNet is converted")
     unet = to_diffusers(pipeline.unet)
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     _save(diffusers.DDPMPipeline(unet, scheduler), output)
@@ -95,18 +93,18 @@ def convert_back(source, output) -> list[str]:
 def _not_there(output) -> Path:
     output = Path(output)
     if output.exists():
-        raise ValueError(f"output {str(output)!r} is there already; name a folder that is not")
+        raise ValueError(f"output={str(output)!r} exists already; it must be a new folder")
     return output
 
 
 def _save(pipeline, output: Path, card: str | None = None) -> None:
-    """Save into a folder beside, and rename it to `output` when it is whole."""
+    """Save to a temporary folder next to `output`, and rename it when it is complete."""
     beside = part_of(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir()
     except OSError as error:
-        raise ValueError(f"output {str(output)!r} can't be written: {error}") from error
+        raise ValueError(f"output={str(output)!r} cannot be written: {error}") from error
     try:
         with writing_tree(beside):
             pipeline.save_pretrained(beside)
@@ -119,44 +117,46 @@ def _save(pipeline, output: Path, card: str | None = None) -> None:
 
 
 def _kind_of(weights: Weights, kind: str | None, path: Path) -> str:
-    """The source whose weights these are, which must be `kind` where that is given."""
+    """Detect the source of the weights; it must be `kind` if that is given."""
     kinds = [name for name, source in SOURCES.items() if source.signature in weights]
     if kind is None and not kinds:
-        raise ValueError(f"{path} is of no known source: its first keys are {', '.join(list(weights)[:3])}")
+        first = ", ".join(list(weights)[:3])
+        raise ValueError(f"{path} is a checkpoint of none of {', '.join(SOURCES)}; its first keys are {first}")
     if kind not in (None, *kinds):
-        raise ValueError(f"{path} is not of {kind}" + (f" but of {kinds[0]}" if kinds else "; its keys are others"))
+        found = f"a {kinds[0]} checkpoint" if kinds else "a checkpoint of an unknown source"
+        raise ValueError(f"from={kind!r}, but {path} is {found}")
     return kind or kinds[0]
 
 
 def _from_tutorial(weights: Weights, kind: str, path: Path, source_config):
-    """Network, scheduler and notes."""
+    """The network, the scheduler and notes for a tutorial checkpoint."""
     source = SOURCES[kind]
     try:
         known = source.sizes(weights)
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} lacks weights that every network of {kind} has: {error}") from error
+        raise ValueError(f"{path} lacks weights that every {kind} network has: {error}") from error
     schedule, notes = {}, list(source.notes)
     for key, value in _read_source_config(source_config).items():
         key = source.aliases.get(key, key)
         if key in source.never_read:
-            notes.append(f"{key}: {value!r} in the configuration is ignored: {kind} never reads it")
+            notes.append(f"{key}: {value!r} in the configuration is ignored: the code of {kind} does not use it")
         elif key in DIFFUSION_KEYS:
             schedule[DIFFUSION_KEYS[key]] = value
         elif key not in known | source.defaults:
-            notes.append(f"{key}: {value!r} in the configuration is ignored: it says nothing about the network")
+            notes.append(f"{key}: {value!r} in the configuration is ignored: it is no setting of the network")
         elif key in known and known[key] != value:
-            raise ValueError(f"{key} is {value!r} in {source_config} and {known[key]!r} in the weights of {path}")
+            raise ValueError(f"{key} is {value!r} in {source_config} but {known[key]!r} in the weights of {path}")
         else:
             known[key] = value
     for key, value in source.defaults.items():
         if key not in known:
             known[key] = value
-            notes.append(f"{key}: {value!r} is assumed, {kind}'s default; the weights do not tell it")
+            notes.append(f"{key}: {value!r} is assumed, the default of {kind}; the weights do not determine it")
     schedule = {**source.scheduler(known), **schedule}
-    told = schedule.get("num_train_timesteps")
-    stored = known.get("total_time_steps", told)
-    if told != stored:
-        raise ValueError(f"the configuration has {told} timesteps and the weights of {path} have {stored}")
+    configured = schedule.get("num_train_timesteps")
+    stored = known.get("total_time_steps", configured)
+    if configured != stored:
+        raise ValueError(f"{source_config} has {configured} timesteps but the weights of {path} have {stored}")
     try:
         unet, scheduler = DDPMUNet(**source.settings(known)), LinearNoiseScheduler(**schedule)
     except (TypeError, ValueError) as error:
@@ -166,9 +166,9 @@ def _from_tutorial(weights: Weights, kind: str, path: Path, source_config):
     for key, value in weights.items():
         match, ours = next(((m, ours) for rule, ours in rules if (m := rule.match(key))), (None, None))
         if match is None:
-            raise ValueError(f"{path}: no place for {key}, which no network of {kind} of this size has")
+            raise ValueError(f"{path}: unexpected key {key}; no {kind} network of this size has it")
         if ours is None:
-            notes.append(f"{key} is left out: the source's network does not use it")
+            notes.append(f"{key} is left out: the code of {kind} does not use it")
             continue
         rest = key[match.end() :]  # in_proj_weight -> to_qkv.weight
         taken[match.expand(ours) + (f".{rest[1:]}" if rest[:1] == "_" else rest)] = value
@@ -177,7 +177,7 @@ def _from_tutorial(weights: Weights, kind: str, path: Path, source_config):
 
 
 def _read_source_config(path) -> dict:
-    """A source's configuration as one flat dict."""
+    """The configuration of a source as a flat dict."""
     flat = {}
     for key, value in (read_yaml(path, "source_config") if path is not None else {}).items():
         flat |= value if isinstance(value, dict) else {key: value}

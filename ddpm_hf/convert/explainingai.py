@@ -1,4 +1,4 @@
-"""ExplainingAI's DDPM-Pytorch: a skip connection a stage, and attention in every layer."""
+"""ExplainingAI's DDPM-Pytorch: one skip connection per stage, and attention in every layer."""
 
 from ddpm_hf.convert.source import Source, Weights, count
 

@@ -1,13 +1,13 @@
-"""What labml, learnopencv and diffusers share: a skip connection a layer, and, in the two tutorials, blocks in one row.
+"""Networks with one skip connection per layer (labml, learnopencv, diffusers), and their blocks in one flat list.
 
-In such a row the layers of a stage are followed by a resampling, which has a number of its own.
+In the two tutorials, the list has the layers of each stage and, between stages, a resampling block.
 """
 
 from ddpm_hf.convert.source import Weights, count
 
 
 def stages_of(weights: Weights, prefix: str, width_key: str, resample_key: str) -> tuple[list[int], list[list[int]]]:
-    """Width of each stage and numbers of its layers, of blocks `prefix`.0, .1, ... with a resampling between stages."""
+    """The width of each stage and the indices of its layers in the list of blocks `prefix`.0, `prefix`.1, ..."""
     widths, layers, stage = [], [], 0
     for k in range(count(weights, rf"{prefix}\.(\d+)\.")):
         if f"{prefix}.{k}.{resample_key}" in weights:
@@ -22,9 +22,9 @@ def stages_of(weights: Weights, prefix: str, width_key: str, resample_key: str) 
 
 
 def names_of(down: str, up: str, stages: int, layers: int, downsample: str, upsample: str, inner: dict) -> list:
-    """Names, as `Source.names` has them, of `layers` blocks a stage going down and `layers + 1` going up.
+    """Rules, as in `Source.names`, for `layers` blocks per stage on the way down and `layers + 1` on the way up.
 
-    What ends one of their up stages begins the next of ours.
+    The block that ends an up stage in the source begins the next stage in `DDPMUNet`.
     """
     names, rows = [], [(down, "down", layers, downsample, 0), (up, "up", layers + 1, upsample, 1)]
     for row, ours, length, resample, shift in rows:
@@ -37,7 +37,7 @@ def names_of(down: str, up: str, stages: int, layers: int, downsample: str, upsa
 
 
 def settings_of(widths: list[int], layers: int, attention: list[bool]) -> dict:
-    """Settings of `DDPMUNet` that the sources with a skip connection a layer share."""
+    """The settings of `DDPMUNet` that sources with one skip connection per layer share."""
     return {
         "block_out_channels": widths,
         "attention": attention,

@@ -1,4 +1,4 @@
-"""labml.ai's annotated DDPM: blocks in one flat row, of which some have attention."""
+"""labml.ai's annotated DDPM: blocks in one flat list, some with attention."""
 
 from ddpm_hf.convert.flat_row import names_of, settings_of, stages_of
 from ddpm_hf.convert.source import Source, Weights
@@ -43,7 +43,7 @@ def _names(sizes: dict) -> list:
     inner |= {rf"attn\.{a}": f"attention.{b}" for a, b in attention.items()}
     names = [("image_proj", "stem"), ("norm", "norm_out"), ("final", "conv_out")]
     names += [(rf"time_emb\.lin{k}", f"time_embedding.linear_{k}") for k in (1, 2)]
-    names += [(r".*\.attn\.norm", None)]  # built, saved and never called
+    names += [(r".*\.attn\.norm", None)]  # the source never uses these weights
     names += [
         (rf"middle\.res{k}\.{a}", f"middle.0.layers.{k - 1}.residual.{b}") for k in (1, 2) for a, b in residual.items()
     ]
@@ -59,5 +59,5 @@ SOURCE = Source(
     names=_names,
     scheduler=lambda sizes: {"clip_sample": False, "variance_type": "fixed_large"},
     aliases={"channel_multipliers": "ch_mults", "is_attention": "is_attn"},
-    notes=("sampling: the source adds noise after the last step, at t = 0; ours, as the paper, adds none",),
+    notes=("sampling: the source adds noise after the last step, t = 0; ddpm_hf and the paper do not",),
 )

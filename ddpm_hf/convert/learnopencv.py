@@ -1,4 +1,4 @@
-"""LearnOpenCV's DDPM from scratch: blocks in one flat row, and a table in place of computed time embeddings."""
+"""LearnOpenCV's DDPM from scratch: blocks in one flat list, and a stored table of time embeddings."""
 
 from ddpm_hf.convert.flat_row import names_of, settings_of, stages_of
 from ddpm_hf.convert.source import Source, Weights
@@ -60,7 +60,7 @@ def _names(sizes: dict) -> list:
 
 
 def _scheduler(sizes: dict) -> dict:
-    steps = sizes["total_time_steps"]  # its betas grow as the steps become fewer
+    steps = sizes["total_time_steps"]  # the source scales the betas by 1000 / steps
     betas = {"beta_start": 1000 / steps * 1e-4, "beta_end": 1000 / steps * 0.02}
     return {"clip_sample": False, "variance_type": "fixed_large", "num_train_timesteps": steps, **betas}
 
@@ -72,5 +72,5 @@ SOURCE = Source(
     settings=_settings,
     names=_names,
     scheduler=_scheduler,
-    notes=("sampling: the source's last step is t = 1; ours takes t = 0 too",),
+    notes=("sampling: the source stops at t = 1; ddpm_hf also takes the step t = 0",),
 )

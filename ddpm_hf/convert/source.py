@@ -1,4 +1,4 @@
-"""What `convert` needs to know of a tutorial's code, of which each source here is one."""
+"""The description of a tutorial's code from which `convert` converts its checkpoints."""
 
 import re
 from collections.abc import Callable
@@ -11,19 +11,19 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass
 class Source:
-    """One tutorial's code.
+    """One tutorial.
 
     Args:
-        signature: a key that its checkpoints have and no other source's.
-        sizes: weights -> what they determine, under the source's own names.
-        defaults: the source's values of what weights do not determine.
+        signature: a key that only checkpoints of this source have.
+        sizes: weights -> the settings that they determine, under the names of the source.
+        defaults: values for settings that the weights do not determine.
         settings: sizes -> arguments of `DDPMUNet`.
-        names: sizes -> [(pattern of its keys, our key)], the first match counts; `None` for a weight that its network
-            never uses.
-        scheduler: sizes -> how the source samples, as arguments of `LinearNoiseScheduler`.
-        never_read: names in its configuration that its code does not look at.
-        aliases: other names that its own code has for a size.
-        notes: what its sampler does and ours does not.
+        names: sizes -> [(pattern of a source key, key of `DDPMUNet`)]; the first match counts. `None` marks weights
+            that the source does not use.
+        scheduler: sizes -> arguments of `LinearNoiseScheduler`.
+        never_read: settings in its configuration files that its code does not use.
+        aliases: alternative name of a size -> its name in `sizes`.
+        notes: differences between its sampler and that of this package.
     """
 
     signature: str
@@ -38,5 +38,5 @@ class Source:
 
 
 def count(weights: Weights, pattern: str) -> int:
-    """How many different numbers the first group of `pattern` takes among the keys."""
+    """The number of different values that the first group of `pattern` has in the keys."""
     return len({match[1] for key in weights if (match := re.match(pattern, key))})

@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel` and schedulers, to ours and back."""
+"""Conversion of diffusers' `UNet2DModel` and schedulers, in both directions."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.schedulers.noise import LinearNoiseScheduler
 from ddpm_hf.schedulers.solvers import scheduler_class
 
-BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}  # have attention?
-# Settings that both networks have, under the same name and with the same meaning.
+BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}  # with attention?
+# Settings with the same name and meaning in both networks
 SAME = (
     "in_channels", "layers_per_block", "downsample_padding", "attention_head_dim", "flip_sin_to_cos", "freq_shift",
     "norm_num_groups", "norm_eps", "dropout",
@@ -33,73 +33,77 @@ OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn":
 
 
 def read_folder(folder: Path):
-    """Network, scheduler and notes of a folder that diffusers wrote: a pipeline's, or that of a network alone.
+    """The network, the scheduler and notes for a diffusers folder of a pipeline or of a network alone.
 
     Raises:
-        ValueError: a file is missing or damaged, or our network can't express a setting.
+        ValueError: a file is missing or damaged, or `DDPMUNet` cannot express a setting.
     """
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     config_file = unet_folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"source {str(folder)!r} has neither unet/config.json nor config.json")
+        raise ValueError(f"source={str(folder)!r} has neither unet/config.json nor config.json")
     try:
         stored = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{config_file} is not JSON: {error}") from error
+        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
     kind = stored.get("_class_name", "UNet2DModel") if isinstance(stored, dict) else stored
     if kind != "UNet2DModel":
-        raise ValueError(f"{config_file} is of {kind!r}, not of 'UNet2DModel'")
+        raise ValueError(f"{config_file} configures {kind!r}; it must be 'UNet2DModel'")
     try:
         with torch.device("meta"):
-            config = dict(diffusers.UNet2DModel.from_config(stored).config)  # with the defaults that it leaves out
-    except Exception as error:  # what its constructor trips over in wrong values
-        raise ValueError(f"{config_file} makes no UNet2DModel: {first_line(error)}") from error
-    # the weights proper, whole or in shards, and none of their variants
+            config = dict(diffusers.UNet2DModel.from_config(stored).config)  # adds defaults
+    except Exception as error:  # invalid values raise various exceptions in its constructor
+        raise ValueError(f"{config_file} is not a valid UNet2DModel: {first_line(error)}") from error
+    # One file or shards, but no variants
     names = [re.compile(rf"diffusion_pytorch_model(-\d+-of-\d+)?\.{ending}") for ending in ("safetensors", "bin")]
     found = [[path for path in sorted(unet_folder.iterdir()) if name.fullmatch(path.name)] for name in names]
     files = found[0] or found[1]
     if not files:
-        raise ValueError(f"{unet_folder} holds no diffusion_pytorch_model.safetensors or .bin")
+        raise ValueError(f"{unet_folder} has no diffusion_pytorch_model.safetensors or .bin")
     weights = {}
     for file in files:
         weights |= load_weights(file)
     unet = DDPMUNet(**settings_from(config))
     load_checked(unet, weights_from(weights, unet.state_dict(), unet_folder), unet_folder)
-    # beside unet/, flat as in google/ddpm-*, or next to the unet/ that was named
+    # Next to unet/, in the same folder as the weights (google/ddpm-*), or next to the given unet/
     places = [folder / "scheduler", folder, *([folder.parent / "scheduler"] if folder.name == "unet" else [])]
     file = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
     if file is None:
-        return unet, LinearNoiseScheduler(), ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"]
+        return (
+            unet,
+            LinearNoiseScheduler(),
+            ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"],
+        )
     return unet, *_read_scheduler(file)
 
 
 def _read_scheduler(file: Path):
-    """Ours where it can do what the file says, else diffusers' `DDPMScheduler`; and what to know about it."""
+    """A scheduler of this package if it supports the configuration, else `DDPMScheduler`; and notes."""
     try:
         theirs = json.loads(file.read_text(encoding="utf-8"))
         name = theirs.get("_class_name", "DDPMScheduler")
         try:
             scheduler = scheduler_class(theirs).from_config(theirs)
-        except ValueError:  # a setting that ours refuses
+        except ValueError:  # an unsupported setting
             scheduler = diffusers.DDPMScheduler.from_config(theirs)
-    except Exception as error:  # not JSON, not a configuration, or one of another kind of process
-        raise ValueError(f"{file} makes no scheduler: {first_line(error)}") from error
+    except Exception as error:  # not JSON, not a configuration, or not one of a DDPM
+        raise ValueError(f"{file} is not a valid DDPM scheduler: {first_line(error)}") from error
     notes = [f"scheduler: {type(scheduler).__name__} with the settings of {file.name}"]
     if name not in ("DDPMScheduler", "LinearNoiseScheduler", "CosineNoiseScheduler"):
-        notes.append(f"scheduler: the folder samples with {name}; this pipeline takes its betas and all steps of DDPM")
+        notes.append(f"scheduler: the folder uses {name}; the pipeline keeps its betas but samples with all DDPM steps")
     return scheduler, notes
 
 
 def settings_from(config: dict) -> dict:
-    """Arguments of `DDPMUNet` from the whole configuration of a `UNet2DModel`.
+    """Arguments of `DDPMUNet` from the complete configuration of a `UNet2DModel`.
 
     Raises:
-        ValueError: our network can't express a setting.
+        ValueError: `DDPMUNet` cannot express a setting.
     """
     for key in ("down_block_types", "up_block_types"):
         for block in config[key]:
             if block not in BLOCKS:
-                raise ValueError(f"{key}: {block!r} can't be expressed; it must be one of {', '.join(BLOCKS)}")
+                raise ValueError(f"{key}: {block!r} is not supported; it must be one of {', '.join(BLOCKS)}")
     down, up = ([BLOCKS[block] for block in config[f"{way}_block_types"]] for way in ("down", "up"))
     _require(config, "up_block_types", up == down[::-1], "must mirror down_block_types")
     expressible = {
@@ -110,7 +114,7 @@ def settings_from(config: dict) -> dict:
         "num_class_embeds": (None,), "out_channels": (config["in_channels"], 2 * config["in_channels"]),
     }  # fmt: skip
     for key, values in expressible.items():
-        _require(config, key, config[key] in values, f"can't be expressed; it must be {values[0]!r}")
+        _require(config, key, config[key] in values, f"is not supported by DDPMUNet; it must be {values[0]!r}")
     return _settings(config) | {
         "sample_size": config["sample_size"] or 32,
         "out_channels": None if config["out_channels"] == config["in_channels"] else config["out_channels"],
@@ -118,7 +122,7 @@ def settings_from(config: dict) -> dict:
 
 
 def _settings(config: dict) -> dict:
-    """Those arguments of `DDPMUNet` that widths, blocks and the `SAME` settings of a `UNet2DModel` determine."""
+    """Arguments of `DDPMUNet` from the widths, the blocks and the `SAME` settings of a `UNet2DModel`."""
     widths = list(config["block_out_channels"])
     attention = [BLOCKS[block] for block in config["down_block_types"]]
     return (
@@ -137,13 +141,13 @@ def _settings(config: dict) -> dict:
 
 
 def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
-    """The same network as `UNet2DModel`: its weights bit for bit, its predictions to rounding.
+    """The same network as a `UNet2DModel`: equal weights, and predictions that are equal up to rounding.
 
     Raises:
-        ValueError: `UNet2DModel` can't express a setting; the message has what it would have to be.
+        ValueError: `UNet2DModel` cannot express a setting.
     """
     ours = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
-    _require(ours, "num_classes", ours["num_classes"] is None, "can't be: diffusers' DDPMPipeline knows no classes")
+    _require(ours, "num_classes", ours["num_classes"] is None, "is not supported: DDPMPipeline has no classes")
     stages = len(ours["block_out_channels"])
     attention = ours["attention"]
     attention = [attention] * stages if isinstance(attention, bool) else list(attention)
@@ -152,14 +156,14 @@ def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]],
     }
-    # What the network of these settings is; where ours is another, it can't be expressed.
+    # The settings of DDPMUNet that are equivalent to this UNet2DModel
     wanted = _settings(theirs) | {"attention_norm": True, "time_table_size": None, "dropout_channels": False}
     wanted |= {"attention": ours["attention"], "norm_num_groups_out": ours["norm_num_groups"]}
     as_default = {"downsample": None, "norm_num_groups_out": None}
     for key, value in wanted.items():
         same = ours[key] == value or (key in as_default and ours[key] is None)
         same = same or (key == "num_attention_heads" and ours["attention_head_dim"] is not None)
-        _require(ours, key, same, f"can't be expressed by UNet2DModel; it would have to be {value!r}")
+        _require(ours, key, same, f"is not supported by UNet2DModel; it must be {value!r}")
     model = diffusers.UNet2DModel(**theirs)
     weights = {}
     for key, value in unet.state_dict().items():
@@ -178,14 +182,14 @@ def _require(config: dict, key: str, holds: bool, rule: str) -> None:
 
 
 def weights_from(weights: Weights, ours: Weights, path) -> Weights:
-    """Their weights under our keys; a key that they lack is missing in the answer.
+    """The weights of a `UNet2DModel` under the keys of `DDPMUNet`; missing weights are left out.
 
     Args:
-        ours: the weights of the network to load them into, for the shapes.
-        path: where they are from, for messages.
+        ours: the state dict of the `DDPMUNet`, for the shapes.
+        path: the origin of the weights, for messages.
 
     Raises:
-        ValueError: a weight has no place, or the query, key or value of an attention is missing or has another shape.
+        ValueError: a key is unexpected, or the query, key or value of an attention is missing or has another shape.
     """
     renamed = {}
     for key, value in weights.items():
@@ -207,12 +211,12 @@ def weights_from(weights: Weights, ours: Weights, path) -> Weights:
             check_shape(path, part, parts[-1], (wanted.shape[0] // 3, *wanted.shape[1:]))
         taken[key] = torch.cat(parts)
     if renamed:
-        raise ValueError(f"{path}: no place for {len(renamed)} weights, {', '.join(sorted(renamed)[:3])} among them")
+        raise ValueError(f"{path} has {len(renamed)} unexpected keys, such as {', '.join(sorted(renamed)[:3])}")
     return taken
 
 
 def _to_diffusers_key(key: str) -> str:
-    """Our key -> that of `UNet2DModel`; for `to_qkv` with a `{}` where q, k or v stands."""
+    """The key of `UNet2DModel` for a key of `DDPMUNet`; for `to_qkv`, with `{}` in place of q, k or v."""
     part, *rest = key.split(".")
     if part in ("stem", "norm_out", "time_embedding", "conv_out"):
         return ".".join([{"stem": "conv_in", "norm_out": "conv_norm_out"}.get(part, part), *rest])
@@ -220,7 +224,7 @@ def _to_diffusers_key(key: str) -> str:
     block = {"down": f"down_blocks.{stage}", "up": f"up_blocks.{stage}", "middle": "mid_block"}[part]
     if what == "downsample":
         return ".".join([block, "downsamplers.0.conv", *rest])
-    if what == "upsample":  # what begins a stage of ours ends the one before in theirs
+    if what == "upsample":  # UNet2DModel upsamples at the end of the previous stage
         return ".".join([f"up_blocks.{int(stage) - 1}", "upsamplers.0.conv", *rest])
     layer, kind, name, *rest = rest
     kind, name = ("resnets", RESIDUAL[name]) if kind == "residual" else ("attentions", ATTENTION[name])

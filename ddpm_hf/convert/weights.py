@@ -1,4 +1,4 @@
-"""Weights out of files of any layout, without running what is in them, and into a network that is checked first."""
+"""Reading weights from files of any layout without running code in them, and loading them with checks."""
 
 import pickle
 from pathlib import Path
@@ -11,14 +11,14 @@ from ddpm_hf.models.unet import DDPMUNet
 
 WRAPPERS = ("ema_state_dict", "ema", "model_ema", "model_state_dict", "state_dict", "model", "unet")
 PREFIXES = ("module.", "_orig_mod.", "ema_model.")
-COUNTERS = ("n_averaged", "initted", "step")  # of torch's AveragedModel and of ema_pytorch
+COUNTERS = ("n_averaged", "initted", "step")  # of torch.optim.swa_utils.AveragedModel and ema_pytorch
 
 
 def load_weights(path: Path) -> Weights:
-    """The tensors of a file, without what wraps them: `{"model": ...}`, `module.` and the like.
+    """The tensors of a file by name, without wrappers such as `{"model": ...}` and prefixes such as `module.`.
 
     Raises:
-        ValueError: the file is truncated, holds something else, or wants to run code.
+        ValueError: the file is damaged, has no named tensors, or contains pickled objects, which could run code.
     """
     try:
         if path.suffix == ".safetensors":
@@ -26,24 +26,24 @@ def load_weights(path: Path) -> Weights:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it holds more than weights ({first_line(error)})") from error
-    except Exception as error:  # what parsing foreign bytes trips over
-        raise ValueError(f"{path} can't be read as weights: {first_line(error)}") from error
+        raise ValueError(f"{path} is not loaded, because it contains more than tensors: {first_line(error)}") from error
+    except Exception as error:  # damaged files raise various exceptions
+        raise ValueError(f"{path} cannot be read as weights: {first_line(error)}") from error
     weights = _unwrapped(content)
     if weights is None:
-        raise ValueError(f"{path} holds no weights by name")
+        raise ValueError(f"{path} has no named weights")
     return weights
 
 
 def _unwrapped(content) -> Weights | None:
-    """The innermost dict of tensors, EMA weights first, under the keys that the network gave them."""
+    """The innermost dict of tensors, preferably EMA weights, with the keys of the network itself."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         return None
     for wrapper in WRAPPERS:
         if isinstance(content.get(wrapper), dict) and (inner := _unwrapped(content[wrapper])):
             return inner
     weights = {key: value for key, value in content.items() if key not in COUNTERS}
-    if any(key.startswith("ema_model.") for key in weights):  # beside the model that it averages
+    if any(key.startswith("ema_model.") for key in weights):  # ema_pytorch also stores the training weights
         weights = {key: value for key, value in weights.items() if key.startswith("ema_model.")}
     while prefix := next((p for p in PREFIXES if weights and all(key.startswith(p) for key in weights)), None):
         weights = {key[len(prefix) :]: value for key, value in weights.items() if key[len(prefix) :] not in COUNTERS}
@@ -51,16 +51,19 @@ def _unwrapped(content) -> Weights | None:
 
 
 def load_checked(unet: DDPMUNet, weights: Weights, path) -> None:
-    """Load weights into a network after checking every key, then every shape.
+    """Load weights into a network after checking all keys and then all shapes.
+
+    Args:
+        path: the origin of the weights, for messages.
 
     Raises:
-        ValueError: a weight is missing, is one too many or has another shape; `path` is named as its origin.
+        ValueError: a weight is missing, unexpected or of another shape.
     """
     wanted = unet.state_dict()
-    missing, over = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if missing or over:
-        what = f"lacks {len(missing)} weights ({missing[0]})" if missing else f"has {len(over)} too many ({over[0]})"
-        raise ValueError(f"{path} {what}, as the network calls them")
+    missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    for what, keys in (("lacks", missing), ("has unexpected", unexpected)):
+        if keys:
+            raise ValueError(f"{path} {what} weights: {len(keys)} keys of DDPMUNet, such as {keys[0]}")
     for key, value in weights.items():
         check_shape(path, key, value, wanted[key].shape)
     unet.load_state_dict(weights)
@@ -69,7 +72,7 @@ def load_checked(unet: DDPMUNet, weights: Weights, path) -> None:
 
 def check_shape(path, key: str, value: torch.Tensor, wanted: tuple[int, ...]) -> None:
     if value.shape != wanted:
-        raise ValueError(f"{path}: {key} has shape {tuple(value.shape)} and the network wants {tuple(wanted)}")
+        raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}; it must be {tuple(wanted)}")
 
 
 def first_line(error: Exception) -> str:
