@@ -1,4 +1,5 @@
-"""Memory of training, counted by `ddpm_hf.training.plan` and measured on the CPU: `python benchmarks/memory.py` -> memory.csv.
+"""Memory of training, counted by `ddpm_hf.training.plan` and measured on the CPU: `python benchmarks/memory.py`
+writes memory.csv.
 
 Measured is the growth of the process's peak (VmHWM, Linux) from before there is a network to after three updates, each
 in a fresh process: once with the C library's allocator as the training loop sets it, and once with one that maps every

@@ -9,11 +9,11 @@ speed.png into OUT and prints a table; a number above 1 says that ours is faster
 Ours in training and sampling has the C library keep freed memory, as `ddpm-hf train` and `ddpm-hf sample` do; rows
 "same malloc" give that to the other too. The rest is compared without.
 
-`--part floors` measures those that have a target alone, each for longer; with `--before CHECKOUT`, a clone at an older
-commit, ours now against ours then takes the place of the others (a ratio below 0.97 is a miss). `--part gains` takes each thing that makes
-ours fast away again, and tries what was left out. `--lucidrains PYTHON` is the interpreter of an environment with
-denoising-diffusion-pytorch (`pip install --no-deps`, with torch, einops, ema-pytorch, accelerate, scipy, tqdm and
-pillow); without it that row is "not run".
+`--part floors` measures those that have a target alone, each for longer; with `--before CHECKOUT`, a clone at an
+older commit, ours now against ours then takes the place of the others (a ratio below 0.97 is a miss). `--part gains`
+takes each thing that makes ours fast away again, and tries what was left out. `--lucidrains PYTHON` is the
+interpreter of an environment with denoising-diffusion-pytorch (`pip install --no-deps`, with torch, einops, ema-
+pytorch, accelerate, scipy, tqdm and pillow); without it that row is "not run".
 """
 
 import argparse
@@ -44,7 +44,7 @@ LONGER = 2.5  # times as long, of floors alone
 
 
 class Contestant(NamedTuple):
-    """`malloc`: with the allocator's thresholds that our training sets; `label` in the table; `checkout`: whose code."""
+    """`malloc`: with the allocator's thresholds that our training sets; `label`: in the table; `checkout`: the code."""
 
     name: str
     dtype: str = "fp32"
