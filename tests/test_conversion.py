@@ -383,7 +383,7 @@ def damage(kind, good, path):
         ("numbered", "has no named weights"),
         *[(f"legacy {n}", "cannot be read as weights|is not loaded") for n in (1, 3, 30, 500, 3000)],
         ("foreign", "is a checkpoint of none of explainingai, labml, learnopencv; its first keys are linear.weight"),
-        ("lacks", "lacks weights: 1 keys of DDPMUNet, such as up.0.layers.0.residual.conv_1.weight"),
+        ("lacks", "1 missing weights, such as up.0.layers.0.residual.conv_1.weight"),
         ("extra", "unexpected key something.else; no explainingai network of this size has it"),
         ("shape", r"conv_out.bias has shape \(7,\); it must be \(1,\)"),
     ],

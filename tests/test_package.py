@@ -132,7 +132,7 @@ def test_the_wheel_installed_elsewhere_has_all_it_needs(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {p for p in (ROOT / "ddpm_hf").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert {str(p.relative_to(ROOT)) for p in shipped} <= names
-    assert {"ddpm_hf/py.typed", "ddpm_hf/recipes/digits.yaml", "ddpm_hf/templates/model_card.md"} <= names
+    assert {"ddpm_hf/py.typed", "ddpm_hf/recipes/digits.yaml", "ddpm_hf/hub/model_card.md"} <= names
 
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"

@@ -28,10 +28,8 @@ def _find_sources() -> dict[str, Source]:
 
 SOURCES = _find_sources()
 KINDS = (*SOURCES, "diffusers")
-DIFFUSION_KEYS = {
-    "num_train_timesteps": "num_train_timesteps", "num_timesteps": "num_train_timesteps",
-    "n_steps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end",
-}  # fmt: skip
+SCHEDULER_KEYS = {"beta_start": "beta_start", "beta_end": "beta_end"}
+SCHEDULER_KEYS |= dict.fromkeys(("num_train_timesteps", "num_timesteps", "n_steps"), "num_train_timesteps")
 
 
 def convert(source, output, kind: str | None = None, source_config=None) -> list[str]:
@@ -56,12 +54,12 @@ def convert(source, output, kind: str | None = None, source_config=None) -> list
         raise ValueError(f"from={kind!r} must be one of {', '.join(KINDS)}")
     if source.is_dir() and source_config is not None:
         raise ValueError("source_config is only for tutorial checkpoints; a diffusers folder has a config.json")
-    if source.is_dir() and kind in (None, "diffusers"):
-        kind = "diffusers"
-        unet, scheduler, notes = read_folder(source)
-    elif source.is_dir() or kind == "diffusers":
+    if kind is not None and source.is_dir() != (kind == "diffusers"):
         have, want = ("folder", "file") if source.is_dir() else ("file", "folder")
         raise ValueError(f"source={str(source)!r} is a {have}; with from={kind!r} it must be a {want}")
+    if source.is_dir():
+        kind = "diffusers"
+        unet, scheduler, notes = read_folder(source)
     else:
         weights = load_weights(source)
         kind = _kind_of(weights, kind, source)
@@ -140,8 +138,8 @@ def _from_tutorial(weights: Weights, kind: str, path: Path, source_config):
         key = source.aliases.get(key, key)
         if key in source.never_read:
             notes.append(f"{key}: {value!r} in the configuration is ignored: the code of {kind} does not use it")
-        elif key in DIFFUSION_KEYS:
-            schedule[DIFFUSION_KEYS[key]] = value
+        elif key in SCHEDULER_KEYS:
+            schedule[SCHEDULER_KEYS[key]] = value
         elif key not in known | source.defaults:
             notes.append(f"{key}: {value!r} in the configuration is ignored: it is no setting of the network")
         elif key in known and known[key] != value:

@@ -21,13 +21,9 @@ SAME = (
     "norm_num_groups", "norm_eps", "dropout",
 )  # fmt: skip
 RESIDUAL = {
-    "norm_1": "norm1",
-    "conv_1": "conv1",
-    "time_projection": "time_emb_proj",
-    "norm_2": "norm2",
-    "conv_2": "conv2",
-    "shortcut": "conv_shortcut",
-}
+    "norm_1": "norm1", "conv_1": "conv1", "time_projection": "time_emb_proj",
+    "norm_2": "norm2", "conv_2": "conv2", "shortcut": "conv_shortcut",
+}  # fmt: skip
 ATTENTION = {"norm": "group_norm", "to_qkv": "to_{}", "to_out": "to_out.0"}
 OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -69,11 +65,7 @@ def read_folder(folder: Path):
     places = [folder / "scheduler", folder, *([folder.parent / "scheduler"] if folder.name == "unet" else [])]
     file = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()), None)
     if file is None:
-        return (
-            unet,
-            LinearNoiseScheduler(),
-            ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"],
-        )
+        return unet, LinearNoiseScheduler(), ["scheduler: DDPMScheduler's defaults are assumed; the folder has none"]
     return unet, *_read_scheduler(file)
 
 

@@ -61,9 +61,9 @@ def load_checked(unet: DDPMUNet, weights: Weights, path) -> None:
     """
     wanted = unet.state_dict()
     missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    for what, keys in (("lacks", missing), ("has unexpected", unexpected)):
+    for what, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
-            raise ValueError(f"{path} {what} weights: {len(keys)} keys of DDPMUNet, such as {keys[0]}")
+            raise ValueError(f"{path}: {len(keys)} {what} weights, such as {keys[0]} (the name in DDPMUNet)")
     for key, value in weights.items():
         check_shape(path, key, value, wanted[key].shape)
     unet.load_state_dict(weights)

@@ -31,19 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Revision:
-    """A revision of a repository on the Hub.
-
-    Args:
-        commit: its hash.
-        files: by name.
-        card: the text of README.md, or None if there is none.
-        listed: the checksums in the manifest of the last push; None if there is no valid manifest.
-    """
+    """A revision of a repository on the Hub."""
 
     commit: str
-    files: dict[str, RepoFile]
-    card: str | None
-    listed: Checksums | None
+    files: dict[str, RepoFile]  # by name
+    card: str | None  # the text of README.md, if it exists
+    listed: Checksums | None  # in the manifest of the last push, if it exists and is valid
 
     def has(self, name: str, checksums: Checksums | None) -> bool:
         """Whether the content of a file is that in `checksums`."""
