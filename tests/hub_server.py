@@ -1,7 +1,7 @@
-"""A small Hub on loopback, for the real clients: repositories, Git LFS, permissions, and faults on demand.
+"""A local server with the API of the Hugging Face Hub: repositories, Git LFS, permissions, and faults on demand.
 
-It keeps everything in memory. What it refuses, and how, follows the Hub: a private repository does not exist for
-those who may not read it, an LFS object is checked against its name, a commit names only objects that are stored.
+It keeps everything in memory. Its errors are those of the Hub: a private repository does not exist for users who may
+not read it, an LFS object must match its checksum, and a commit may only refer to stored objects.
 """
 
 import base64
@@ -24,7 +24,7 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 
 
 class RefusedError(Exception):
-    """An answer that is not a success."""
+    """A response with an error status."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         self.status, self.message = status, message
@@ -33,7 +33,7 @@ class RefusedError(Exception):
 
 
 class HangUpError(Exception):
-    """The connection breaks here."""
+    """The server closes the connection at this point."""
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)  # pull requests too, as refs/pr/N
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)  # what LFS has stored, by sha256
-    headers: dict[str, dict] = field(default_factory=dict)  # by path: what a file's answer says falsely
+    objects: dict[str, bytes] = field(default_factory=dict)  # stored LFS objects, by SHA-256
+    headers: dict[str, dict] = field(default_factory=dict)  # by path: wrong headers of the response for a file
 
     def commit(self, branch: str, files: dict[str, bytes], message: str, author: str, parent: str | None = None) -> str:
         parent = self.branches.get(branch, parent)
@@ -128,7 +128,7 @@ def parents(path: str) -> list[str]:
 
 
 class HubServer:
-    """`with HubServer() as hub:` serves at `hub.url`; its attributes are its state, to look at and to change."""
+    """`with HubServer() as hub:` serves at `hub.url`. Tests may read and change its attributes."""
 
     def __init__(self):
         me = {"name": "me", "orgs": [{"name": "club", "roleInOrg": "write"}]}
@@ -139,9 +139,9 @@ class HubServer:
         }
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[tuple[str, str]] = []
-        self.uploads: Counter[str] = Counter()  # LFS objects received whole, by sha256
-        self.uploaded_bytes: Counter[str] = Counter()  # bytes of their bodies, the broken ones' too
-        self.unknown: list[tuple[str, str]] = []  # requests for which there is no call here
+        self.uploads: Counter[str] = Counter()  # complete LFS uploads, by SHA-256
+        self.uploaded_bytes: Counter[str] = Counter()  # bytes of LFS uploads, including incomplete ones
+        self.unknown: list[tuple[str, str]] = []  # requests that this server does not support
         self.quota: int | None = None  # bytes
         self.page_size = 1000
         self.faults: list[Fault] = []
@@ -159,12 +159,12 @@ class HubServer:
         self.release()
         self._server.shutdown()
         self._server.server_close()
-        # Clients keep connections open: without this a server that is gone would go on answering them.
+        # Clients keep connections open, on which a stopped server would still answer.
         for connection in list(self.connections):
             hang_up(connection)
 
     def env(self, home, token: str | None = None) -> dict[str, str]:
-        """The environment of a process that knows this Hub only, with nothing of the machine's own login or cache."""
+        """The environment of a process that uses only this server, without the login and cache of the machine."""
         ours = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "XDG_CACHE_HOME")
         env = {k: v for k, v in os.environ.items() if not k.startswith(ours) and not k.lower().endswith("_proxy")}
         switches = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK")
@@ -178,7 +178,7 @@ class HubServer:
         return dict(self.repo(repo_id, repo_type).files(revision))
 
     def plant(self, repo_id, files, private=False, revision="main", repo_type="model", headers=None) -> str:
-        """Commit `files` on the server, unchecked; `headers` {path: {name: value}} go into their answers."""
+        """Commit `files` without checks; `headers` {path: {name: value}} are added to the responses for them."""
         with self.lock:
             repo = self.repos.setdefault((repo_type, repo_id), Repo(repo_id, repo_type, private))
             before = repo.files(revision) if revision in repo.branches else {}
@@ -188,16 +188,16 @@ class HubServer:
             return repo.commit(revision, before | files, "Planted", repo_id.split("/")[0])
 
     def fail(self, pattern: str, times=1, status: int | None = None, after_bytes: int | None = None, code=None):
-        """Break the next `times` requests whose "METHOD path" matches.
+        """Let the next `times` requests whose "METHOD path" matches fail.
 
-        With a status, and the Hub's own code for the error, that is the answer. Without, the connection breaks: at
-        once, or after so many bytes of the body, which is the request's for an upload and the answer's for a download.
-        An upload that ends before `after_bytes` is carried out and only its answer is lost.
+        With a status, the response has that status and, if given, the error code of the Hub. Otherwise the connection
+        breaks: at once, or after so many bytes of the body of the request (upload) or the response (download). An
+        upload of fewer bytes than `after_bytes` succeeds, and only its response is lost.
         """
         self.faults.append(Fault(pattern, times, status, after_bytes, code))
 
     def hold(self, pattern: str = "", seconds: float = 20):
-        """Give requests whose "METHOD path" matches no answer until `release`, or for so long."""
+        """Delay requests whose "METHOD path" matches until `release`, but at most `seconds`."""
         self.held, self.seconds, self.released = pattern, seconds, threading.Event()
 
     def release(self):
@@ -222,7 +222,7 @@ class HubServer:
         self.unknown.append((request.method, request.path))
         raise RefusedError(404, f"Not found: {request.path}")
 
-    # Who may do what
+    # Permissions
 
     def user(self, request: Request, needed: bool = True) -> dict | None:
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -326,7 +326,7 @@ class HubServer:
         return refs if request.flag("include_prs") else {k: v for k, v in refs.items() if k != "pullRequests"}
 
     def reference(self, request, kind, repo_id, what, name):
-        """Branches are made by name, tags at a revision; both are deleted by name."""
+        """Create a branch by its name or a tag at a revision, or delete either by its name."""
         repo = self.find(request, kind, repo_id, write=True)
         refs = repo.branches if what == "branch" else repo.tags
         if request.method == "DELETE":
@@ -360,7 +360,7 @@ class HubServer:
         return 200, {"Link": link} if start + size < len(entries) else {}, entries[start : start + size]
 
     def entry(self, repo, sha, path, expand):
-        """What is at a path: a file, a folder, or None."""
+        """The file or folder at a path, or None."""
         files = repo.commits[sha].files
         entry = file_entry(path, files[path]) if path in files else None
         if entry is None and any(path in parents(name) for name in files):
@@ -431,7 +431,7 @@ class HubServer:
             names = [path, *parents(path), *path.split("/")]
             ignored = any(fnmatch.fnmatch(name, pattern.strip("/")) for name in names for pattern in ignore)
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": ignored})
-            if path in there:  # by this the client leaves out what has not changed
+            if path in there:  # from this, the client detects unchanged files
                 entry = file_entry(path, there[path])
                 files[-1]["oid"] = entry.get("lfs", entry)["oid"]
         return {"files": files, "commitOid": repo.sha(revision)}
@@ -540,7 +540,7 @@ def hang_up(connection: socket.socket):
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
-        return  # the other side was first
+        return  # the client has closed it
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -559,7 +559,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def read(self, limit: int | None) -> bytes:
-        """The request's body, or a broken connection where it is longer than `limit`."""
+        """The body of the request; raises HangUpError if it is longer than `limit`."""
         content, whole = b"", False
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             while not whole and (limit is None or len(content) < limit):

@@ -1,4 +1,4 @@
-"""The server in hub_server.py is worth testing against: the real clients do with it what they do with the Hub."""
+"""The clients of the Hub work with the server in hub_server.py as they do with the Hub."""
 
 import io
 import subprocess
@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, constants, 
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 
-WEIGHTS = bytes(range(256)) * 1200  # several chunks of an upload
+WEIGHTS = bytes(range(256)) * 1200  # several chunks per upload
 FILES = {"README.md": b"---\nlicense: mit\n---\n# Digits\n", "config.json": b"{}", "unet/model.safetensors": WEIGHTS}
 
 
@@ -47,7 +47,7 @@ def pull(hub, tmp_path, **settings) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_pushed_is_pulled_and_is_pushed_once(hub, api, folder, tmp_path):
+def test_pushed_files_are_pulled_and_not_sent_twice(hub, api, folder, tmp_path):
     first = api.upload_folder(repo_id="me/model", folder_path=folder)
     assert list(hub.uploaded_bytes.values()) == [len(WEIGHTS)]
     there = hub.files("me/model")
@@ -66,7 +66,7 @@ def test_what_is_pushed_is_pulled_and_is_pushed_once(hub, api, folder, tmp_path)
     assert hub.requests == []
 
 
-def test_a_private_repository_exists_for_its_owner_only(hub, api):
+def test_a_private_repository_is_hidden_from_others(hub, api):
     api.create_repo("club/secret", private=True)
     reader, other = (HfApi(endpoint=hub.url, token=token) for token in ("hf_reader", "hf_other"))
     assert reader.model_info("club/secret").private
@@ -128,7 +128,7 @@ def test_branches_tags_and_pull_requests(hub, api, folder, tmp_path):
     assert "unet/model.safetensors" not in hub.files("me/model", "a/b")
 
 
-def test_transfers_that_break_are_repeated_or_said(hub, api, folder, tmp_path):
+def test_broken_transfers_are_retried_or_raise(hub, api, folder, tmp_path):
     hub.fail("^PUT /lfs/", after_bytes=1000)
     api.upload_folder(repo_id="me/model", folder_path=folder)
     assert (*hub.uploaded_bytes.values(), *hub.uploads.values()) == (1000 + len(WEIGHTS), 1)
@@ -153,7 +153,7 @@ def test_transfers_that_break_are_repeated_or_said(hub, api, folder, tmp_path):
     assert hub.files("me/model")["e"] == b"e"
 
 
-def test_answers_that_are_held_come_once_they_are_released(hub, api):
+def test_held_requests_are_answered_after_release(hub, api):
     hub.hold("/refs")
     assert api.repo_exists("me/model")
     asked = threading.Thread(target=api.list_repo_refs, args=["me/model"])
@@ -165,7 +165,7 @@ def test_answers_that_are_held_come_once_they_are_released(hub, api):
     assert not asked.is_alive()
 
 
-def test_what_is_planted_is_served_as_it_is(hub, tmp_path):
+def test_planted_files_are_served_unchecked(hub, tmp_path):
     hub.plant("you/model", {"../a": b"a", "b.bin": b"b" * 9}, headers={"b.bin": {"Content-Length": "5"}})
     assert sorted(HfApi(endpoint=hub.url).list_repo_files("you/model")) == ["../a", "b.bin"]
     chunks = iter([b'{"content": ', b'"no metadata"}'])
@@ -191,7 +191,7 @@ for streaming in (False, True):
 """
 
 
-def test_datasets_are_pushed_and_loaded_whole_and_streamed(hub, tmp_path):
+def test_datasets_are_pushed_loaded_and_streamed(hub, tmp_path):
     pictures = {}
     for name, value in {"train/a/0.png": 1, "train/b/0.png": 2}.items():
         Image.new("L", (8, 8), value).save(file := io.BytesIO(), "png")

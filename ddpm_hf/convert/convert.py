@@ -160,16 +160,16 @@ def _from_tutorial(weights: Weights, kind: str, path: Path, source_config):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} with {source_config or 'the source defaults'}: {first_line(error)}") from error
     taken = {}
-    rules = [(re.compile(pattern), ours) for pattern, ours in source.names(known)]
+    rules = [(re.compile(pattern), name) for pattern, name in source.names(known)]
     for key, value in weights.items():
-        match, ours = next(((m, ours) for rule, ours in rules if (m := rule.match(key))), (None, None))
+        match, name = next(((m, name) for rule, name in rules if (m := rule.match(key))), (None, None))
         if match is None:
             raise ValueError(f"{path}: unexpected key {key}; no {kind} network of this size has it")
-        if ours is None:
+        if name is None:
             notes.append(f"{key} is left out: the code of {kind} does not use it")
             continue
         rest = key[match.end() :]  # in_proj_weight -> to_qkv.weight
-        taken[match.expand(ours) + (f".{rest[1:]}" if rest[:1] == "_" else rest)] = value
+        taken[match.expand(name) + (f".{rest[1:]}" if rest[:1] == "_" else rest)] = value
     load_checked(unet, taken, path)
     return unet, scheduler, notes
 

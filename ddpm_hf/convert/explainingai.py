@@ -48,9 +48,9 @@ def _names(sizes: dict) -> list:
         r"attentions\.(\d+)\.out_proj": "attention.to_out",
     }
     names = [(r"conv_in", "stem"), (r"t_proj\.0", "time_embedding.linear_1"), (r"t_proj\.2", "time_embedding.linear_2")]
-    for theirs, ours in (("down", "down"), ("mid", "middle"), ("up", "up")):
-        names += [(rf"{theirs}s\.(\d+)\.{theirs}_sample_conv", rf"{ours}.\1.{theirs}sample")]
-        names += [(rf"{theirs}s\.(\d+)\.{a}", rf"{ours}.\1.layers.\2.{b}") for a, b in inner.items()]
+    for source, part in (("down", "down"), ("mid", "middle"), ("up", "up")):
+        names += [(rf"{source}s\.(\d+)\.{source}_sample_conv", rf"{part}.\1.{source}sample")]
+        names += [(rf"{source}s\.(\d+)\.{a}", rf"{part}.\1.layers.\2.{b}") for a, b in inner.items()]
     return [*names, (r"norm_out", "norm_out"), (r"conv_out", "conv_out")]
 
 

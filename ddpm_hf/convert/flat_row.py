@@ -27,12 +27,12 @@ def names_of(down: str, up: str, stages: int, layers: int, downsample: str, upsa
     The block that ends an up stage in the source begins the next stage in `DDPMUNet`.
     """
     names, rows = [], [(down, "down", layers, downsample, 0), (up, "up", layers + 1, upsample, 1)]
-    for row, ours, length, resample, shift in rows:
+    for row, part, length, resample, shift in rows:
         for stage in range(stages):
             first = stage * (length + 1)
             for k in range(length):
-                names += [(rf"{row}\.{first + k}\.{a}", f"{ours}.{stage}.layers.{k}.{b}") for a, b in inner.items()]
-            names.append((rf"{row}\.{first + length}\.{resample}", f"{ours}.{stage + shift}.{ours}sample"))
+                names += [(rf"{row}\.{first + k}\.{a}", f"{part}.{stage}.layers.{k}.{b}") for a, b in inner.items()]
+            names.append((rf"{row}\.{first + length}\.{resample}", f"{part}.{stage + shift}.{part}sample"))
     return names
 
 

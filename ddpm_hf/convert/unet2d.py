@@ -72,12 +72,12 @@ def read_folder(folder: Path):
 def _read_scheduler(file: Path):
     """A scheduler of this package if it supports the configuration, else `DDPMScheduler`; and notes."""
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-        name = theirs.get("_class_name", "DDPMScheduler")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        name = config.get("_class_name", "DDPMScheduler")
         try:
-            scheduler = scheduler_class(theirs).from_config(theirs)
+            scheduler = scheduler_class(config).from_config(config)
         except ValueError:  # an unsupported setting
-            scheduler = diffusers.DDPMScheduler.from_config(theirs)
+            scheduler = diffusers.DDPMScheduler.from_config(config)
     except Exception as error:  # not JSON, not a configuration, or not one of a DDPM
         raise ValueError(f"{file} is not a valid DDPM scheduler: {first_line(error)}") from error
     notes = [f"scheduler: {type(scheduler).__name__} with the settings of {file.name}"]
@@ -138,25 +138,25 @@ def to_diffusers(unet: DDPMUNet) -> diffusers.UNet2DModel:
     Raises:
         ValueError: `UNet2DModel` cannot express a setting.
     """
-    ours = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
-    _require(ours, "num_classes", ours["num_classes"] is None, "is not supported: DDPMPipeline has no classes")
-    stages = len(ours["block_out_channels"])
-    attention = ours["attention"]
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.config.items()}
+    _require(config, "num_classes", config["num_classes"] is None, "is not supported: DDPMPipeline has no classes")
+    stages = len(config["block_out_channels"])
+    attention = config["attention"]
     attention = [attention] * stages if isinstance(attention, bool) else list(attention)
-    theirs = {key: ours[key] for key in ("sample_size", "block_out_channels", *SAME)} | {
-        "out_channels": ours["out_channels"] or ours["in_channels"],
+    arguments = {key: config[key] for key in ("sample_size", "block_out_channels", *SAME)} | {
+        "out_channels": config["out_channels"] or config["in_channels"],
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attention],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]],
     }
     # The settings of DDPMUNet that are equivalent to this UNet2DModel
-    wanted = _settings(theirs) | {"attention_norm": True, "time_table_size": None, "dropout_channels": False}
-    wanted |= {"attention": ours["attention"], "norm_num_groups_out": ours["norm_num_groups"]}
+    wanted = _settings(arguments) | {"attention_norm": True, "time_table_size": None, "dropout_channels": False}
+    wanted |= {"attention": config["attention"], "norm_num_groups_out": config["norm_num_groups"]}
     as_default = {"downsample": None, "norm_num_groups_out": None}
     for key, value in wanted.items():
-        same = ours[key] == value or (key in as_default and ours[key] is None)
-        same = same or (key == "num_attention_heads" and ours["attention_head_dim"] is not None)
-        _require(ours, key, same, f"is not supported by UNet2DModel; it must be {value!r}")
-    model = diffusers.UNet2DModel(**theirs)
+        same = config[key] == value or (key in as_default and config[key] is None)
+        same = same or (key == "num_attention_heads" and config["attention_head_dim"] is not None)
+        _require(config, key, same, f"is not supported by UNet2DModel; it must be {value!r}")
+    model = diffusers.UNet2DModel(**arguments)
     weights = {}
     for key, value in unet.state_dict().items():
         name = _to_diffusers_key(key)
@@ -173,11 +173,11 @@ def _require(config: dict, key: str, holds: bool, rule: str) -> None:
         raise ValueError(f"{key}={config[key]!r} {rule}")
 
 
-def weights_from(weights: Weights, ours: Weights, path) -> Weights:
+def weights_from(weights: Weights, state_dict: Weights, path) -> Weights:
     """The weights of a `UNet2DModel` under the keys of `DDPMUNet`; missing weights are left out.
 
     Args:
-        ours: the state dict of the `DDPMUNet`, for the shapes.
+        state_dict: the state dict of the `DDPMUNet`, for the shapes.
         path: the origin of the weights, for messages.
 
     Raises:
@@ -189,14 +189,14 @@ def weights_from(weights: Weights, ours: Weights, path) -> Weights:
             key = re.sub(rf"(attentions\.\d+)\.{older}\.", rf"\1.{newer}.", key)
         renamed[key] = value
     taken = {}
-    for key, wanted in ours.items():
-        theirs = _to_diffusers_key(key)
-        if "{}" not in theirs:
-            if theirs in renamed:
-                taken[key] = renamed.pop(theirs)
+    for key, wanted in state_dict.items():
+        name = _to_diffusers_key(key)
+        if "{}" not in name:
+            if name in renamed:
+                taken[key] = renamed.pop(name)
             continue
         parts = []
-        for part in (theirs.format(x) for x in "qkv"):
+        for part in (name.format(x) for x in "qkv"):
             if part not in renamed:
                 raise ValueError(f"{path} lacks {part}")
             parts.append(renamed.pop(part))
