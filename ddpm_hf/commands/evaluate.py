@@ -63,6 +63,5 @@ def run(args) -> None:
     if os.environ.get("RANK", "0") == "0":
         output = given.get("output") or evaluation.output_of(given["model"])
         print("\n".join([*comparison.table(found), f"-> {output}, and report.html beside it"]), flush=True)
-        n = found["protocol"].get("num_samples", evaluation.ENOUGH)
-        if n < evaluation.ENOUGH and any(name.startswith(("fd", "fid", "inception")) for name in found["metrics"]):
-            print(comparison.FEW.format(n=n), file=sys.stderr)
+        if warning := comparison.few_samples_warning(found):
+            print(warning, file=sys.stderr)
