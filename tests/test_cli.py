@@ -86,14 +86,14 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, argv, 
 
 def test_flags_of_diffusers_script_that_are_something_else_here(capfd):
     for flag, hint in {
-        "--use_ema": "leave it out: the EMA of the weights is always kept",
+        "--use_ema": "leave it out: EMA weights are always computed and saved",
         "--ddpm_num_steps=500": "use --scheduler '{\"num_train_timesteps\": 1000}'",
         "--save-images-epochs": "use --checkpointing_steps, in updates",
         "--learning_rat": "did you mean --learning_rate?",
     }.items():
         for command in ("train", "plan"):
             assert main([command, flag]) == 2
-            assert f"there is no flag '{flag.partition('=')[0]}'; {hint}" in capfd.readouterr().err
+            assert f"unknown flag '{flag.partition('=')[0]}'; {hint}" in capfd.readouterr().err
 
 
 def test_flags_spelt_as_before(capfd):
@@ -230,4 +230,4 @@ def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkey
 def test_a_recipe_without_a_data_set_asks_for_one(tmp_path, monkeypatch, capfd, name):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--config", name]) == 2
-    assert "no data set is named, and the recipe has none of its own: give --train_data_dir" in capfd.readouterr().err
+    assert "the recipe has no data set: give --train_data_dir" in capfd.readouterr().err

@@ -32,8 +32,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.commands.main import main
-from ddpm_hf.commands.page import (
+from ddpm_hf.commands.demo_page import (
     EACH,
     LAUNCH,
     OWN,
@@ -43,6 +42,7 @@ from ddpm_hf.commands.page import (
     draw_samples,
     with_messages,
 )
+from ddpm_hf.commands.main import main
 from ddpm_hf.hub.space import space_files
 from ddpm_hf.utils.seeds import image_generators, seeded_generator
 
@@ -199,7 +199,7 @@ def test_the_page_tells_the_model_and_asks_for_what_it_can_be_asked(digits, digi
         ((4, OWN, 3, None, EACH, 1), "seed=None must be an integer in 0 ... 2^53 - 1"),
         ((4, OWN, 3, -1, EACH, 1), "seed=-1 must be an integer"),
         ((4, "pndm", 2, 0, EACH, 1), "num_inference_steps=2: PNDMScheduler takes 4 ... 1000 steps"),
-        ((4, OWN, 3, 0, 11, 1), "11 is no class; there are labels 0 ... 9"),
+        ((4, OWN, 3, 0, 11, 1), "11 is not a class; choose from labels 0 ... 9"),
     ],
 )
 def test_a_mistake_is_a_message_on_the_page(digits, settings, message):
@@ -235,12 +235,12 @@ def test_what_the_command_refuses(digits_model, monkeypatch, capfd):
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        message = f"host='127.0.0.1', port={port}: can't serve there: [Errno {errno.EADDRINUSE}]"
+        message = f"host='127.0.0.1', port={port}: the server can't listen there: [Errno {errno.EADDRINUSE}]"
         assert message in refused(str(digits_model), "--port", str(port))
-    assert "port=70000: can't serve there" in refused(str(digits_model), "--port", "70000")
+    assert "port=70000: the server can't listen there" in refused(str(digits_model), "--port", "70000")
     assert "model='./nowhere' can't be loaded" in refused("./nowhere")
-    assert "there is no flag '--share'" in refused(str(digits_model), "--share")
-    monkeypatch.delitem(sys.modules, "ddpm_hf.commands.page", raising=False)
+    assert "unknown flag '--share'" in refused(str(digits_model), "--share")
+    monkeypatch.delitem(sys.modules, "ddpm_hf.commands.demo_page", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "`pip install ddpm-hf[demo]`" in refused(str(digits_model))
 
@@ -280,7 +280,7 @@ def served(digits_model):
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()
-        yield re.fullmatch(rf"{digits_model} -> (http://127\.0\.0\.1:\d+/) \(Ctrl-C ends it\)\n", line)[1]
+        yield re.fullmatch(rf"{digits_model} -> (http://127\.0\.0\.1:\d+/) \(press Ctrl-C to stop\)\n", line)[1]
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0

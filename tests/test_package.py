@@ -65,7 +65,7 @@ def test_diffusers_finds_our_classes_whoever_is_imported_first(tiny_pipeline, or
     code += f"pipeline = DiffusionPipeline.from_pretrained({str(tiny_pipeline)!r})\n"
     code += "print(type(pipeline).__module__, type(pipeline.unet).__name__, type(pipeline.scheduler).__name__)\n"
     code += "print(diffusers.DDPMUNet is ddpm_hf.DDPMUNet, hasattr(diffusers, 'DDPMNothing'))\n"
-    code += "print([finder for finder in sys.meta_path if 'WhenImported' in repr(finder)])"
+    code += "print([finder for finder in sys.meta_path if 'AfterImport' in repr(finder)])"
     printed = python("-W", "error::DeprecationWarning:ddpm_hf", "-c", code).splitlines()[-3:]
     assert printed == ["ddpm_hf.pipelines.pipeline DDPMUNet LinearNoiseScheduler", "True False", "[]"]
 
@@ -78,12 +78,33 @@ def test_public_names():
         _ = ddpm_hf.DDPMNothing
 
 
-def test_a_module_under_the_name_that_it_had_before(monkeypatch):
-    monkeypatch.delitem(sys.modules, "ddpm_hf.cli", raising=False)
-    with pytest.warns(DeprecationWarning, match="ddpm_hf.cli is deprecated .*; use ddpm_hf.commands.main"):
-        old = importlib.import_module("ddpm_hf.cli")
-    assert old is importlib.import_module("ddpm_hf.commands.main")
-    assert old.__name__ == old.__spec__.name == "ddpm_hf.commands.main"
+@pytest.mark.parametrize(
+    ("former", "name"),
+    {
+        "cli": "commands.main",
+        "config": "training.config",
+        "demo": "commands.demo_page",
+        "films": "utils.pictures",
+        "pipeline": "pipelines.pipeline",
+        "scheduler": "schedulers.noise",
+        "solvers": "schedulers.solvers",
+        "unet": "models.unet",
+    }.items(),
+)
+def test_a_moved_module_is_found_under_its_former_name(monkeypatch, former, name):
+    monkeypatch.delitem(sys.modules, f"ddpm_hf.{former}", raising=False)
+    with pytest.warns(DeprecationWarning, match=rf"ddpm_hf\.{former} is deprecated .*; use ddpm_hf\.{name}$"):
+        module = importlib.import_module(f"ddpm_hf.{former}")
+    assert module is importlib.import_module(f"ddpm_hf.{name}")
+    assert module.__name__ == module.__spec__.name == f"ddpm_hf.{name}"
+
+
+def test_names_that_the_readme_has_shown():
+    code = "from ddpm_hf import SOLVERS, Film, TrainConfig, train\nfrom ddpm_hf.training import train as again\n"
+    code += "from ddpm_hf.films import Film as former\nfrom ddpm_hf import solvers\n"
+    assert (
+        python("-c", f"{code}print(train is again, former is Film, solvers.SOLVERS is SOLVERS)") == "True True True\n"
+    )
 
 
 BASE = {"ddpm_hf", "torch", "diffusers", "huggingface_hub", "safetensors", "numpy", "PIL"}

@@ -261,7 +261,7 @@ def test_more_images_need_more_memory_than_there_is(capsys):
         (["--device", "tpu"], "device='tpu' must be one of cpu, a100, h100, h200"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),
         (["--num_images", "0"], "num_images=0 must be at least 1"),
-        (["--gpu", "2"], "there is no flag '--gpu'"),
+        (["--gpu", "2"], "unknown flag '--gpu'"),
         (["--device", "cpu", "--mixed_precision", "fp16"], "mixed_precision='fp16' needs a CUDA device"),
         (["--unet", '{"width": 3}'], "unexpected keyword argument 'width'"),
         (["--unet", '{"in_channels": 3}'], "unet is made for 3 channels and the images have 1"),

@@ -16,9 +16,10 @@ from conftest import tiny_unet
 from PIL import Image
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.commands import sampling
+from ddpm_hf.commands import sample_comparison
 from ddpm_hf.commands.main import main
-from ddpm_hf.commands.sampling import SHARD, compare_solvers, sample_to_folder
+from ddpm_hf.commands.sample_comparison import compare_solvers
+from ddpm_hf.commands.sample_folder import SHARD, sample_to_folder
 from ddpm_hf.utils import pictures as films
 
 STEPS = ["--num_inference_steps", "5"]
@@ -43,7 +44,7 @@ def assert_alike(a, b):
 def test_the_command_fills_a_folder(digits_model, tmp_path, capsys):
     flags = ["--class_labels", "3", "7", "--guidance_scale", "2", "--scheduler", "ddim", *STEPS, "--num_images", "6"]
     assert main(["sample", str(digits_model), "--output_dir", str(tmp_path / "out"), *flags, "--seed", "5"]) == 0
-    assert f"6 images made -> {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"6 images generated -> {tmp_path / 'out'}" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "out")) == [*(f"{k:06d}.png" for k in range(6)), "sampling.json"]
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
     from ddpm_hf.utils.seeds import image_generators
@@ -114,7 +115,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
 
 
 def test_parquet_is_a_data_set(digits_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_hf.commands.sampling.SHARD", 10)
+    monkeypatch.setattr("ddpm_hf.commands.sample_folder.SHARD", 10)
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
     pipeline.set_progress_bar_config(disable=True)
     settings = {"class_labels": ["3", 4], "num_inference_steps": 2, "batch_size": 4}
@@ -143,7 +144,7 @@ def test_any_number_of_channels(tmp_path):
         pipeline = pipeline_of(in_channels=channels, sample_size=(4, 6))
         sample_to_folder(pipeline, folder, 1, num_inference_steps=1)
         assert (Image.open(folder / "000000.png").mode, Image.open(folder / "000000.png").size) == (mode, (6, 4))
-    with pytest.raises(ValueError, match="format='png' holds 1 to 4 channels and these images have 5: use npy"):
+    with pytest.raises(ValueError, match="format='png' holds images of 1 to 4 channels, and this model has 5: use npy"):
         sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1)
     sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1, format="npy", num_inference_steps=1)
     assert np.load(tmp_path / "5/000000.npy").shape == (8, 8, 5)
@@ -154,7 +155,7 @@ import resource, sys; sys.path.insert(0, {tests!r})
 from types import SimpleNamespace
 from conftest import tiny_unet
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.commands.sampling import sample_to_folder
+from ddpm_hf.commands.sample_folder import sample_to_folder
 pipeline = DDPMCustomPipeline(tiny_unet(sample_size=48, in_channels=3), LinearNoiseScheduler())
 pipeline.set_progress_bar_config(disable=True)
 pipeline.unet.forward = lambda sample, timestep: SimpleNamespace(sample=0 * sample)
@@ -212,7 +213,7 @@ def test_all_processes_of_a_launcher_take_part(tmp_path):
         "out",
     ]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("6 images made") == 2
+    assert done.stdout.count("6 images generated") == 2
     assert len(list((tmp_path / "out").glob("*.png"))) == 12
 
 
@@ -235,14 +236,14 @@ def test_comparing_begins_with_the_same_noise():
         (["--num_inference_steps", "2000"], "num_inference_steps=2000 must be an integer in 1 ... 1000"),
         (["--class_labels", "3"], "class_labels=[3]: this model is unconditional"),
         (["--guidance_scale", "2"], "guidance_scale=2.0: this model is unconditional"),
-        (["--compare", "--solvers", "ddim", "magic"], "solvers: there is no 'magic'; choose from ddpm, ddim"),
-        (["--nonsense"], "there is no flag '--nonsense'"),
+        (["--compare", "--solvers", "ddim", "magic"], "solvers: 'magic' is not a solver; choose from ddpm, ddim"),
+        (["--nonsense"], "unknown flag '--nonsense'"),
         (
             ["--scheduler", "dpm++", "--num_inference_steps", "1000"],
             "num_inference_steps=1000: DPMSolverMultistepSched",
         ),
-        (["--compare", "--format", "png"], "--format is not for --compare"),
-        (["--steps", "5"], "--steps is for --compare"),
+        (["--compare", "--format", "png"], "--format cannot be combined with --compare"),
+        (["--steps", "5"], "--steps requires --compare"),
     ],
 )
 def test_commands_that_cannot_be(tmp_path, capsys, flags, message):
@@ -266,16 +267,19 @@ def test_a_folder_holds_one_kind_of_samples(tmp_path):
     main_settings = ["--num_inference_steps", "1", "--num_images", "3", "--output_dir", str(tmp_path / "out")]
     pipeline.save_pretrained(tmp_path / "model")
     assert main(["sample", str(tmp_path / "model"), *main_settings]) == 0  # the command means the same
-    with pytest.raises(ValueError, match="seed=1: .* holds samples with 0; name another folder"):
+    with pytest.raises(ValueError, match="seed=1: .* holds samples made with seed=0; choose another folder"):
         sample_to_folder(pipeline, tmp_path / "out", 2, seed=1, num_inference_steps=1)
-    with pytest.raises(ValueError, match="num_inference_steps=2: .* holds samples with 1; name another folder"):
+    with pytest.raises(
+        ValueError,
+        match="num_inference_steps=2: .* made with num_inference_steps=1; choose",
+    ):
         sample_to_folder(pipeline, tmp_path / "out", 2, num_inference_steps=2)
     pipeline.unet.conv_out.bias.data += 1
-    with pytest.raises(ValueError, match="model='[0-9a-f]{16}': .* holds samples with '[0-9a-f]{16}'"):
+    with pytest.raises(ValueError, match="model='[0-9a-f]{16}': .* holds samples made with model='[0-9a-f]{16}'"):
         sample_to_folder(pipeline, tmp_path / "out", 2, num_inference_steps=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="mine' holds other things: name a folder that is empty or not there yet"):
+    with pytest.raises(ValueError, match="mine' holds other files: choose a folder that is empty or does not exist"):
         sample_to_folder(pipeline, tmp_path / "mine", 2)
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
@@ -344,7 +348,7 @@ def test_comparing_tells_of_a_solver_whose_samples_are_not_finite(monkeypatch, c
         return films.with_caption(picture, lines)
 
     monkeypatch.setattr(diffusers.EulerDiscreteScheduler, "step", diverging)
-    monkeypatch.setattr(sampling, "with_caption", with_caption)
+    monkeypatch.setattr(sample_comparison, "with_caption", with_caption)
     picture = compare_solvers(pipeline_of(), ["euler", "ddim"], [2, 3])
     assert picture.size[0] > 100
     assert captions[:2] == ["2 steps: not finite", "3 steps: not finite"]

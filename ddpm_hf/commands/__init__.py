@@ -1,1 +1,1 @@
-"""`ddpm-hf <command>`: one module a command, each with `add_arguments(parser)` and `run(args)`; `main` finds them."""
+"""`ddpm-hf <command>`: one module per command, with `add_arguments(parser)` and `run(args)`; `main` runs them."""

@@ -1,17 +1,17 @@
-"""Serve a page to try a model in the browser."""
+"""Serve a web page on which to try a model."""
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", help="a pipeline folder, or user/model on the Hub")
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: for other machines too")
-    server.add_argument("--port", type=int, default=7860, help="port to listen on; 0: one that is free")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines")
+    server.add_argument("--port", type=int, default=7860, help="port to listen on; 0 chooses a free one")
 
 
 def run(args) -> None:
     import torch
 
-    from ddpm_hf.commands.page import build_demo, serve
+    from ddpm_hf.commands.demo_page import build_demo, serve
     from ddpm_hf.pipelines.pipeline import load_pipeline
 
     pipeline = load_pipeline(args.model, "model")
@@ -19,5 +19,5 @@ def run(args) -> None:
     if torch.cuda.is_available():
         pipeline.to("cuda")
     page = build_demo(pipeline)
-    print(f"{args.model} -> {serve(page, args.host, args.port)} (Ctrl-C ends it)", flush=True)
+    print(f"{args.model} -> {serve(page, args.host, args.port)} (press Ctrl-C to stop)", flush=True)
     page.block_thread()

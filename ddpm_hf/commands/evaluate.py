@@ -1,4 +1,4 @@
-"""Measure how good a model is, in numbers with their standard errors and a report, or compare such measurements."""
+"""Evaluate a model: write metrics with standard errors and a report, or compare evaluations."""
 
 import inspect
 import os
@@ -18,25 +18,26 @@ def add_arguments(parser) -> None:
         add_setting(group, f"--{name}", defaults[name] if default is None else default, type=type, help=help)
 
     parser.add_argument("model", nargs="?", help="a pipeline folder, or user/model on the Hub")
-    add(parser, "output", "the file to write; the report comes beside it", default="evaluation.json with the model")
-    add(parser, "seed", "sample k is a function of the seed and k", int)
+    evaluation = parser.add_argument_group("evaluation")
+    add(evaluation, "output", "JSON file to write, next to report.html", default="evaluation.json beside the model")
+    add(evaluation, "seed", "sample k depends only on the seed and k", int)
     data = parser.add_argument_group("data")
-    add(data, "dataset_name", "what to compare with", default="what the model was trained on")
-    add(data, "train_data_dir", "in place of --dataset_name, as for training")
+    add(data, "dataset_name", "digits, or a data set of the Hub", default="the model's training data")
+    add(data, "train_data_dir", "folder of images, instead of --dataset_name")
     metrics = parser.add_argument_group("metrics")
-    add(metrics, "metrics", f"of {','.join(METRICS)}", default="all")
-    add(metrics, "features", f"for the distances: {CHOICES}", default="digits for the embedded digits, else imagenet")
-    add(metrics, "bpd_images", "images whose whole variational bound is computed, T predictions each", int)
+    add(metrics, "metrics", f"comma-separated: {','.join(METRICS)}", default="all")
+    add(metrics, "features", f"feature extractor: {CHOICES}", default="digits for the digits, else imagenet")
+    add(metrics, "bpd_images", "held-out images whose full variational bound is computed", int)
     samples = parser.add_argument_group("samples")
-    add(samples, "weights", "ema, the EMA weights, or raw, the training weights")
-    add(samples, "num_samples", "how many; published scores are of 10,000 and more", int)
+    add(samples, "weights", "ema: the EMA weights; raw: the training weights")
+    add(samples, "num_samples", "number of samples; published scores use 10,000 or more", int)
     add(samples, "num_inference_steps", "sampling steps", int, default="50")
-    add(samples, "scheduler", f"ddpm, {', '.join(SOLVERS)}", default="the model's own")
-    add(samples, "guidance_scale", "classifier-free guidance; 1: none", float)
-    add(samples, "batch_size", "images at a time", int)
+    add(samples, "scheduler", f"solver: ddpm, {', '.join(SOLVERS)}", default="the model's own")
+    add(samples, "guidance_scale", "classifier-free guidance; 1 disables it", float)
+    add(samples, "batch_size", "images per batch", int)
     comparison = parser.add_argument_group("comparison")
-    add_setting(comparison, "--compare", None, nargs="+", metavar="FILE", help="compare evaluations, and make none")
-    add_setting(comparison, "--across", None, nargs="+", help="of --compare: parts of the protocol that may differ")
+    add_setting(comparison, "--compare", None, nargs="+", metavar="FILE", help="compare evaluation.json files")
+    add_setting(comparison, "--across", None, nargs="+", help="keys of the protocol that may differ in --compare")
 
 
 def run(args) -> None:
@@ -49,19 +50,19 @@ def run(args) -> None:
     if "compare" in given:
         files = given.pop("compare")
         if given:
-            raise ValueError(f"--compare takes files alone: leave out {', '.join(given)}")
+            raise ValueError(f"--compare cannot be combined with {', '.join(given)}")
         print("\n".join(comparison.compare(files, across)))
         return
     if "model" not in given:
-        raise ValueError("name a model, or files to --compare")
+        raise ValueError("give a model to evaluate, or --compare and two or more evaluation.json files")
     if across:
-        raise ValueError("--across is for --compare")
+        raise ValueError("--across requires --compare")
     if "metrics" in given:
         given["metrics"] = tuple(name.strip() for name in given["metrics"].split(","))
     keep_freed_memory()
     found = evaluation.evaluate(**given)
     if os.environ.get("RANK", "0") == "0":
         output = given.get("output") or evaluation.output_of(given["model"])
-        print("\n".join([*comparison.table(found), f"-> {output}, and report.html beside it"]), flush=True)
+        print("\n".join([*comparison.table(found), f"-> {output}, and report.html next to it"]), flush=True)
         if warning := comparison.few_samples_warning(found):
             print(warning, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The command `ddpm-hf`. Thin: it finds the command's module, and says in one line what went wrong."""
+"""The command `ddpm-hf`: runs the module of a subcommand, and prints expected errors in one line."""
 
 import importlib
 import os
@@ -10,17 +10,17 @@ import ddpm_hf
 from ddpm_hf.commands.parsing import Parser
 from ddpm_hf.utils.memory import is_out_of_memory
 
-# Name -> help, and the extra of the distribution that it needs. The names are those of the modules here, which are not
-# imported before they are run: `--help` and `--version` need neither torch nor diffusers.
+# Name of a command and of its module here -> (help, the extra that it needs). A module is imported only to run its
+# command, so that `ddpm-hf --help` and `ddpm-hf --version` import neither torch nor diffusers.
 COMMANDS = {
-    "train": ("train a model; `ddpm-hf train --help` lists the settings", "train"),
+    "train": ("train a model", "train"),
     "sample": ("generate images with a model, or compare solvers", None),
-    "evaluate": ("measure how good a model is, and write a report", "eval"),
-    "push": ("upload a model to the Hub, with its card", None),
-    "convert": ("convert a tutorial's or diffusers' checkpoint to a pipeline, or back to diffusers", "train"),
-    "demo": ("serve a page to try a model in the browser", "demo"),
-    "plan": ("estimate what a training run will cost before it starts", "train"),
-    "recipes": ("list the recipes of `ddpm-hf train --config`", "train"),
+    "evaluate": ("evaluate a model, and write a report", "eval"),
+    "push": ("upload a model to the Hub, with its model card", None),
+    "convert": ("convert checkpoints of tutorials or diffusers, or convert to diffusers", "train"),
+    "demo": ("serve a web page on which to try a model", "demo"),
+    "plan": ("estimate the time and memory of a training run", "train"),
+    "recipes": ("list the recipes for `ddpm-hf train --config`", "train"),
 }
 
 
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status. 0: done; 2: something can't be done, with one line on stderr that says what; 143 and 130:
-        stopped by SIGTERM and Ctrl-C.
+        The exit status: 0 on success, 2 after an error that one line on stderr explains, 143 or 130 after SIGTERM or
+        Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -38,18 +38,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ddpm-hf: {str(stopped) or 'stopped by SIGINT'}", file=sys.stderr)
         return getattr(stopped, "status", 130)
     except Exception as error:
-        if not _is_explained(error):
+        if not _is_expected(error):
             raise
-        # Of several processes one speaks, unless the error is of each.
+        # Of several processes, only the first prints an error that all of them raise.
         if os.environ.get("RANK", "0") == "0" or getattr(error, "of_each_process", False):
             print(f"ddpm-hf: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
 
 
 def _command(args: list[str]) -> str:
-    parser = Parser(prog="ddpm-hf", description=ddpm_hf.__doc__)
-    parser.add_argument("--version", action="version", version=f"ddpm-hf {ddpm_hf.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(
+        prog="ddpm-hf",
+        description="Train, sample, evaluate and share denoising diffusion models that load in diffusers.",
+        epilog="`ddpm-hf <command> --help` lists the flags of a command.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"ddpm-hf {ddpm_hf.__version__}", help="show the version and exit"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
     for name, (help, _) in COMMANDS.items():
         commands.add_parser(name, help=help, add_help=False)
     return parser.parse_args(args).command
@@ -74,9 +80,8 @@ def _run(name: str, args: list[str]) -> int:
         raise ValueError(f"{error}: `ddpm-hf {name}` needs more packages, `{install}`") from error
 
 
-def _is_explained(error: BaseException) -> bool:
-    """Whether an error is of what was asked for or of the machine, and its message says so; else it is a fault of ours,
-    and the traceback is wanted."""
+def _is_expected(error: BaseException) -> bool:
+    """Whether the arguments, the files or the machine caused an error. Any other is a bug, and needs its traceback."""
     kinds = (ValueError, FloatingPointError, OSError, RecursionError, SafetensorError)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error))
 
@@ -84,7 +89,7 @@ def _is_explained(error: BaseException) -> bool:
 def _in_one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, MemoryError):
-        message = f"this machine's memory does not suffice{': ' if message else ''}{message}"
+        message = f"out of memory{': ' if message else ''}{message}"
     if isinstance(error, RecursionError):
-        message = f"something is nested too deeply: {message}"
+        message = f"a file or argument is nested too deeply: {message}"
     return message or type(error).__name__

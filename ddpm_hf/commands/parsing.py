@@ -1,4 +1,4 @@
-"""How every command reads its flags: their help, their old spellings and what to do about unknown ones."""
+"""Parsing of command lines: help with defaults, former spellings of flags, and hints for unknown flags."""
 
 import argparse
 import difflib
@@ -7,25 +7,33 @@ from typing import NoReturn
 
 
 def add_setting(group, flag: str, default, **options) -> None:
-    """Add a flag that is absent from the parsed arguments unless the user gave it; its help shows `default`."""
+    """Add a flag that is absent from the parsed arguments unless it is given. Its help shows `default`."""
     group.add_argument(flag, default=argparse.SUPPRESS, **options).shown_default = default
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Ends the help of each flag that has a default with `(default: 50)`."""
+    """Shows the default of each flag, and a one-line usage: the flags are listed below it under their headings."""
+
+    def add_usage(self, usage, actions, groups, prefix=None) -> None:
+        self._prog += " [options]"
+        super().add_usage(usage, [action for action in actions if not action.option_strings], [], prefix)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default = getattr(action, "shown_default", action.default)
-        has_default = default is not None and default is not False and default != argparse.SUPPRESS
-        return f"{action.help} (default: {default})" if has_default else action.help
+        if default is None or default is False or default == argparse.SUPPRESS or "default:" in action.help:
+            return action.help
+        return f"{action.help} (default: {default})"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are ValueErrors, and which knows flags by the names that they had before.
+    """An argument parser that raises ValueError, and that also accepts former spellings of its flags.
 
     Args:
-        old_flags: the former name of a flag -> its name. Every flag may also be spelt with dashes, as some were.
-        hints: a flag of other programs -> what to do here.
+        old_flags: former name of a flag -> its name. Each flag may also be spelt with dashes instead of underscores.
+        hints: flag of another program -> what to use instead.
     """
 
     def __init__(self, *, old_flags: dict[str, str] | None = None, hints: dict[str, str] | None = None, **options):
@@ -45,10 +53,10 @@ class Parser(argparse.ArgumentParser):
         hint = self.hints.get(_with_underscores(flag))
         if hint is None and (close := difflib.get_close_matches(flag, self._option_string_actions, n=1)):
             hint = f"did you mean {close[0]}?"
-        self.error(f"there is no flag {flag!r}" + (f"; {hint}" if hint else ""))
+        self.error(f"unknown flag {flag!r}" + (f"; {hint}" if hint else ""))
 
     def _renamed(self, arg: str) -> str:
-        """A flag under its present name, with a line on stderr if it was given under another."""
+        """Replace a former spelling of a flag by its name, with a warning on stderr."""
         flag, equals, value = arg.partition("=")
         known = self._option_string_actions
         if not flag.startswith("--") or flag in known:

@@ -1,6 +1,6 @@
-"""Estimate what a training run costs before it starts: parameters, FLOPs and memory are counted, time is estimated.
+"""Estimate the cost of a training run without running it: parameters, FLOPs, memory and time.
 
-Nothing is trained and no image is read. All settings of `ddpm-hf train` are understood.
+The command takes all settings of `ddpm-hf train`, and reads no images.
 """
 
 from ddpm_hf.commands import train
@@ -13,9 +13,9 @@ def add_arguments(parser) -> None:
     from ddpm_hf.training.plan import DEVICES
 
     hardware = parser.add_argument_group("plan")
-    add_setting(hardware, "--gpus", 1, type=int, help="devices that train together")
-    add_setting(hardware, "--device", "h100", help=f"one of {', '.join(DEVICES)}")
-    add_setting(hardware, "--num_images", "those of the recipe's data set", type=int, help="images to train on")
+    add_setting(hardware, "--gpus", 1, type=int, help="number of devices")
+    add_setting(hardware, "--device", "h100", help=f"device: {', '.join(DEVICES)}")
+    add_setting(hardware, "--num_images", "those of the recipe's data set", type=int, help="number of training images")
     train.add_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""List the recipes of `ddpm-hf train --config`, with the images that each is made for."""
+"""List the recipes for `ddpm-hf train --config` and the images that each is for."""
 
 
 def add_arguments(parser) -> None:

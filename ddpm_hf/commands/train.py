@@ -1,4 +1,4 @@
-"""Train a model on images, from a recipe and from settings that change it."""
+"""Train a model on images, with the settings of a recipe and of the flags."""
 
 import dataclasses
 import sys
@@ -6,28 +6,30 @@ import typing
 
 from ddpm_hf.commands.parsing import add_setting
 
-# Flags of diffusers' train_unconditional.py that are something else here.
+# Flags of diffusers' training scripts that have another name here, or no equivalent.
 HINTS = {
-    "--cache_dir": "set the environment variable HF_HOME in its place",
-    "--center_crop": "--resolution always crops the centre; leave it out",
+    "--cache_dir": "set the environment variable HF_HOME instead",
+    "--center_crop": "leave it out: --resolution always crops the centre",
     "--ddpm_beta_schedule": """use --scheduler '{"beta_schedule": "linear"}'""",
     "--ddpm_num_steps": """use --scheduler '{"num_train_timesteps": 1000}'""",
     "--ema_inv_gamma": "the EMA's decay is min(--ema_max_decay, (1 + n) / (10 + n)) at update n",
     "--ema_power": "the EMA's decay is min(--ema_max_decay, (1 + n) / (10 + n)) at update n",
-    "--enable_xformers_memory_efficient_attention": "attention is always PyTorch's, which needs little memory",
+    "--enable_xformers_memory_efficient_attention": "leave it out: PyTorch's attention needs little memory",
     "--hub_token": "log in with `hf auth login`, or set the environment variable HF_TOKEN",
     "--local_rank": "leave it out: launchers set the environment variable LOCAL_RANK",
-    "--logging_dir": "leave it out: logs are written in --output_dir",
+    "--logging_dir": "leave it out: logs are written to --output_dir",
     "--model_config_name_or_path": "use --unet for the network's arguments, or --pretrained_model_name_or_path",
-    "--preserve_input_precision": "leave it out: images of more than 8 bits stay as they are; --value_range is needed",
+    "--preserve_input_precision": "leave it out: images keep their precision; set --value_range for more than 8 bits",
+    "--num_train_epochs": "use --num_epochs",
+    "--report_to": "use --logger",
     "--save_images_epochs": "use --checkpointing_steps, in updates",
     "--save_model_epochs": "use --checkpointing_steps, in updates",
-    "--use_ema": "leave it out: the EMA of the weights is always kept and is what is saved",
+    "--use_ema": "leave it out: EMA weights are always computed and saved",
 }
 
 
 def add_arguments(parser) -> None:
-    """A flag for each field of `TrainConfig`, under the heading that the field names."""
+    """Add a flag for each field of `TrainConfig`, under the heading of the field."""
     from ddpm_hf.training.config import HEADINGS, TrainConfig
 
     types, groups = typing.get_type_hints(TrainConfig), {}
@@ -41,15 +43,15 @@ def add_arguments(parser) -> None:
 
 
 def _options(hint) -> dict:
-    """How argparse reads a field of this type; a dict is JSON, which `TrainConfig` reads."""
+    """The options of argparse for a field of this type. A dict is passed as JSON, which `TrainConfig` parses."""
     kinds = typing.get_args(hint) or (hint,)
     if hint is bool:
         return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
     if list[float] in kinds:
-        return {"type": float, "nargs": "+", "metavar": "X"}
+        return {"type": float, "nargs": "+"}
     if dict in kinds:
         return {"metavar": "JSON"}
-    return {"type": kinds[0], "metavar": {str: "TEXT", int: "N", float: "X"}[kinds[0]]}
+    return {"type": kinds[0]}
 
 
 def _boolean(text: str) -> bool:
@@ -59,7 +61,7 @@ def _boolean(text: str) -> bool:
     return choices[text.lower()]
 
 
-_boolean.__name__ = "true or false"  # argparse: invalid true or false value: 'maybe'
+_boolean.__name__ = "true or false"  # for argparse's message: invalid true or false value: 'maybe'
 
 
 def run(args) -> int:
@@ -76,7 +78,7 @@ def run(args) -> int:
     config = for_training(vars(args))
     callbacks, pushing = [Previews(draw_pictures), Report()], PushInBackground()
     if config.push_to_hub:
-        disable_progress_bars()  # beside that of the training
+        disable_progress_bars()  # of uploads, which would break the bar of the training
         callbacks.append(Upload(pushing))
     tune_process()
     run = train(config, callbacks)
@@ -84,6 +86,6 @@ def run(args) -> int:
         if not run.stopped_by:
             pushing.finish(run)
         elif run.finished:
-            print(f"the model is trained and saved in {run.output_dir}, and not pushed: stopped by {run.stopped_by}; "
-                  f"ddpm-hf push {run.output_dir} {pushing.repo_id} does it", file=sys.stderr)  # fmt: skip
+            print(f"the trained model is saved in {run.output_dir}, but {run.stopped_by} came before its upload; "
+                  f"upload it with `ddpm-hf push {run.output_dir} {pushing.repo_id}`", file=sys.stderr)  # fmt: skip
     return run.exit_status

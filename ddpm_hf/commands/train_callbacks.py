@@ -1,4 +1,4 @@
-"""What `ddpm-hf train` does around a training: tell what it is, measure and describe the model, and upload it."""
+"""The callbacks of `ddpm-hf train`: print and record the run, evaluate digits, write the model card, and upload."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Report(TrainCallback):
-    """Prints what is trained, draws data.png, measures the legibility of digits, and writes run.json and the card."""
+    """Prints a summary, draws data.png, measures the legibility of digits, and writes run.json and the model card."""
 
     def on_train_begin(self, run: Run) -> None:
         parameters = sum(p.numel() for p in run.pipeline.unet.parameters())
@@ -58,19 +58,19 @@ class Upload(TrainCallback):
 
 
 def write_facts_and_card(run) -> None:
-    """After a save: write run.json, and README.md unless somebody has edited it.
+    """Write run.json, and README.md unless it was edited. Damaged files are renamed.
 
-    Damaged files are set aside. A failure is logged; training continues.
+    A failure is logged; training continues.
     """
     try:
         for path, read in ((run.output_dir / FACTS, read_facts), (run.output_dir / EVALUATION, read_evaluation)):
             try:
                 if path.exists():
                     read(path)
-            except ValueError as error:  # not the model itself, so the run does not depend on it
+            except ValueError as error:
                 set_aside(path, str(error))
         facts = facts_of(run, before=read_facts(run.output_dir / FACTS))
         write(run.output_dir / FACTS, json.dumps(facts, indent=2) + "\n")
         write_card(run.pipeline, run.output_dir)
     except Exception as error:
-        log.warning(f"training goes on, but update {run.step} has no card: {type(error).__name__} {error}")
+        log.warning(f"update {run.step} has no model card; training continues: {type(error).__name__} {error}")

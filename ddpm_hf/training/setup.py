@@ -21,13 +21,13 @@ from ddpm_hf.training.checkpoints import TRAIN_CONFIG, Checkpoints
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guards import Skips, can_sync_each_step, explain_bad_images, write_quarantine
-from ddpm_hf.training.log import LOG_EVERY, Progress
+from ddpm_hf.training.log import LOG_EVERY, TrainingLog
 from ddpm_hf.training.loss import DenoisingLoss
 from ddpm_hf.training.model import build_model
 from ddpm_hf.training.resume import check_same, restore_run_state
 from ddpm_hf.training.run import Run, TrainCallback
 from ddpm_hf.utils.distributed import by_main
-from ddpm_hf.utils.files import Lock
+from ddpm_hf.utils.files import locked
 from ddpm_hf.utils.seeds import stream_seed
 from ddpm_hf.utils.signals import StopSignals
 
@@ -69,14 +69,14 @@ class Training:
         self.ema.model.to(accelerator.device)
         if self.to_compile:
             run.unet.compile()  # in place: forward and backward, when they are first called
-        self.progress = Progress(run, self.batches.global_batch, kept or 0)
+        self.progress = TrainingLog(run, self.batches.global_batch, kept or 0)
 
     def dropout_seed(self, step: int, k: int) -> int:
         """The seed of this process's micro-batch number `k` of update `step`."""
         return stream_seed(self.run.config.seed, "dropout", step * self.batches.micros + self.batches.numbers[k])
 
     def after_update(self, loss, seen, applied: torch.Tensor, rate: float) -> None:
-        """Count an update and log it; see `Progress.update` for the arguments."""
+        """Count an update and log it; see `TrainingLog.update` for the arguments."""
         run = self.run
         self.progress.update(loss, seen, applied, rate)
         self.skips.update(applied)
@@ -112,7 +112,7 @@ def open_run(config: TrainConfig, callbacks: list[TrainCallback], objective=None
         raise ValueError(f"output_dir={config.output_dir!r} is a file; it must be a folder or not be there yet")
     accelerator = make_accelerator(config)
     with StopSignals() as stop, contextlib.ExitStack() as stack, own_random_numbers(accelerator.device):
-        by_main(accelerator, lambda: stack.enter_context(Lock(folder, "train")))
+        by_main(accelerator, lambda: stack.enter_context(locked(folder, "train")))
         checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
         by_main(accelerator, checkpoints.roll_back)
         paths = checkpoints.find(config.resume_from_checkpoint, config.overwrite_output_dir)

@@ -218,6 +218,3 @@ def locked(folder: str | Path, name: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
-
-
-Lock = locked  # the name that training.py uses as yet

@@ -1,4 +1,4 @@
-"""A page to try a model in the browser, samples, images between images and films: what `ddpm-hf demo` serves."""
+"""The web page of `ddpm-hf demo`: samples, interpolations and films of a model."""
 
 import functools
 import html
@@ -22,31 +22,34 @@ from ddpm_hf.schedulers.solvers import SOLVERS
 from ddpm_hf.utils.pictures import Film, grid, save_film, to_unit_range
 from ddpm_hf.utils.seeds import image_generators, seeded_generator
 
-OWN, EACH = "", -1  # values of choices: the model's own solver, and each class in turn
-LARGEST_SEED = 2**53 - 1  # beyond it the numbers of a browser are no integers
+OWN, EACH = "", -1  # choices on the page: the model's own solver, and each class in turn
+LARGEST_SEED = 2**53 - 1  # JavaScript's largest exact integer
 FILM_FRAMES, SHEET_FRAMES = 40, 10
-PROGRESS = gr.Progress()  # where it is the default of an argument, Gradio gives the one of the page
+PROGRESS = gr.Progress()  # as the default of an argument, Gradio replaces it by the page's progress bar
 LAUNCH = {
     "theme": gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-    # Below the label and the buttons, which would hide a part
+    # The margin keeps the picture below the label and the buttons, which would cover it.
     "css": ".picture img {image-rendering: pixelated; margin: 40px auto 8px} pre code {white-space: pre-wrap}",
     "footer_links": [],
     "run_history": False,
     "share": False,
-    "ssr_mode": False,  # no server beside Python's
+    "ssr_mode": False,  # server-side rendering would need Node.js
 }
 
 
 def draw_samples(pipeline, number, solver, steps, seed, label, guidance_scale, progress=PROGRESS):
-    """Samples 0 ... `number` - 1 of `seed`: (a picture, a line with the seconds and the command for the same samples).
+    """Draw samples 0 ... `number` - 1 of `seed`.
 
     Args:
         solver: a name, or `OWN`.
         label: a class, or `EACH`. An unconditional model ignores it and `guidance_scale`.
-        progress: called with (steps done, steps of the call) after each step.
+        progress: called with (steps done, number of steps) after each step.
+
+    Returns:
+        A picture, and a text with the time and the command that generates the same samples as files.
 
     Raises:
-        ValueError: what the pipeline can't do.
+        ValueError: the pipeline does not accept an argument.
     """
     began, labels, names = time.perf_counter(), _labels(pipeline, label, number), _class_names(pipeline)
     settings = _settings(pipeline, solver, steps, labels, guidance_scale, progress)
@@ -58,20 +61,24 @@ def draw_samples(pipeline, number, solver, steps, seed, label, guidance_scale, p
         words += ["--guidance_scale", guidance_scale, "--class_labels", *dict.fromkeys(names[k] for k in labels)]
     words += [] if pipeline.image_shape[0] in PIL_MODES else ["--format", "npy"]
     columns = len(names) if label == EACH and 1 < len(names) <= min(number, 10) else math.ceil(math.sqrt(number))
-    return _picture(images, columns), f"{took:.2f} s. The same as files:\n```\n{shlex.join(map(str, words))}\n```"
+    command = shlex.join(map(str, words))
+    return _picture(images, columns), f"{took:.2f} s. The same images as files:\n```\n{command}\n```"
 
 
 def draw_interpolation(
     pipeline, method, number, steps, t, seed_a, seed_b, label_a, label_b, guidance_scale, progress=PROGRESS
 ):
-    """`number` images from the first sample of one seed to that of another: (a picture, a line).
+    """Draw `number` images between the first samples of two seeds.
 
     Args:
-        method: `"mix"`: noise up to timestep `t` is added to the samples, and mixtures of them are denoised; the
-            samples themselves stand at both ends. `"slerp"`: DDIM's samples of the noises on the arc between those of
-            the seeds.
-        label_a, label_b: half of the row is of the one class, the rest of the other.
-        all others: as `draw_samples` has them.
+        method: `"mix"` adds noise up to timestep `t` to the two samples, mixes them and denoises the mixtures; the
+            samples themselves are drawn at both ends. `"slerp"` interpolates between the noises of the two seeds on an
+            arc, and samples with DDIM.
+        label_a, label_b: classes of the first and of the second half of the row.
+        others: see `draw_samples`.
+
+    Returns:
+        A picture, and a text with the time.
     """
     began, generators = time.perf_counter(), _generators(seed_a, 1) + _generators(seed_b, 1)
     labels = [label_a] * (number - number // 2) + [label_b] * (number // 2)
@@ -80,24 +87,27 @@ def draw_interpolation(
     if method == "slerp":
         a, b = (draw_noise((1, *pipeline.image_shape), each, "cpu", torch.float32) for each in generators)
         noise = slerp(a, b, torch.linspace(0, 1, number).reshape(-1, 1, 1, 1))
-        row, told = pipeline(latents=noise, **settings).images, "The first and the last are the samples of the seeds."
+        row, note = pipeline(latents=noise, **settings).images, "The first and the last are the samples of the seeds."
     else:
         of_ends = _settings(*of_call, [label_a, label_b], guidance_scale, progress)
         ends = pipeline(2, generators, output_type="pt", **of_ends).images
         again = seeded_generator(seed_a, "interpolation", seed_b)
         row = pipeline.interpolate(*ends, t, number, method, generator=again, **settings).images
-        row, told = torch.cat([ends[:1], row, ends[1:]]), "Between the two samples: what was made of their mixtures."
+        row, note = torch.cat([ends[:1], row, ends[1:]]), "Between the two samples are their denoised mixtures."
     images = row.permute(0, 2, 3, 1).cpu().numpy()
-    return _picture(images, len(images), 1200), f"{time.perf_counter() - began:.2f} s. {told}"
+    return _picture(images, len(images), 1200), f"{time.perf_counter() - began:.2f} s. {note}"
 
 
 def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_scale, of, progress=PROGRESS):
-    """How samples come out of noise: (the path of a film, a contact sheet, a line with the seconds).
+    """Make a film of the samples that `draw_samples` draws.
 
     Args:
         folder: a `TemporaryDirectory` for the film, which Gradio copies.
-        of: `"samples"` or `"pred_original_samples"`, as a `Film` has them.
-        all others: as `draw_samples` has them; the film ends with its images.
+        of: `"samples"` or `"pred_original_samples"`, the attribute of `Film`.
+        others: see `draw_samples`.
+
+    Returns:
+        The path of the film, a contact sheet, and a text with the time.
     """
     began, labels, film = time.perf_counter(), _labels(pipeline, label, number), Film()
     settings = _settings(pipeline, solver, steps, labels, guidance_scale, progress, film)
@@ -111,13 +121,13 @@ def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_sca
 
 
 def _picture(images: np.ndarray, columns: int, width: int = 780, height: int = 560) -> Image.Image:
-    """`grid` of (N, H, W, C) in [0, 1], whole times as large as there is room for, in pixels, so that each is seen."""
+    """A `grid` of images (N, H, W, C) in [0, 1], enlarged by the largest integer that fits `width` x `height`."""
     least = grid(images, columns)
     return grid(images, columns, max(1, min(width // least.width, height // least.height)))
 
 
 def _spread(total: int, most: int) -> list[int]:
-    """Numbers of steps or frames, evenly from the first to the last."""
+    """At most `most` indices in 0 ... `total` - 1, evenly spaced from the first to the last."""
     return np.linspace(0, total - 1, min(total, most)).round().astype(int).tolist()
 
 
@@ -128,7 +138,7 @@ def _generators(seed, number: int) -> list[torch.Generator]:
 
 
 def _class_names(pipeline) -> list[str]:
-    """Of an unconditional model none."""
+    """The names of the classes; [] for an unconditional model."""
     return pipeline.unet.config.get("class_names") or [str(k) for k in range(num_classes(pipeline.unet) or 0)]
 
 
@@ -137,7 +147,7 @@ def _labels(pipeline, label, number: int) -> list[int]:
 
 
 def _settings(pipeline, solver, steps, labels, guidance_scale, progress, film=None) -> dict:
-    """Arguments of a call that reports each step to `progress` and some of them, evenly spread, to `film`."""
+    """Arguments of a pipeline call that reports each step to `progress`, and evenly spaced steps to `film`."""
 
     def on_step(pipeline, step, timestep, tensors):
         progress((step + 1, pipeline.num_timesteps))
@@ -150,7 +160,7 @@ def _settings(pipeline, solver, steps, labels, guidance_scale, progress, film=No
 
 
 def with_messages(draw):
-    """`draw`, with a ValueError shown as a message on the page instead of a traceback."""
+    """Wrap `draw` to show a ValueError as a message on the page."""
 
     @functools.wraps(draw)
     def wrapped(*args):
@@ -163,7 +173,7 @@ def with_messages(draw):
 
 
 def _describe(pipeline) -> tuple[str, str]:
-    """Name of the model, and its size, images, classes and timesteps in words."""
+    """The name of the model, and a line on its parameters, images, classes and timesteps."""
     source = str(pipeline.name_or_path or "A model")
     title = Path(source).resolve().name if Path(source).is_dir() else source
     names, (channels, height, width) = _class_names(pipeline), pipeline.image_shape
@@ -174,14 +184,14 @@ def _describe(pipeline) -> tuple[str, str]:
 
 
 def _on_press(button: gr.Button, draw, settings: list, shown: list) -> None:
-    # There is one pipeline, and it does one thing at a time, whichever button was pressed.
+    # All buttons use the same pipeline, which can run one call at a time.
     button.click(draw, settings, shown, concurrency_limit=1, concurrency_id="pipeline")
 
 
 def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
-    """The page of a model, for `serve` or `.launch(**LAUNCH)`.
+    """Build the page of a model, for `serve` or `.launch(**LAUNCH)`.
 
-    Images of 1 to 4 channels are shown as Pillow has them, others channel beside channel in gray.
+    Images of 1 to 4 channels are shown as L, LA, RGB and RGBA; other images as their channels side by side, in gray.
     """
     title, facts = _describe(pipeline)
     names, T = _class_names(pipeline), pipeline.scheduler.config.num_train_timesteps
@@ -200,7 +210,7 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
         return gr.Dropdown(choices, label=label, visible=bool(names))
 
     def guidance():
-        info = "1: none; 0: any class"
+        info = "1 disables it; 0 ignores the class"
         return gr.Slider(0, 8, 1, step=0.5, label="Guidance", info=info, visible=bool(names))
 
     def sampling(most: int, number: int) -> list:
@@ -213,7 +223,7 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
         return gr.Image(label=label, interactive=False, elem_classes="picture", **given)
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        what = "A denoising diffusion probabilistic model: each step takes a little noise away until an image is left."
+        what = "A denoising diffusion probabilistic model: each step removes some noise until an image remains."
         gr.Markdown(f"# {html.escape(title)}\n{what}  \n{facts}.")
         with gr.Tab("Samples"), gr.Row():
             with gr.Column():
@@ -234,7 +244,7 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
             _on_press(button, functools.partial(with_messages(draw_interpolation), pipeline), settings, shown)
         with gr.Tab("Film"), gr.Row():
             with gr.Column():
-                whats = [("images with their noise", "samples"), ("what it sees in them", "pred_original_samples")]
+                whats = [("noisy images x_t", "samples"), ("predicted images x_0", "pred_original_samples")]
                 settings = [*sampling(8, 4), gr.Radio(whats, value="samples", label="Show")]
                 button = gr.Button("Make a film", variant="primary")
             with gr.Column(scale=2):
@@ -245,17 +255,17 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
 
 
 def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> str:
-    """Serve the page from threads of its own; its address is given back.
+    """Serve the page in background threads, and return its address.
 
     Args:
-        port: 0: one that is free.
+        port: 0 chooses a free port.
 
     Raises:
-        ValueError: there is no serving there.
+        ValueError: the host or the port can't be used.
     """
     try:
-        with socket.create_server((host, port)) as free:  # Gradio would tell less of what is wrong
+        with socket.create_server((host, port)) as free:  # gives a clearer error than Gradio
             port = free.getsockname()[1]
         return page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **LAUNCH)[1]
     except (OSError, OverflowError) as error:
-        raise ValueError(f"host={host!r}, port={port}: can't serve there: {error}") from error
+        raise ValueError(f"host={host!r}, port={port}: the server can't listen there: {error}") from error
