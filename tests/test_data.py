@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from ddpm_hf.data import dataset as data
 from ddpm_hf.data.dataset import BadImages, ImageData, batch_indices, load_images
-from ddpm_hf.data.sources import _license_on_card
+from ddpm_hf.data.sources import license_on_card
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.utils.seeds import seeded_generator
 
@@ -102,7 +102,7 @@ def test_a_label_that_is_no_class(tmp_path):
     dataset = datasets.Dataset.from_dict(rows, features=plain)
     dataset.info.features["label"] = datasets.ClassLabel(names=["a", "b"])  # as a careless writer has it
     dataset.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"row 2 has the label 5; there are labels 0 ... 1, and -1"):
+    with pytest.raises(ValueError, match=r"row 2 has the label 5, which must be in -1 ... 1"):
         load_images(config(tmp_path))
 
 
@@ -175,7 +175,9 @@ def test_a_value_outside_the_range_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"001.png has values 2000 ... 2000, outside value_range 0 ... 1000"):
         load_images(config(tmp_path, value_range=[0, 1000]))
     folder_of(tmp_path / "bytes", pictures(2))
-    with pytest.raises(ValueError, match=r"value_range=\[0, 100\] is for images of more than 8 bits, and these have"):
+    with pytest.raises(
+        ValueError, match=r"value_range=\[0, 100\] is for images of more than 8 bits; these have 8 bits"
+    ):
         load_images(config(tmp_path / "bytes", value_range=[0, 100]))
 
 
@@ -196,8 +198,8 @@ def test_sixteen_bits_are_told_by_the_file_and_not_by_its_values(tmp_path):
 
 
 @pytest.mark.parametrize(("depths", "message"), [
-    ((8, 8, 16), "002.png has more than 8 bits and the first image has 8: images of both kinds can't be in one data s"),
-    ((16, 8, 8), "001.png has only 8 bits and the first image has more: images of both kinds can't be in one data set"),
+    ((8, 8, 16), "002.png has more than 8 bits and the first image has 8: all images must have the same bit depth"),
+    ((16, 8, 8), "001.png has only 8 bits and the first image has more: all images must have the same bit depth"),
 ])  # fmt: skip
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_images_of_8_bits_and_of_more_are_not_mixed(tmp_path, depths, message, split):
@@ -210,7 +212,7 @@ def test_images_of_8_bits_and_of_more_are_not_mixed(tmp_path, depths, message, s
 
 def test_colour_after_a_gray_image_is_not_lost_silently(tmp_path):
     folder_of(tmp_path / "train", [*pictures(1, mode="L"), *pictures(1)])
-    with pytest.raises(ValueError, match="001.png has colour and the first image has none: give channels=1 or channel"):
+    with pytest.raises(ValueError, match="001.png has colour and the first image has none: give --channels 1 or"):
         load_images(config(tmp_path))
 
 
@@ -239,11 +241,11 @@ def test_exif_rotation_is_applied(tmp_path):
     ("make", "message"),
     [
         (lambda p: None, "train_data_dir='.*' is not a folder"),
-        (lambda p: p.mkdir(), "holds no image and no train"),
+        (lambda p: p.mkdir(), "contains no images and no train"),
         (lambda p: folder_of(p, [*pictures(1), *pictures(1, (9, 8))]), "001.png is 9x8 pixels .* give --resolution"),
         (
             lambda p: (folder_of(p, pictures(1)) / "001.png").write_text("text"),
-            "1 of 2 images can't be used.*001.png is of no kind",
+            "1 of 2 images can't be used.*001.png is not in a known",
         ),
         (lambda p: (folder_of(p, pictures(1)) / "001.jpg").write_bytes(b""), "can't be used.*001.jpg is empty"),
     ],
@@ -270,7 +272,7 @@ def test_a_row_without_an_image(tmp_path):
 
 def test_a_parquet_file_without_images(tmp_path):
     datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="has no column of images: its columns are x"):
+    with pytest.raises(ValueError, match="has no column of type Image; its columns are x"):
         load_images(config(tmp_path))
 
 
@@ -306,10 +308,10 @@ def test_bad_images_up_to_the_limit_are_left_out(tmp_path):
     assert len(train) + len(held_out) == 18
     assert {(name[-7:], reason) for name, reason in train.bad} == {
         ("005.png", "is empty"),
-        ("017.png", "is of no kind that can be read: it begins with b'<html>'"),
+        ("017.png", "is not in a known image format: it begins with b'<html>'"),
     }
     with pytest.raises(
-        BadImages, match=r"2 of 20 images can't be used, more than max_bad_fraction=0.09; the first: "
+        BadImages, match=r"2 of 20 images can't be used, more than max_bad_fraction=0.09; the first one: "
     ) as e:
         load_images(config(tmp_path, max_bad_fraction=0.09))
     assert len(e.value.bad) == 2
@@ -353,7 +355,7 @@ def test_the_folder_of_a_run_is_no_data_set_and_one_of_samples_is(tmp_path):
     assert len(train) + len(held_out) == 3
     for mark, kind in (("model_index.json", "a model"), ("train_config.json", "a run")):
         (tmp_path / mark).write_text("{}")
-        with pytest.raises(ValueError, match=f"is the folder of {kind} .it has {mark}.: name a folder that holds imag"):
+        with pytest.raises(ValueError, match=f"is the folder of {kind} .it has {mark}.: give a folder of imag"):
             load_images(config(tmp_path))
 
 
@@ -363,7 +365,7 @@ def test_a_run_among_its_images_is_refused(tmp_path, output):
     folder_of(tmp_path / "a", pictures(3))
     folder_of(tmp_path / "b/c", pictures(3))
     (tmp_path / "linked").symlink_to(tmp_path / "a")
-    with pytest.raises(ValueError, match="output_dir='.*' holds images of train_data_dir='.*a folder of its own"):
+    with pytest.raises(ValueError, match="output_dir='.*' contains images of train_data_dir='.*a separate folder"):
         load_images(config(tmp_path, output_dir=str(tmp_path / output)))
     for allowed in ("runs", "b/d", ".."):
         load_images(config(tmp_path, output_dir=str(tmp_path / allowed)))
@@ -373,14 +375,14 @@ def test_a_run_among_its_images_is_refused(tmp_path, output):
 def test_a_run_among_the_splits_of_its_images_is_refused(tmp_path, output):
     for split in ("train", "test"):
         folder_of(tmp_path / split, pictures(3))
-    with pytest.raises(ValueError, match="output_dir='.*' holds images of train_data_dir='.*a folder of its own"):
+    with pytest.raises(ValueError, match="output_dir='.*' contains images of train_data_dir='.*a separate folder"):
         load_images(config(tmp_path, output_dir=str(tmp_path / output)))
 
 
 def test_a_run_among_its_parquet_files_is_refused(tmp_path):
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": pictures(3)}, features=features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="output_dir='.*' holds images of train_data_dir='.*a folder of its own"):
+    with pytest.raises(ValueError, match="output_dir='.*' contains images of train_data_dir='.*a separate folder"):
         load_images(config(tmp_path, output_dir=str(tmp_path)))
 
 
@@ -396,32 +398,32 @@ def test_the_licence_on_the_card_of_a_data_set(hub, tmp_path, caplog, front, lic
     card = f"---\n{front}\n---\n"
     hub.plant("you/data", {"README.md": card.encode()}, repo_type="dataset")
     (tmp_path / "README.md").write_text(card)
-    assert _license_on_card("you/data") == _license_on_card(str(tmp_path)) == license
+    assert license_on_card("you/data") == license_on_card(str(tmp_path)) == license
     assert not caplog.text
 
 
 def test_a_data_set_without_a_card_has_no_licence_and_that_is_no_fault(hub, tmp_path, caplog):
     hub.plant("you/data", {"a.txt": b"a"}, repo_type="dataset")
-    assert _license_on_card("you/data") is _license_on_card(str(tmp_path)) is None
+    assert license_on_card("you/data") is license_on_card(str(tmp_path)) is None
     assert not caplog.text
 
 
 def test_a_licence_that_could_not_be_asked_for_is_told(hub, tmp_path, caplog, monkeypatch):
     hub.plant("you/data", {"README.md": b"---\nlicense: mit\n---\n"}, repo_type="dataset")
     hub.fail("README.md", times=100, status=403)
-    assert _license_on_card("you/data") is None
+    assert license_on_card("you/data") is None
     assert (
-        "dataset_name='you/data': its licence is not known, because its card can't be read: HfHubHTTPError: 403"
+        "dataset_name='you/data': its licence is unknown because its card can't be read: HfHubHTTPError: 403"
         in caplog.text
     )
     caplog.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # which the client tells as an entry that is not found
-    assert _license_on_card("you/data") is None
-    assert "dataset_name='you/data': its licence is not known, because its card can't be read: Offline" in caplog.text
+    assert license_on_card("you/data") is None
+    assert "dataset_name='you/data': its licence is unknown because its card can't be read: Offline" in caplog.text
     caplog.clear()
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
-    assert _license_on_card(str(tmp_path)) is None
-    assert "its licence is not known" in caplog.text
+    assert license_on_card(str(tmp_path)) is None
+    assert "its licence is unknown" in caplog.text
 
 
 @pytest.mark.slow
@@ -447,7 +449,8 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
     folder_of(tmp_path, pictures(3))
     script = (
         "import sys, time, signal, os, psutil\n"
-        "from ddpm_hf.data.dataset import decode_each\nfrom ddpm_hf.decoding import Decoder\nfrom ddpm_hf.sources import Item\n"
+        "from ddpm_hf.data.dataset import decode_each\nfrom ddpm_hf.data.decoding import Decoder\n"
+        "from ddpm_hf.data.sources import Item\n"
         "def items():\n    while True:\n        yield Item('a', sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    each = decode_each(items(), Decoder(None), 2)\n"
@@ -476,7 +479,7 @@ def test_what_does_not_fit_into_memory_is_mapped(tmp_path, monkeypatch, caplog):
     memory = load_images(config(tmp_path / "in", **settings))[0]
     monkeypatch.setattr(data, "MEMORY_SHARE", 0.0)
     mapped = load_images(config(tmp_path / "in", **settings))[0]
-    assert f"are kept in a file on the disk of {tmp_path}" in caplog.text
+    assert f"are memory-mapped from a temporary file in {tmp_path}" in caplog.text
     assert isinstance(data._storage((2, 3), np.dtype(np.uint8), tmp_path / "out"), np.memmap)
     assert torch.equal(mapped.pixels, memory.pixels)
     indices = torch.tensor([3, 1, 20])

@@ -189,10 +189,14 @@ def test_a_background_of_one_colour_serves_gray_too():
     [
         ("RGBA", {"channels": 3}, "alpha channel, which channels=3 would lose: give --channels 4, or --background"),
         ("gray+alpha", {"channels": 1}, "would lose: give --channels 2, or --background"),
-        ("5 bands", {"channels": 3}, "has 5 channels, of which channels=3 can't be made"),
-        ("RGB", {"channels": 5}, "has 3 channels, of which channels=5 can't be made"),
+        ("5 bands", {"channels": 3}, "has 5 channels, which can't be converted to channels=3"),
+        ("RGB", {"channels": 5}, "has 3 channels, which can't be converted to channels=5"),
         ("RGBA", {"background": [0.0, 1.0]}, r"has 3 colours and background=\[0.0, 1.0\] has 2"),
-        ("float TIFF", {"value_range": None}, r"has more than 8 bits \(float32, values .*: say with --value_range"),
+        (
+            "float TIFF",
+            {"value_range": None},
+            r"has more than 8 bits \(float32, values .*: give the values of black and white as --value_range",
+        ),
         ("RGB", {"channels": 1, "channels_are_inferred": True}, "has colour and the first image has none"),
     ],
 )
@@ -269,28 +273,28 @@ def broken_files(folder) -> dict[str, str]:
         "crc.png": (damaged(PNG, PNG.index(b"IDAT") + 40), "can't be read: broken PNG file"),
         "crc_alone.png": (damaged(PNG, PNG.index(b"IEND") - 5), "can't be read: broken PNG file"),
         "crc_deep.png": (damaged(png16(DEEP_RGB), 60), "can't be read: broken PNG file"),
-        "text.png": (b"not an image", "is of no kind that can be read: it begins with b'not an image'"),
-        "page.jpg": (b"<!DOCTYPE html><html>", "is of no kind that can be read: it begins with b'<!DOCTYPE html"),
-        "zeros.png": (bytes(500), "is of no kind that can be read: it begins with b'\\\\x00"),
-        "magic.png": (b"\x88" + PNG[1:], "is of no kind that can be read"),
+        "text.png": (b"not an image", "is not in a known image format: it begins with b'not an image'"),
+        "page.jpg": (b"<!DOCTYPE html><html>", "is not in a known image format: it begins with b'<!DOCTYPE html"),
+        "zeros.png": (bytes(500), "is not in a known image format: it begins with b'\\\\x00"),
+        "magic.png": (b"\x88" + PNG[1:], "is not in a known image format"),
         "truncated.tif": (tiff(np.zeros((64, 64), np.uint16))[:3000], "can't be read: .*"),
         "truncated8.tif": (tiff(np.zeros((64, 64, 3), np.uint8), photometric="rgb")[:3000], "can't be read: .*"),
-        "bomb.png": (BOMB, "is refused: Image size .* exceeds limit"),
-        "zero_wide.pgm": (zero_wide, "is of no kind that can be read|is 0x5 pixels"),
+        "bomb.png": (BOMB, "is too large: Image size .* exceeds limit"),
+        "zero_wide.pgm": (zero_wide, "is not in a known image format|is 0x5 pixels"),
         "corrupt.npy": (damaged(array, 20), "can't be read: .*"),
         "truncated.npy": (array[:1000], "can't be read: .*"),
-        "magic.npy": (b"x" + array[1:], "is no .npy file: it begins with b.xNUMPY"),
+        "magic.npy": (b"x" + array[1:], "is not a .npy file: it begins with b.xNUMPY"),
         "opacity.tif": (
             tiff(np.full((4, 4, 4), 200, np.float32), photometric="rgb", extrasamples=["unassalpha"]),
-            "has an opacity of 200 ... 200, outside 0 ... 1",
+            "has an opacity of 200 ... 200, outside .0, 1.",
         ),
         "premultiplied.tif": (
             tiff(np.zeros((4, 4, 4), np.uint16), photometric="rgb", extrasamples=["assocalpha"]),
-            "more than 8 bits and colours that are multiplied by their opacity",
+            "more than 8 bits and premultiplied alpha",
         ),
         "inks.tif": (
             tiff(np.zeros((4, 4, 4), np.uint16), photometric="separated"),
-            "is a TIFF file of 4 channels of 16 bits that are SEPARATED",
+            "is a TIFF file of 4 SEPARATED channels of 16 bits",
         ),
         "nan.tif": (tiff(np.full((4, 4), np.nan, np.float32)), "has values that are not finite"),
     }
@@ -306,8 +310,8 @@ def broken_files(folder) -> dict[str, str]:
     return reasons | {
         "zero_wide.npy": "is 0x5 pixels|can't be read",
         "row.npy": r"is an array of shape \(5,\)",
-        "words.npy": "holds <U1, not numbers",
-        "bomb.npy": "can't be read|is refused",
+        "words.npy": "contains <U1, not numbers",
+        "bomb.npy": "can't be read|is too large",
     }
 
 
@@ -343,5 +347,5 @@ def test_a_large_array_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = array_file(tmp_path, np.zeros((100, 100), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9999)
     for content in (path, tiff(np.zeros((100, 100), np.uint16))):
-        with pytest.raises(BadImage, match="is refused: 100x100 pixels are more than the limit of 9,999"):
+        with pytest.raises(BadImage, match="is too large: 100x100 pixels are more than the limit of 9,999"):
             read_image(content, None)

@@ -1,0 +1,1 @@
+"""Finds images, decodes them and makes batches."""

@@ -1,4 +1,4 @@
-"""`DataConfig`: the settings that say where images are and how they are read."""
+"""`DataConfig`: where the images are and how they are decoded."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ from ddpm_hf.utils.yaml_files import read_yaml
 
 EMBEDDED_DIGITS = "digits"
 
-# What a setting must hold beside its type, in words and as a test. None, where a setting may be None, passes.
+# Rules for values: the text of the error and the test. None is not tested where a setting may be None.
 AT_LEAST_1 = "must be at least 1", lambda v: v >= 1
 AT_LEAST_0 = "must be at least 0 and finite", lambda v: 0 <= v < math.inf
 POSITIVE = "must be greater than 0 and finite", lambda v: 0 < v < math.inf
-BELOW_1 = "must lie in [0, 1)", lambda v: 0 <= v < 1
-OPACITIES = "must lie in 0 ... 1", lambda v: v and all(0 <= each <= 1 for each in v)
+BELOW_1 = "must be in [0, 1)", lambda v: 0 <= v < 1
+OPACITIES = "must be numbers in [0, 1]", lambda v: v and all(0 <= each <= 1 for each in v)
 BLACK_WHITE = (
     "must be two numbers, the value of black and the greater value of white",
     lambda v: len(v) == 2 and v[0] < v[1],
@@ -29,7 +29,7 @@ def one_of(*choices: str):
 
 
 def setting(group: str, help: str, default=None, rule=None):
-    """A field of a configuration: its heading in `--help`, its help text, its default and a rule such as `POSITIVE`."""
+    """A field with its heading and text in `--help`, its default and a rule such as `POSITIVE`."""
     metadata = {"group": group, "help": help, "rule": rule}
     return (
         field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
@@ -41,33 +41,33 @@ _data = functools.partial(setting, "data")
 
 @dataclass
 class DataConfig:
-    """What `data`, `sources` and `streaming` read. A wrong value is a ValueError that says what would be right."""
+    """The settings of the data set. An invalid value raises a ValueError with the setting and the valid values."""
 
     dataset_name: str | None = _data(
-        "`digits`, the 1,797 real 8x8 digits that come with scikit-learn, or a data set of the Hub", EMBEDDED_DIGITS
+        "a data set on the Hub, or `digits` for the 1,797 images of 8x8 digits in scikit-learn", EMBEDDED_DIGITS
     )
-    dataset_config_name: str | None = _data("configuration of the data set of the Hub")
+    dataset_config_name: str | None = _data("the configuration (subset) of the data set on the Hub")
     train_data_dir: str | None = _data(
-        "in place of dataset_name: a folder of images, or one that holds train*.parquet (test*.parquet is held out)"
+        "use this folder instead of dataset_name: it holds images, or train*.parquet and optionally test*.parquet"
     )
     resolution: int | None = _data(
-        "scale the shorter side to this and crop the middle; default: as they are", rule=AT_LEAST_1
+        "scale the shorter side to this many pixels and crop the centre; default: keep the size", rule=AT_LEAST_1
     )
     channels: int | None = _data(
-        "1 gray, 2 with alpha, 3 RGB, 4 RGBA, or as many as arrays have; default: as the first", rule=AT_LEAST_1
+        "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or more; default: those of the first image", rule=AT_LEAST_1
     )
     value_range: list[float] | None = _data(
-        "values of black and white in images of more than 8 bits; needed there", rule=BLACK_WHITE
+        "the pixel values of black and white; required for images of more than 8 bits", rule=BLACK_WHITE
     )
     background: list[float] | None = _data(
-        "what to put under transparent images: 0 (black) ... 1 (white), one number or one a colour", rule=OPACITIES
+        "blend transparent images with this colour: one number or one per channel, 0 (black) to 1", rule=OPACITIES
     )
-    max_bad_fraction: float = _data("stop if more than this share of the images can't be read", 0.01, BELOW_1)
-    streaming: bool = _data("read a data set of the Hub, or train*.parquet, while training, and keep none of it", False)
-    dataloader_num_workers: int = _data("processes that decode the images; 0: the training process", 0, AT_LEAST_0)
-    seed: int = setting("optimisation", "of weights, order of the data, noise, timesteps and samples", 0, (
-        "must lie in 0 ... 2^63 - 1", lambda v: 0 <= v < 2**63))  # fmt: skip
-    output_dir: str = setting("run", "where results are written, which must not be a folder of the images", ".")
+    max_bad_fraction: float = _data("raise an error if more than this fraction of the images is broken", 0.01, BELOW_1)
+    streaming: bool = _data("read and decode the images during training instead of keeping them", False)
+    dataloader_num_workers: int = _data("processes that decode images; 0: the training process does", 0, AT_LEAST_0)
+    seed: int = setting("optimisation", "seed of weights, order of the data, noise and samples", 0, (
+        "must be in [0, 2^63 - 1]", lambda v: 0 <= v < 2**63))  # fmt: skip
+    output_dir: str = setting("run", "folder for the results; it must not contain the images", ".")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -78,7 +78,7 @@ class DataConfig:
 
     @classmethod
     def from_json(cls, path: str | Path, **changes) -> "DataConfig":
-        """The data settings in a train_config.json, whose other keys are ignored, with `changes` in their place."""
+        """Read the data settings in a train_config.json and replace some with `changes`."""
         saved = read_yaml(path, "train_config")
         names = {f.name for f in dataclasses.fields(DataConfig)}
         return cls(**{name: value for name, value in saved.items() if name in names} | changes)

@@ -1,4 +1,4 @@
-"""From files and data sets to batches in [-1, 1]. Images are decoded once and kept as they are stored: mostly uint8."""
+"""Decodes all images of a data set once, keeps them in memory as stored (mostly uint8) and makes batches in [-1, 1]."""
 
 import collections
 import logging
@@ -29,17 +29,17 @@ from ddpm_hf.utils.seeds import seeded_generator
 from ddpm_hf.utils.signals import raise_if_stopped
 
 HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
-MEMORY_SHARE = 0.5  # of what is free, for the images of all processes; beyond it they are mapped from the disk
-CHUNK = 16  # images a message to a worker
+MEMORY_SHARE = 0.5  # fraction of the free memory for the images of all processes; larger sets are memory-mapped
+CHUNK = 16  # images per task of a worker process
 log = logging.getLogger(__name__)
 
 
 class BadImages(ValueError):  # noqa: N818
-    """More images than `max_bad_fraction` can't be used. `bad`: (name, reason) of each."""
+    """More images than `max_bad_fraction` are broken. `bad` lists them as (name, reason)."""
 
     def __init__(self, bad: list[tuple[str, str]], seen: int, allowed: float):
         super().__init__(
-            f"{len(bad)} of {seen} images can't be used, more than max_bad_fraction={allowed:g}; the first: "
+            f"{len(bad)} of {seen} images can't be used, more than max_bad_fraction={allowed:g}; the first one: "
             + " ".join(bad[0])
         )
         self.bad = bad
@@ -47,15 +47,15 @@ class BadImages(ValueError):  # noqa: N818
 
 @dataclass
 class ImageData:
-    """Images in memory, or mapped from the disk.
+    """Images in memory, or memory-mapped from the disk.
 
     Args:
         pixels: (N, C, H, W), uint8 or float32.
         value_range: the pixel values that become -1 (black) and 1 (white).
-        labels: (N,) int64, the classes, where the data set has them, -1 of an image without one; `label_names` are what
-            they are called.
-        bad: (name, reason) of the images that were left out, the held-out ones among them.
-        license: what the data set says of its licence, if it does.
+        labels: (N,) int64, the classes, -1 for an image without one; None for a data set without classes.
+        label_names: the names of the classes.
+        bad: (name, reason) of the skipped images, those of the held-out split included.
+        license: the licence of the data set, if known.
     """
 
     pixels: torch.Tensor
@@ -79,7 +79,7 @@ class ImageData:
 
     @cached_property
     def levels(self) -> int:
-        """How many values a pixel can have: the integers of the range; 256 are taken where pixels are fractions."""
+        """The number of values of a pixel: the integers in `value_range`, or 256 if pixels are not integers."""
         parts = () if self.pixels.dtype == torch.uint8 else self.pixels.split(1024)
         whole = all((part == part.round()).all() for part in parts)
         low, high = self.value_range
@@ -87,7 +87,7 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Other images have another: their number and a checksum of their pixels."""
+        """Identifies the images: their number and a checksum of their pixels."""
         checksum = 0
         for part in self.pixels.split(1024):
             checksum = zlib.crc32(part.numpy(), checksum)
@@ -98,31 +98,31 @@ class ImageData:
         return len(self)
 
     def first(self, n: int, seed: int) -> torch.Tensor:
-        """The first `n` that a run with this seed sees (fewer, if there are fewer), as `batch` gives them."""
+        """The first `n` images that a run with this seed trains on, or all if there are fewer; as from `batch`."""
         return self.batch(batch_indices(seed, 0, min(n, len(self)), len(self)))
 
     def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
-        """These rows of the global batch of update `step`, as `batch` gives them, and their labels (B,) or None."""
+        """The images at positions `rows` of the global batch of update `step`, as from `batch`, and labels or None."""
         indices = batch_indices(seed, step, batch_size, len(self))[rows]
         return self.batch(indices), None if self.labels is None else self.labels[indices]
 
 
 def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
-    """float32, `value_range` brought to [-1, 1]."""
+    """Convert to float32 and scale `value_range` to [-1, 1]."""
     low, high = value_range
-    return pixels.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1)  # one copy and no more
+    return pixels.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1)  # copies once
 
 
 def flip_horizontally_(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Flip those of `images` (B, C, H, W) left to right, in place, for which `which`, bool (B,), is true."""
+    """Flip the images (B, C, H, W) where `which`, bool (B,), is true, horizontally and in place."""
     images[which] = images[which].flip(3)
     return images
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> torch.Tensor:
-    """Which images update `step` sees, (batch_size,): the next ones of an endless row of shuffled epochs.
+    """Indices (batch_size,) of the images in update `step`. Each epoch is a new permutation of all images.
 
-    A function of its arguments alone, so a resumed run or a second process needs to be told nothing.
+    They are a function of the arguments alone, so resumed runs and several processes need no other state.
     """
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_images
@@ -136,16 +136,15 @@ def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
 
 
 def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
-    """The images to train on, and those to measure on: the test split, or a tenth kept aside (None of a single image).
+    """Load the training images and the held-out images: the test split, or else a tenth of the training images.
 
-    Of a test split every so-many-th image is taken, `test_limit` in all; None: all.
-
-    Broken files are left out and listed in `bad`, before there is an order, which stays a function of (seed, update).
+    At most `test_limit` evenly spaced images of a test split are used; None: all. A single image leaves none held out.
+    Broken files are skipped and listed in `bad`.
 
     Raises:
         BadImages: more than `max_bad_fraction` are broken.
-        ValueError: a source that is missing, empty or of unequal images, or an image that the settings do not fit; it
-            names the file and says what would be right.
+        ValueError: the data set does not exist, is empty or has images of several sizes, or the settings do not fit an
+            image; the message names the file.
     """
     if has_embedded_digits(config):
         return _digits(config)
@@ -161,13 +160,13 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
     held_out, bad_too = collect(test, decoder, workers, label_names, folder)
     seen = len(train) + len(test)
     if not len(train):
-        raise ValueError(f"{config.train_data_dir or config.dataset_name!r} holds no image to train on")
+        raise ValueError(f"{config.train_data_dir or config.dataset_name!r} has no training images")
     if len(bad + bad_too) > config.max_bad_fraction * seen or images is None:
         raise BadImages(bad + bad_too, seen, config.max_bad_fraction)
     images.bad, images.license = bad + bad_too, license
     if config.value_range and images.pixels.dtype == torch.uint8 and tuple(config.value_range) != EIGHT_BITS:
         raise ValueError(
-            f"value_range={config.value_range} is for images of more than 8 bits, and these have 8: they are 0 ... 255"
+            f"value_range={config.value_range} is for images of more than 8 bits; these have 8 bits, so leave it out"
         )
     return images, held_out
 
@@ -186,12 +185,12 @@ def decoder_of(config: DataConfig) -> Decoder:
 
 
 def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
-    from sklearn.datasets import load_digits  # not worth a second at every import
+    from sklearn.datasets import load_digits  # takes a second to import
 
     if config.channels not in (None, 1) or config.value_range is not None:
-        raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: set neither for them")
+        raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: leave both settings out")
     if config.streaming:
-        raise ValueError("streaming=True: the embedded digits are 1,797 images of 64 bytes; leave it out")
+        raise ValueError("streaming=True: the embedded digits are in memory already; leave it out")
     digits = load_digits()
     pixels, labels = torch.from_numpy(digits.images.astype(np.uint8))[:, None], torch.from_numpy(digits.target)
     if config.resolution not in (None, 8):
@@ -204,19 +203,19 @@ def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
 
 
 def _split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices in increasing order: of the images to train on, and of the tenth that is held out."""
+    """Sorted indices of the training images and of the tenth that is held out."""
     order = torch.randperm(num_images, generator=seeded_generator(HELD_OUT_SEED, "held out", 0))
     aside = min(max(1, round(num_images * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if num_images > 1 else 0
     return order[aside:].sort().values, order[:aside].sort().values
 
 
-# ---------------------------------------------------------------- decoding all of them
+# ---------------------------------------------------------------- decoding
 
 
 def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterator[tuple[Item, Decoded | BadImage]]:
-    """Each with its image or the reason why it has none, in order however many processes decode.
+    """Decode all items in order, in `workers` processes, and yield each with its image or the reason why it is broken.
 
-    The first image decides, into `decoder`, what the settings leave open; the others must be of its size and depth.
+    The first image sets what the settings leave open in `decoder`; all others must have its size and bit depth.
     """
     items = iter(items)
     for item in items:
@@ -246,13 +245,13 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
             raise_if_stopped()
             yield from zip(chunk, results.result())
     except BrokenProcessPool as error:
-        raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps for want of memory") from error
+        raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps because memory ran out") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:
-    """One thread; to be stopped by the training process alone, and to end with it even if that is killed."""
+    """Use one thread, ignore signals, which the main process handles, and exit when it exits or is killed."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -274,7 +273,7 @@ def _decode(decoder: Decoder, item: Item) -> Decoded | BadImage:
 
 
 def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path):
-    """`ImageData` of the good ones, or None if there are none, and (name, reason) of the others."""
+    """Decode all items. Returns their `ImageData`, None if none can be decoded, and (name, reason) of broken ones."""
     pixels, labels, bad = None, [], []
     bar = tqdm(
         decode_each(items, decoder, workers),
@@ -301,14 +300,14 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
 
 
 def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
-    """Room for the images: memory, or a nameless file on the disk of `output_dir`, which goes with the process."""
+    """An empty array in memory, or in an unnamed file on the disk of `output_dir` that vanishes with the process."""
     size = int(np.prod(shape)) * dtype.itemsize
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process of a machine holds the images
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process on a machine has a copy
     if size * here <= MEMORY_SHARE * psutil.virtual_memory().available:
         return np.empty(shape, dtype)
     folder = next(f for f in (output_dir.absolute(), *output_dir.absolute().parents) if f.is_dir())
-    log.warning(f"the images take {size / 2**30:.1f} GiB and are kept in a file on the disk of {folder}")
+    log.warning(f"the images take {size / 2**30:.1f} GiB and are memory-mapped from a temporary file in {folder}")
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is too small says so here
+            os.posix_fallocate(file.fileno(), 0, size)  # raises OSError now if the disk is too small
         return np.memmap(file, dtype, "w+", shape=shape)

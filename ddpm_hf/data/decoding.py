@@ -1,7 +1,6 @@
-"""From one encoded image of any kind to the array that a network is to see, unclipped, or the reason why it can't be.
+"""Decodes one image file of any kind to an array without losing bits, channels or opacity.
 
-A reason (`BadImage`) is of the file: it is put aside and the run goes on without it. A `ValueError` is of the settings,
-which then fit no such file.
+A broken file gives a `BadImage`, and training skips it. A `ValueError` means that the settings do not fit the file.
 """
 
 import errno
@@ -19,10 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 ARRAY_SUFFIX = ".npy"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
-EIGHT_BITS = (0.0, 255.0)  # their black and white
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's
+EIGHT_BITS = (0.0, 255.0)  # black and white of 8-bit images
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # errors of machine and network
+NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of machine or network
 ORIENTED = {  # EXIF orientation -> the upright array
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -34,17 +33,17 @@ ORIENTED = {  # EXIF orientation -> the upright array
 }
 
 
-class BadImage(Exception):  # noqa: N818 (an error that is a value: it is returned as often as raised)
-    """Why a file can't be used, as a predicate: "is empty"."""
+class BadImage(Exception):  # noqa: N818 (it is returned as well as raised)
+    """The reason why a file can't be used, such as "is empty"."""
 
 
 @dataclass
 class Decoded:
-    """An image in the shape that was asked for.
+    """A decoded image.
 
     Args:
-        pixels: (C, H, W), in the file's own values: uint8, or float32 if it has more than 8 bits.
-        value_range: the values of black and white.
+        pixels: (C, H, W), the values in the file: uint8, or float32 for more than 8 bits.
+        value_range: the pixel values of black and white.
     """
 
     pixels: np.ndarray
@@ -53,16 +52,19 @@ class Decoded:
 
 @dataclass
 class Decoder:
-    """Called with a path or with the content of a file, returns its image as a `Decoded`, or a `BadImage`.
+    """Decodes the path or the content of an image file: `decoder(source)` returns a `Decoded` or a `BadImage`.
 
     Args:
-        channels: of the result; None: as in the image.
-        resolution: the middle square is cut out and scaled to this; None: as it is.
-        value_range: values of black and white; None: 0 and 255, and no image of more than 8 bits.
-        background: 0 (black) ... 1 (white), one number or one a colour, to put under transparent images; None: opacity
-            is a channel of its own.
-        channels_are_inferred: from the first image, so that colour in a later one is a surprise.
-        deep, shape: whether images have more than 8 bits, and (C, H, W) of the results; None: the first image decides.
+        channels: channels of the result; None: as in the image.
+        resolution: crop the centre square and scale it to this side; None: keep the size.
+        value_range: the pixel values of black and white, required for more than 8 bits; None: 0 and 255.
+        background: blend transparent images with this colour, 0 (black) to 1 (white), one number or one per channel;
+            None: opacity becomes a channel.
+        channels_are_inferred: `channels` is that of the first image; losing colour of later ones raises ValueError.
+        deep, shape: whether images have more than 8 bits, and the shape (C, H, W) of results; None: not checked.
+
+    Raises:
+        ValueError: the settings do not fit the image; the message continues the name of the file.
     """
 
     channels: int | None
@@ -82,7 +84,7 @@ class Decoder:
         if self.deep not in (None, deep):
             raise ValueError(
                 f"has {'more than' if deep else 'only'} 8 bits and the first image has {'8' if deep else 'more'}: "
-                "images of both kinds can't be in one data set; convert those of one kind to the other"
+                "all images must have the same bit depth; convert those that differ"
             )
         least, most = float(pixels.min()), float(pixels.max())
         if not (math.isfinite(least) and math.isfinite(most)):
@@ -90,15 +92,15 @@ class Decoder:
         if deep and self.value_range is None:
             raise ValueError(
                 f"has more than 8 bits ({pixels.dtype}, values {least:g} ... {most:g}): "
-                "say with --value_range BLACK WHITE which values are black and white"
+                "give the values of black and white as --value_range BLACK WHITE"
             )
         low, high = self.value_range if deep else EIGHT_BITS
-        if np.float32(least) < np.float32(low) or np.float32(most) > np.float32(high):  # as the pixels are stored
+        if np.float32(least) < np.float32(low) or np.float32(most) > np.float32(high):  # pixels are stored as float32
             raise ValueError(f"has values {least:g} ... {most:g}, outside value_range {low:g} ... {high:g}")
         image = self._fit(torch.from_numpy(self._combine(pixels.astype(np.float32), opacity, low, high)))
         if self.shape not in (None, image.shape):
             raise ValueError(
-                f"is {size_in_words(image.shape)} and the first image {size_in_words(self.shape)}; give --resolution"
+                f"is {size_in_words(image.shape)} and the first image is {size_in_words(self.shape)}; give --resolution"
             )
         return Decoded((image if deep else image.round().to(torch.uint8)).contiguous().numpy(), (low, high))
 
@@ -107,16 +109,16 @@ class Decoder:
         has, channels = colours.shape[2], self.channels
         if channels is None:
             channels = has + (opacity is not None and self.background is None)
-        has_place = channels in (2, 4) and has in (1, 3)  # for opacity
+        has_place = channels in (2, 4) and has in (1, 3)  # the last channel is opacity
         wanted = channels - has_place
         if has == 1 and wanted == 3:
             colours = colours.repeat(3, axis=2)
         elif has == 3 and wanted == 1:
             if self.channels_are_inferred:
-                raise ValueError("has colour and the first image has none: give channels=1 or channels=3")
+                raise ValueError("has colour and the first image has none: give --channels 1 or --channels 3")
             colours = colours @ np.float32(LUMINANCE)[:, None]
         elif has != wanted:
-            raise ValueError(f"has {has} channels, of which channels={channels} can't be made")
+            raise ValueError(f"has {has} channels, which can't be converted to channels={channels}")
         if opacity is not None and self.background is not None:
             under = low + np.float32(self.background) * (high - low)
             if len(under) not in (1, wanted):
@@ -125,7 +127,7 @@ class Decoder:
         if opacity is not None and not has_place:
             raise ValueError(
                 f"has an alpha channel, which channels={channels} would lose: give --channels {channels + 1}, or "
-                "--background with what to put under it, 0 (black) ... 1 (white)"
+                "--background with a colour to blend it with, 0 (black) to 1 (white)"
             )
         if not has_place:
             return colours
@@ -133,7 +135,7 @@ class Decoder:
         return np.concatenate([colours, low + opacity * (high - low)], axis=2)
 
     def _fit(self, image: torch.Tensor) -> torch.Tensor:
-        """(H, W, C) -> (C, H, W): the middle square, scaled to `resolution`."""
+        """(H, W, C) -> (C, H, W), the centre square scaled to `resolution`."""
         image, side = image.permute(2, 0, 1), self.resolution
         if side is None:
             return image
@@ -142,7 +144,7 @@ class Decoder:
         image = image[:, top : top + square, left : left + square]
         if square == side:
             return image
-        # antialiased bilinear weights are positive: only their rounding could leave the range
+        # antialiased bilinear weights are positive, so only rounding could leave the range
         scaled = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
         return scaled.clamp(image.min(), image.max())
 
@@ -153,55 +155,55 @@ def size_in_words(shape) -> str:
 
 
 def is_image_file(path: Path) -> bool:
-    """By its name: of a kind that can be read."""
+    """Whether the suffix is that of an image format that can be read."""
     can_be_read = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {ARRAY_SUFFIX}
     return path.suffix.lower() in can_be_read
 
 
 def read_image(source: str | Path | bytes | np.ndarray, channels: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Colours (H, W, C), as stored, and opacity (H, W, 1) in 0 ... 1 or None, the image upright.
+    """Read an upright image: colours (H, W, C), as stored, and opacity (H, W, 1) in [0, 1] or None.
 
     Args:
-        channels: tells which axis of an array, or which pages of a TIFF file, are channels where both could be.
+        channels: resolves ambiguity: the axis of an array or the pages of a TIFF file that have this length.
 
     Raises:
-        BadImage: it can't be read, is broken, empty or too large.
+        BadImage: the file is broken, empty, too large or of an unknown format.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of damaged metadata, which we do not read
+            warnings.simplefilter("ignore", UserWarning)  # about damaged metadata, which is not used
             pixels, has_opacity = _read(source, channels)
     except UnidentifiedImageError:
         head = (source if isinstance(source, bytes) else Path(source).read_bytes())[:16]
-        raise BadImage(f"is of no kind that can be read: it begins with {head!r}") from None
+        raise BadImage(f"is not in a known image format: it begins with {head!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(f"is refused: {error}") from error
+        raise BadImage(f"is too large: {error}") from error
     except BadImage:
         raise
     except OSError as error:
         if error.errno in NOT_OF_THE_FILE:
             raise
         raise BadImage(f"can't be read: {' '.join(str(error).split())}") from error
-    except Exception as error:  # Pillow, tifffile, imagecodecs, NumPy and the disk raise all that there is
+    except Exception as error:  # Pillow, tifffile, imagecodecs and NumPy raise many types
         raise BadImage(f"can't be read: {' '.join(str(error).split()) or type(error).__name__}") from error
     if pixels.size == 0:
         raise BadImage(f"is {pixels.shape[1]}x{pixels.shape[0]} pixels")
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     if pixels.dtype.kind not in "uif":
-        raise BadImage(f"holds {pixels.dtype}, not numbers")
+        raise BadImage(f"contains {pixels.dtype}, not numbers")
     if not has_opacity:
         return pixels, None
     opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
     opacity = pixels[..., -1:].astype(np.float32) / opaque
     if not (opacity.min() >= 0 and opacity.max() <= 1):
-        raise BadImage(f"has an opacity of {opacity.min():g} ... {opacity.max():g}, outside 0 ... 1")
+        raise BadImage(f"has an opacity of {opacity.min():g} ... {opacity.max():g}, outside [0, 1]")
     return pixels[..., :-1], opacity
 
 
 def _read(source, channels) -> tuple[np.ndarray, bool]:
-    """(H, W, C) and whether the last channel is opacity. Raises all sorts of things."""
+    """(H, W, C) and whether the last channel is opacity. Raises errors of many types."""
     if isinstance(source, np.ndarray):
         return _channels_last(source, channels), False
     if isinstance(source, str | Path) and Path(source).suffix.lower() == ARRAY_SUFFIX:
@@ -215,11 +217,11 @@ def _read(source, channels) -> tuple[np.ndarray, bool]:
             return deep
     image = Image.open(io.BytesIO(content))
     if image.format == "PNG":
-        image.verify()  # which spoils it; reading alone does not look at every checksum
+        image.verify()  # checks all checksums; the image must be opened again
         image = Image.open(io.BytesIO(content))
         if content[24] == 16 and "transparency" in image.info:
             raise BadImage("has 16 bits and a transparent colour (a tRNS chunk), which is not supported")
-        if content[24] == 16 and image.mode not in DEEP_MODES:  # Pillow would keep 8 of the 16 bits
+        if content[24] == 16 and image.mode not in DEEP_MODES:  # Pillow keeps 8 of the 16 bits
             import imagecodecs
 
             pixels = imagecodecs.png_decode(content)
@@ -237,20 +239,20 @@ def _read(source, channels) -> tuple[np.ndarray, bool]:
 
 
 def _read_array(path) -> np.ndarray:
-    """An array as NumPy saved it. One of objects is a pickle, and that is never opened."""
+    """Read a .npy file. An array of objects is a pickle and raises an error."""
     with open(path, "rb") as file:
         head = file.read(16)
     if not head:
         raise BadImage("is empty")
-    if not head.startswith(np.lib.format.MAGIC_PREFIX):  # np.load would take it for a pickle, and say how to open that
-        raise BadImage(f"is no .npy file: it begins with {head!r}")
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header that lies allocates nothing
+    if not head.startswith(np.lib.format.MAGIC_PREFIX):  # np.load would suggest allow_pickle
+        raise BadImage(f"is not a .npy file: it begins with {head!r}")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false header allocates nothing
     _check_size(*(sorted(array.shape)[-2:] if array.ndim > 1 else (array.size, 1)))
     return np.array(array)
 
 
 def _read_tiff(content: bytes, channels) -> tuple[np.ndarray, bool] | None:
-    """More than 8 bits, or bands that are neither colours nor opacity, which Pillow loses. None: Pillow can read it."""
+    """Read a TIFF file whose bits or bands Pillow would lose. None: Pillow can read it."""
     import tifffile
 
     with tifffile.TiffFile(io.BytesIO(content)) as file:
@@ -268,14 +270,14 @@ def _read_tiff(content: bytes, channels) -> tuple[np.ndarray, bool] | None:
         if page.bitspersample <= 8 and interleaved and samples == of_colours + has_opacity:
             return None
         if kind not in ("MINISBLACK", "RGB"):
-            raise BadImage(f"is a TIFF file of {samples} channels of {page.bitspersample} bits that are {kind}")
+            raise BadImage(f"is a TIFF file of {samples} {kind} channels of {page.bitspersample} bits")
         _check_size(page.imagewidth, page.imagelength)
         pixels = page.asarray()
         if page.axes.startswith("S"):
             pixels = np.moveaxis(pixels, 0, -1)
         pixels = pixels.reshape(page.imagelength, page.imagewidth, samples)
         if has_opacity and extra[0] == tifffile.EXTRASAMPLE.ASSOCALPHA:
-            raise BadImage("has more than 8 bits and colours that are multiplied by their opacity")
+            raise BadImage("has more than 8 bits and premultiplied alpha, which is not supported")
         tag = page.tags.get("Orientation")
         return _upright(pixels, tag.value if tag else 1), has_opacity
 
@@ -285,11 +287,11 @@ def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, channels) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C): of first and last axis the one of `channels`, else the shorter."""
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C); the channel axis has length `channels` or is the shorter."""
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
-        raise BadImage(f"is an array of shape {array.shape}, not (H, W), (H, W, C) or (C, H, W)")
+        raise BadImage(f"is an array of shape {array.shape}; it must be (H, W), (H, W, C) or (C, H, W)")
     first, last = array.shape[0], array.shape[2]
     is_first = first == channels != last if channels in (first, last) else first < last
     return np.ascontiguousarray(np.moveaxis(array, 0, -1)) if is_first else array
@@ -297,4 +299,4 @@ def _channels_last(array: np.ndarray, channels) -> np.ndarray:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"is refused: {width}x{height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}")
+        raise BadImage(f"is too large: {width}x{height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}")

@@ -4,29 +4,28 @@ import torch
 
 from ddpm_hf.data.dataset import ImageData
 
-BLOCK = 2**23  # numbers held at a time: 32 MiB of float32
+BLOCK = 2**23  # numbers in memory at a time: 32 MiB of float32
 
 
 def nearest(queries: torch.Tensor, references, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the k references nearest to each query, or all references if there are fewer.
 
-    Matrix products find them; their distances are then computed anew from the differences, so that an exact copy is at
-    distance 0.
+    Matrix products find them. Their distances are then recomputed from differences, so an exact copy has distance 0.
 
     Args:
-        queries: (M, D), of the references' dtype.
-        references: (N, D), or an object with `len` N that returns the rows (n, D) of indices (n,).
+        queries: (M, D), in the dtype of the references.
+        references: (N, D), or an object of length N whose item at indices (n,) is the rows (n, D).
 
     Returns:
         Indices of references and distances, (M, k) each, nearest first.
     """
-    center = queries.mean(0)  # squares lose the fewer digits the nearer to 0 the rows lie
+    center = queries.mean(0)  # squares lose fewer digits if the rows are near 0
     centered = queries - center
     best = queries.new_empty(len(queries), 0)
     indices = torch.empty(len(queries), 0, dtype=torch.long)
     for numbers in torch.arange(len(references)).split(max(1, BLOCK // max(queries.shape))):
         rows = references[numbers] - center
-        # Squared distances (M, n), less the query's own square, which does not change their order
+        # Squared distances (M, n), without the query's own square, which does not change the order
         distances = torch.addmm(rows.square().sum(1), centered, rows.T, alpha=-2)
         distances, order = torch.cat([best, distances], 1).topk(min(k, best.shape[1] + len(numbers)), largest=False)
         indices = torch.cat([indices, numbers.expand(len(queries), -1)], 1).gather(1, order)
@@ -50,7 +49,7 @@ def nearest_images(samples: torch.Tensor, images: ImageData, k: int = 1) -> tupl
 
 
 class _Flattened:
-    """Images as rows of C * H * W pixels in [-1, 1], made when they are asked for."""
+    """Images as rows of C * H * W pixels in [-1, 1], computed on access."""
 
     def __init__(self, images: ImageData):
         self.images = images

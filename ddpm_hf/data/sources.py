@@ -1,4 +1,4 @@
-"""Where images are: folders of files, parquet files, data sets of the Hub. Nothing is decoded here."""
+"""Finds images in folders, parquet files and data sets on the Hub, without decoding them."""
 
 import logging
 import os
@@ -14,63 +14,62 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.decoding import is_image_file
 
-# What a folder in which this package keeps pictures has in it. Such pictures are no data, whoever made them and when.
+# Files that mark a folder as output of this package. Such folders below a data folder are ignored.
 MARKS = {"train_config.json": "a run", "model_index.json": "a model", "sampling.json": "samples"}
 log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """An image yet to be decoded: its name in messages, its path or content, and its class if it has one."""
+    """An image that is not yet decoded: its name in messages, its path or content, and its class or None."""
 
     name: str
     source: str | Path | bytes | np.ndarray | None
     label: int | None = None
-    position: tuple[int, int] | None = None  # in a stream: the epoch, and the rows read of it
+    position: tuple[int, int] | None = None  # in a stream: (epoch, rows read so far)
 
 
 def source_of(config: DataConfig, streaming: bool = False):
-    """Train and test `Item`s, and the names of their classes or None.
+    """Find the training `Item`s, the test `Item`s (sequences, or iterables if `streaming`) and the class names or None.
 
-    The items have a length and an order, or, if `streaming`, are data sets to iterate over.
+    Raises:
+        ValueError: the data set does not exist, can't be read or has no images.
     """
     if config.train_data_dir is not None:
         return _folder(config, streaming)
     if config.dataset_name is None:
-        raise ValueError(
-            "no data set is named, and the recipe has none of its own: give --train_data_dir or --dataset_name"
-        )
+        raise ValueError("the recipe has no data set: give --train_data_dir or --dataset_name")
     import datasets
 
     name = config.dataset_name
     try:
         loaded = datasets.load_dataset(name, config.dataset_config_name, streaming=streaming)
-    except Exception as error:  # the Hub, the network, the cache and the data set's own reader all raise their own
+    except Exception as error:  # the Hub, the network and the cache raise many types
         raise ValueError(f"dataset_name={name!r} can't be loaded: {' '.join(str(error).split())}") from error
     if "train" not in loaded:
-        raise ValueError(f"dataset_name={name!r} has no split 'train' but {', '.join(loaded)}")
+        raise ValueError(f"dataset_name={name!r} must have a split 'train'; it has {', '.join(loaded)}")
     held_out = next((split for split in ("test", "validation") if split in loaded), None)
     train, test, label_names = _rows_of(loaded, held_out, name)
-    train.license = train.license or _license_on_card(name)
+    train.license = train.license or license_on_card(name)
     return train, test, label_names
 
 
-def _license_on_card(name: str) -> str | None:
-    """What the card of a data set says; None also where nobody knows, which is told unless there is no card."""
+def license_on_card(name: str) -> str | None:
+    """The licence on the card of a data set. None without one, or, with a warning, if the card can't be read."""
     card = Path(name) / "README.md" if Path(name).is_dir() else name
     if isinstance(card, Path) and not card.is_file():
         return None
     try:
         licenses = DatasetCard.load(card).data.license or None
-    except RemoteEntryNotFoundError:  # the Hub has answered that there is no card
+    except RemoteEntryNotFoundError:  # there is no card
         return None
-    except Exception as error:  # the Hub, the network, the cache and what is wrong in a card all raise their own
-        log.warning(f"dataset_name={name!r}: its licence is not known, because its card can't be read: {reason(error)}")
+    except Exception as error:  # the Hub, the network and invalid cards raise many types
+        log.warning(f"dataset_name={name!r}: its licence is unknown because its card can't be read: {reason(error)}")
         return None
     return licenses if isinstance(licenses, str | None) else ", ".join(map(str, licenses))
 
 
 def reason(error: BaseException) -> str:
-    """In one line. Where the Hub gave no answer, its client says that the cache lacks the file; the cause says more."""
+    """An error in one line. A missing cache entry has the failure to reach the Hub as its cause, which says more."""
     if isinstance(error, LocalEntryNotFoundError):
         error = error.__cause__ or error
     return " ".join(f"{type(error).__name__}: {error}".split())
@@ -79,12 +78,11 @@ def reason(error: BaseException) -> str:
 def _folder(config: DataConfig, streaming: bool):
     path, folder = config.train_data_dir, Path(config.train_data_dir)
     if not folder.is_dir():
-        raise ValueError(f"train_data_dir={path!r} is not a folder; it must be one that holds images or train*.parquet")
+        raise ValueError(f"train_data_dir={path!r} is not a folder; it must be a folder of images or of train*.parquet")
     mark = _mark(folder)
-    if mark in ("train_config.json", "model_index.json"):  # samples alone may be what somebody wants to train on
+    if mark in ("train_config.json", "model_index.json"):  # a folder of samples is allowed
         raise ValueError(
-            f"train_data_dir={path!r} is the folder of {MARKS[mark]} (it has {mark}): name a folder that holds images "
-            "alone"
+            f"train_data_dir={path!r} is the folder of {MARKS[mark]} (it has {mark}): give a folder of images"
         )
     _check_output(config, [folder])
     parquet = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in ("train", "test")}
@@ -92,20 +90,20 @@ def _folder(config: DataConfig, streaming: bool):
         import datasets
 
         try:
-            # not load_dataset, which calls the Hub's server even for files that are here
+            # load_dataset would contact the Hub even for local files
             kind = datasets.IterableDataset if streaming else datasets.Dataset
             loaded = {split: kind.from_parquet(files) for split, files in parquet.items() if files}
-        except Exception as error:  # datasets, pyarrow and the disk all raise their own
+        except Exception as error:  # datasets and pyarrow raise many types
             raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
         return _rows_of(loaded, "test" if "test" in loaded else None, path)
     if streaming:
-        raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} holds none: leave it out")
+        raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} has none: leave it out")
     splits = _splits(folder)
     found = [sorted(f for here, files in _walk(s) for f in files if is_image_file(f)) for s in splits]
     if not found[0]:
         raise ValueError(
-            f"train_data_dir={path!r} holds no image and no train*.parquet; hidden files, and images in the folders of "
-            "runs, of models and of samples, are left out"
+            f"train_data_dir={path!r} contains no images and no train*.parquet; hidden files and the folders of runs, "
+            "models and samples are ignored"
         )
     folders = {file.parent for files in found for file in files}
     _check_output(config, {up for f in folders for up in (f, *f.parents) if any(up.is_relative_to(s) for s in splits)})
@@ -119,42 +117,44 @@ def _folder(config: DataConfig, streaming: bool):
 
 
 def _mark(folder: Path) -> str | None:
-    """The file that tells that this package wrote the folder, if there is one."""
+    """The name of a file that marks the folder as output of this package, or None."""
     return next((name for name in MARKS if (folder / name).is_file()), None)
 
 
 def _splits(folder: Path) -> list[Path]:
-    """`train` and, if there is one, `test`; or the whole folder."""
+    """The folders `train` and, if it exists, `test`; or the whole folder."""
     splits = [s for s in (folder / "train", folder / "test") if s.is_dir() and not _mark(s)]
     return splits if folder / "train" in splits else [folder]
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """`folder` and those below it whose pictures are data, each with its files. The hidden ones are left out, and what
-    has a mark of `MARKS`, with all below: what is data must not depend on which run or evaluation asks."""
+    """The folders with training data, from `folder` down, each with its files.
+
+    Hidden files and folders, and folders marked by `MARKS` with all below them, are left out.
+    """
     for here, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and not _mark(Path(here, name))]
         yield Path(here), [Path(here, name) for name in files if not name.startswith(".")]
 
 
 def among_images(folder: Path, place: Path) -> bool:
-    """Whether pictures put into `place`, which need not be there yet, would lie among the images of a data folder."""
+    """Whether files in `place`, which need not exist yet, would be among the images of the data folder."""
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir()).resolve()
     return any(there == here.resolve() for here in (folder, *(here for s in _splits(folder) for here, _ in _walk(s))))
 
 
 def _check_output(config: DataConfig, folders) -> None:
-    """A run marks its folder as no data, so that one of those with images in it or below would lose them."""
+    """Raise ValueError if output_dir is one of `folders`: a run marks its folder, whose images are then ignored."""
     output = Path(config.output_dir).resolve()
     if any(output == folder.resolve() for folder in folders):
         raise ValueError(
-            f"output_dir={config.output_dir!r} holds images of train_data_dir={config.train_data_dir!r}, which would "
-            "no longer be data once it is the folder of a run: name a folder of its own for the run"
+            f"output_dir={config.output_dir!r} contains images of train_data_dir={config.train_data_dir!r}, which will "
+            "be ignored later: give a separate folder for the run"
         )
 
 
 def _classes(files: list[Path], folder: Path) -> list[str] | None:
-    """Names of the folders right under `folder`, if there are several and every file is in one of them."""
+    """The class names: the subfolders of `folder`, if there are several and all files are in them."""
     parts = [file.relative_to(folder).parts for file in files]
     names = sorted({first for first, *_ in parts})
     return names if len(names) > 1 and all(len(p) > 1 for p in parts) else None
@@ -167,21 +167,21 @@ def _rows_of(loaded, held_out: str | None, name: str):
 
 
 class Rows:
-    """Rows of a data set as `Item`s. Image and label are found by the types of their columns.
+    """The rows of a data set as `Item`s. Image and label are the first columns of type Image and ClassLabel.
 
     Args:
-        names: what the classes are called, in the order of their labels; `None`: as the data set has it.
+        names: the names of the classes in the order of the labels to return; None: those of the data set.
     """
 
     def __init__(self, dataset, source: str, names: list[str] | None = None):
         import datasets
 
-        if dataset.features is None:  # a stream whose reader does not tell them before the first row
+        if dataset.features is None:  # a stream knows them after its first row
             dataset = dataset._resolve_features()
         features = dataset.features
         columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if not columns:
-            raise ValueError(f"{source!r} has no column of images: its columns are {', '.join(features)}")
+            raise ValueError(f"{source!r} has no column of type Image; its columns are {', '.join(features)}")
         labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         self.image, self.label, self.source = columns[0], labels[0] if labels else None, source
         self.own_names = features[self.label].names if labels else None
@@ -202,7 +202,7 @@ class Rows:
     def item(self, k: int, row: dict) -> Item:
         encoded = row[self.image] or {"bytes": None, "path": None}
         path, source = encoded["path"], encoded["bytes"]
-        if source is None and path and "://" in path:  # of a stream: a file that is not here
+        if source is None and path and "://" in path:  # a remote file of a stream
             with fsspec.open(path, "rb") as file:
                 source = file.read()
         name = f"{self.source} row {k}" + (f" ({path})" if path else "")
@@ -210,9 +210,9 @@ class Rows:
 
     def _label(self, name: str, row: dict) -> int | None:
         label = row[self.label] if self.label else None
-        if label is None or label == -1:  # which is how data sets keep it to themselves
+        if label is None or label == -1:  # -1 stands for an unknown label
             return None
         if not 0 <= label < len(self.own_names):
-            raise ValueError(f"{name} has the label {label}; there are labels 0 ... {len(self.own_names) - 1}, and -1")
+            raise ValueError(f"{name} has the label {label}, which must be in -1 ... {len(self.own_names) - 1}")
         called = self.own_names[label]
         return self.label_names.index(called) if called in self.label_names else None

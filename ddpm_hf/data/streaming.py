@@ -1,4 +1,4 @@
-"""Images of a data set too large to keep: read, shuffled in a buffer and decoded while training."""
+"""Reads, shuffles and decodes the images of a large data set during training."""
 
 import zlib
 from collections.abc import Iterator
@@ -23,22 +23,21 @@ from ddpm_hf.data.sources import Item, Rows, source_of
 
 HELD_OUT_ONE_IN, HELD_OUT_STREAMED = 10, 256
 SHUFFLE_BUFFER = 1000
-FIRST_BAD = 100  # images after which the part of broken ones says something
+FIRST_BAD = 100  # the fraction of broken images is that of at least so many images
 
 
 class ImageStream:
-    """What `ImageData` is for images in memory. Each process reads its own part of the data set.
+    """The counterpart of `ImageData` for streams. Each process reads its own part of the data set.
 
-    The order is that of a shuffle buffer, a function of (seed, epoch, number of processes). A run that goes on reads
-    over what it has seen, without decoding it. Of a data set without a test split, the tenth of the images that a hash
-    of their bytes picks is never trained on, wherever they stand.
+    The order is that of a shuffle buffer, a function of (seed, epoch, number of processes). A resumed run skips what
+    it has seen without decoding it. Without a test split, a hash of the bytes selects a tenth to hold out.
 
     Args:
-        process_index, num_processes: which part to read.
+        process_index, num_processes: the part of the data set to read.
     """
 
-    num_images = None  # nobody knows
-    levels = 256  # of a pixel; so taken whatever it is
+    num_images = None  # unknown
+    levels = 256  # values of a pixel, assumed for all streams
 
     def __init__(self, config: DataConfig, process_index: int, num_processes: int):
         train, test, names = source_of(config, streaming=True)
@@ -59,8 +58,10 @@ class ImageStream:
         self.shape = self.held_out.shape if self.held_out else tuple(self.first(1, config.seed).shape[1:])
 
     def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
-        """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 of those without a class; the
-        stream stands where update `step` begins."""
+        """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 for no class.
+
+        The stream must be at the start of update `step`.
+        """
         if self.images is None:
             self.images = self._read(*self.position)
         batch = list(islice(self.images, len(rows)))
@@ -76,22 +77,22 @@ class ImageStream:
             return torch.stack([image for _, image in islice(images, n)])
         finally:
             images.close()
-            self.seen, self.reasons = counted  # looking ahead does not count
+            self.seen, self.reasons = counted  # these images are not counted as seen
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """(name, reason) of the images that were left out so far."""
+        """(name, reason) of the images skipped so far."""
         return list(self.reasons.items())
 
     def state(self) -> dict:
-        """What `go_to` needs, as it was after the last whole batch: JSON."""
+        """The position after the last complete batch, as JSON for `go_to`."""
         return self.kept
 
     def _keep_state(self) -> None:
         self.kept = {"position": list(self.position), "seen": self.seen, "bad": self.bad}
 
     def go_to(self, state: dict) -> None:
-        """Have the next images be those after the one at which `state` was taken."""
+        """Continue from the position in `state`."""
         self.position, self.seen, self.reasons = tuple(state["position"]), state["seen"], dict(state["bad"])
         self.images = None
         self._keep_state()
@@ -101,7 +102,7 @@ class ImageStream:
         return self.keeps_aside and zlib.crc32(content) % HELD_OUT_ONE_IN == 0
 
     def _read(self, epoch: int, row: int) -> Iterator[tuple[Item, torch.Tensor]]:
-        """Item, with the position behind it, and image, on and on."""
+        """Yield items, with the position after each, and images (C, H, W) in [-1, 1], for ever."""
         for item, image in decode_each(self._items(epoch, row), self.decoder, self.workers):
             self.seen += 1
             if not isinstance(image, BadImage):
@@ -124,12 +125,12 @@ class ImageStream:
                     name = f"{item.name} of epoch {epoch}, process {self.process_index}"
                     yield item._replace(name=name, position=(epoch, k + 1))
             if empty:
-                raise ValueError(f"{self.rows.source!r} has no image for one of the processes: use fewer")
+                raise ValueError(f"{self.rows.source!r} has fewer images than there are processes: use fewer processes")
             epoch, row = epoch + 1, 0
 
 
 def open_images(config: DataConfig, process_index: int, num_processes: int):
-    """Images to train on, as `ImageData` or `ImageStream`, and those held out (None: there are none)."""
+    """The training images, an `ImageData` or `ImageStream`, and the held-out ones, an `ImageData` or None."""
     if not config.streaming or has_embedded_digits(config):
         return load_images(config)
     stream = ImageStream(config, process_index, num_processes)
