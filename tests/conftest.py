@@ -1,11 +1,16 @@
-"""Fixtures: where real data is, and one small model trained for the whole session."""
+"""Fixtures: where real data is, and two small models that are trained once per test run."""
 
 import os
+import shutil
 from pathlib import Path
+
+# Before torch is imported: the tests run side by side, and networks as small as these gain nothing from more threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from hub_server import HubServer
 from huggingface_hub import constants
 
@@ -13,7 +18,7 @@ from ddpm_hf import DDPMUNet
 from ddpm_hf.training import TrainCallback, train
 from ddpm_hf.training.config import TrainConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 TINY_UNET = {
     "stem_channels": 8,
@@ -57,6 +62,17 @@ def calls(**events) -> TrainCallback:
     return callback
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """`-n auto`: one worker per core. Test files and names that are given run here: they end before workers start."""
+    selected = config.option.keyword or any(".py" in each for each in config.option.file_or_dir)
+    return 0 if selected else min(os.cpu_count() or 1, 8)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The slow tests first, so that the workers of pytest-xdist end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _new_accelerator_state():
     """Accelerate allows one precision a process; the tests try several."""
@@ -72,22 +88,32 @@ def shared() -> Path:
     return Path(path)
 
 
+def trained_once(tmp_path_factory, name, **settings) -> Path:
+    """The output folder of a run that the first process to need it trains, for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path, finished = base / name / "run", base / f"{name}.finished"
+    with FileLock(base / f"{name}.lock"):
+        if not finished.exists():
+            shutil.rmtree(path, ignore_errors=True)  # of a worker that failed
+            train(tiny_config(path, **settings))
+            finished.touch()
+    return path
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """The output folder of a finished tiny run on the digits. Not to be written to."""
-    path = tmp_path_factory.mktemp("trained") / "run"
-    train(tiny_config(path, max_train_steps=25, checkpointing_steps=10))
-    return path
+    return trained_once(tmp_path_factory, "trained", max_train_steps=25, checkpointing_steps=10)
 
 
 @pytest.fixture(scope="session")
 def digits_model(tmp_path_factory) -> Path:
     """The pipeline folder of a small class-conditional model that has learnt something. Not to be written to."""
-    path = tmp_path_factory.mktemp("digits_model") / "run"
     settings = {"max_train_steps": 600, "train_batch_size": 64, "learning_rate": 4e-3, "lr_scheduler": "cosine"}
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
-    train(tiny_config(path, class_conditional=True, scheduler=scheduler, ema_max_decay=0.99, **settings))
-    return path
+    settings |= {"class_conditional": True, "scheduler": scheduler, "ema_max_decay": 0.99}
+    return trained_once(tmp_path_factory, "digits_model", **settings)
 
 
 @pytest.fixture
