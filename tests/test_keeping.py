@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler, cli
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
+from ddpm_hf.commands import main as cli
+from ddpm_hf.commands import push
 from ddpm_hf.commands.train_callbacks import write_facts_and_card
 from ddpm_hf.data import dataset as data
 from ddpm_hf.evaluation import evaluate as evaluation
@@ -468,7 +470,7 @@ def test_a_stop_is_seen_within_a_preview(tmp_path, caplog):
         if run.finished:
             break
     assert time.monotonic() - began < 60
-    assert "no preview of update" in caplog.text
+    assert "no samples drawn at update" in caplog.text
     assert steps_of(tmp_path)[-1] == f"checkpoint-{run.step}"
 
 
@@ -615,7 +617,7 @@ def test_what_the_machine_can_not_do_is_one_line_and_status_2(monkeypatch, capsy
     def fail(args):
         raise error
 
-    monkeypatch.setattr(cli, "push", fail)
+    monkeypatch.setattr(push, "run", fail)
     assert cli.main(["push", "a", "b"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -628,7 +630,7 @@ def test_faults_of_ours_keep_their_traceback(monkeypatch, error):
     def fail(args):
         raise error
 
-    monkeypatch.setattr(cli, "push", fail)
+    monkeypatch.setattr(push, "run", fail)
     with pytest.raises(type(error)):
         cli.main(["push", "a", "b"])
 
@@ -637,7 +639,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     def fail(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "push", fail)
+    monkeypatch.setattr(push, "run", fail)
     assert cli.main(["push", "a", "b"]) == 130
     assert capsys.readouterr().err == "ddpm-hf: stopped by SIGINT\n"
 

@@ -11,7 +11,7 @@ from ddpm_hf import LinearNoiseScheduler
 from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.data.neighbours import nearest_images
 from ddpm_hf.training.drawing import forward_process, loss_curve, side_by_side
-from ddpm_hf.training.log import Progress
+from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.pictures import nearness
 from ddpm_hf.utils.pictures import grid, save_film
 
@@ -55,7 +55,7 @@ def test_gif(tmp_path):
 
 
 def test_loss_curve(tmp_path):
-    parts = {name: 0.1 * k if k else None for k, name in enumerate(Progress.BY_TIMESTEP)}
+    parts = {name: 0.1 * k if k else None for k, name in enumerate(TrainingLog.BY_TIMESTEP)}
     log = [{"step": k, "loss": 1 / (k + 1), "held_out_loss": 0.5 if k == 4 else None, **parts} for k in range(5)]
     loss_curve(log, tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size == (1200, 480)

@@ -81,7 +81,7 @@ def test_a_preview_that_fails_does_not_end_the_run(tmp_path, caplog):
         raise RuntimeError("no room\nat all")
 
     assert train(tiny_config(tmp_path), callbacks=[Previews(fail)]).finished
-    assert "the preview of update 4 failed (RuntimeError: no room at all); training goes on" in caplog.text
+    assert "drawing samples at update 4 failed (RuntimeError: no room at all); training continues" in caplog.text
 
 
 class Clock:
@@ -105,25 +105,25 @@ def test_previews_keep_to_their_share_of_the_time(tmp_path, monkeypatch, caplog)
     class Run:
         config = tiny_config(tmp_path, eval_batch_size=30, ddpm_num_inference_steps=10)
         accelerator = Accelerator()
-        step, finished = 0, False
+        step, finished, log_history = 0, False, [{"images_per_second": 10.0}]
 
-    run, share = Run(), Previews(draw, 0.05)
+    run, share = Run(), Previews(draw)
     for run.step in range(100, 10_001, 100):
         clock.now += 100
-        measured = share.after_save(run, images_per_second=10.0)  # 2 * 30 * 10 / (3 * 10) = 20 s
-        assert measured == ([{"value": run.step}] if drawn[-1:] == [run.step] else [])
+        measured = share.on_evaluate(run)  # 2 * 30 * 10 / (3 * 10) = 20 s are guessed
+        assert measured == ([{"value": run.step}] if drawn[-1:] == [run.step] else None)
     assert drawn[0] == 400  # 5 % of 400 s
     assert 0.045 < share.spent / clock.now <= 0.05
-    assert caplog.text.count("no preview at update") == 1
+    assert caplog.text.count("no samples drawn at update") == 1
     before = len(drawn)
     for run.step in (10_100, 10_200):
         run.finished = run.step == 10_200
-        share.after_save(run, 10.0)
+        share.on_evaluate(run)
     assert drawn[before:] == [10_200]
-    none = Previews(draw, 0.0)
-    run.finished = False
+    none = Previews(draw)
+    run.config.preview_time_share, run.finished = 0.0, False
     clock.now += 10_000
-    none.after_save(run, 10.0)
+    none.on_evaluate(run)
     assert drawn[-1] == 10_200
 
 

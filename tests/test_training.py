@@ -37,7 +37,7 @@ from ddpm_hf.training.batch import draw_random
 from ddpm_hf.training.checkpoints import Checkpoints
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guards import Skips, stop_asked
-from ddpm_hf.training.log import Progress, read_log
+from ddpm_hf.training.log import TrainingLog, read_log
 from ddpm_hf.training.loop import learning_rate, step_if_finite
 from ddpm_hf.training.pictures import draw_pictures
 from ddpm_hf.training.previews import Previews
@@ -56,7 +56,7 @@ def weights(folder, variant=None):
 
 def quietly(path):
     """log.csv without its clock columns."""
-    return [{k: v for k, v in row.items() if k not in Progress.CLOCKED} for row in read_log(path / "log.csv")]
+    return [{k: v for k, v in row.items() if k not in TrainingLog.CLOCKED} for row in read_log(path / "log.csv")]
 
 
 # ---------------------------------------------------------------- the parts
@@ -459,7 +459,7 @@ def test_too_many_broken_files_stop_the_run_with_their_list(tmp_path):
         train(tiny_config(tmp_path / "out", train_data_dir=str(tmp_path)))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["quarantine.csv"]
     assert (
-        "4.png,is of no kind that can be read: it begins with b'<html>'"
+        "4.png,is not in a known image format: it begins with b'<html>'"
         in (tmp_path / "out/quarantine.csv").read_text()
     )
     (tmp_path / "4.png").unlink()
@@ -588,7 +588,7 @@ def test_a_network_of_diffusers_that_has_classes_is_refused(tmp_path):
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=10,
     )  # fmt: skip
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "theirs")
-    message = "num_class_embeds=10: only DDPMUNet is class-conditional here"
+    message = "num_class_embeds=10 is not supported: only DDPMUNet can be class-conditional"
     for settings in ({}, {"class_conditional": True}):
         with pytest.raises(ValueError, match=message):
             train(
@@ -845,7 +845,7 @@ def test_no_part_of_an_update_waits_for_the_device(tmp_path, monkeypatch, settin
     config = SimpleNamespace(output_dir=tmp_path, config="")
     run = Run(config, SimpleNamespace(scheduler=scheduler), unet, None, None, 9, accelerator)
     accelerator.is_main_process = False  # which writes no log
-    progress, skips = Progress(run, 4, 0), Skips(run, None)
+    progress, skips = TrainingLog(run, 4, 0), Skips(run, None)
     with progress, Brought() as brought:
         loss, errors, t = DenoisingLoss(snr_gamma=5.0)(unet, scheduler, Batch(x, x, uniform, labels))
         loss.mean().backward()
@@ -1263,7 +1263,7 @@ def test_two_processes_do_what_one_does(tmp_path, dropout):
     assert [row["images_seen"] for row in two] == [row["images_seen"] for row in one]  # it was two, of half the batch
     for a, b in zip(one, two, strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-5
-        for part in Progress.BY_TIMESTEP:
+        for part in TrainingLog.BY_TIMESTEP:
             assert a[part] == b[part] or abs(a[part] - b[part]) < 1e-4
         assert a["learning_rate"] == b["learning_rate"]
     assert abs(one[-1]["held_out_loss"] - two[-1]["held_out_loss"]) < 1e-5
@@ -1335,7 +1335,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, proce
         assert (tmp_path / "killed/unet" / file).read_bytes() == (whole / "unet" / file).read_bytes()
     assert quietly(tmp_path / "killed") == quietly(whole)
     texts = [
-        [line.split(",")[: len(Progress.COUNTED)] for line in (path / "log.csv").read_text().splitlines()]
+        [line.split(",")[: len(TrainingLog.COUNTED)] for line in (path / "log.csv").read_text().splitlines()]
         for path in (tmp_path / "killed", whole)
     ]
     assert texts[0] == texts[1]

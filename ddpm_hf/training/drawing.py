@@ -1,4 +1,4 @@
-"""Drawings that know nothing of a training run: the forward process, loss curves, pictures side by side."""
+"""Draws the forward process, loss curves and pictures side by side."""
 
 import math
 
@@ -11,7 +11,7 @@ from ddpm_hf.utils.files import writing
 
 
 def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1] -> (B * columns, H, W, C): each row one image without noise, then at 0 ... T-1."""
+    """Images (B, C, H, W) in [-1, 1] -> (B * columns, H, W, C) in [0, 1]: each without noise, then at 0 ... T-1."""
     timesteps = torch.linspace(0, len(scheduler) - 1, columns - 1).round().long()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = [scheduler.add_noise(images, noise, t) for t in timesteps]
@@ -23,9 +23,9 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
 
     Args:
         log: rows of log.csv.
-        weighted: whether the training loss against updates has min-SNR weights, unlike the others.
+        weighted: whether the training loss is weighted by min-SNR.
     """
-    from matplotlib.figure import Figure  # takes half a second; without pyplot it needs no display and no backend
+    from matplotlib.figure import Figure  # slow to import; without pyplot it needs no display
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes, by_timestep = figure.subplots(1, 2, width_ratios=(2, 1))
@@ -43,7 +43,7 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
     columns = [[row[name] for row in lately if row[name] is not None] for name in names]
     means = [sum(column) / len(column) if column else math.nan for column in columns]
     by_timestep.stairs(means, [k / len(means) for k in range(len(means) + 1)], color="C0", baseline=None)
-    by_timestep.set(xlabel="timestep / T", yscale="log", title=f"of the last {len(lately)} rows of log.csv")
+    by_timestep.set(xlabel="timestep / T", yscale="log", title=f"training, last {len(lately)} rows of log.csv")
     for each in (axes, by_timestep):
         each.grid(alpha=0.3, which="both")
     with writing(path) as beside:
@@ -51,7 +51,7 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
 
 
 def side_by_side(pictures: list[Image.Image], gap: int) -> Image.Image:
-    """Pictures from left to right on white, `gap` pixels apart."""
+    """Place pictures from left to right on white, `gap` pixels apart."""
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     canvas, left = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white"), 0
     for picture in pictures:

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, whose samples are the ones to look at."""
+"""The exponential moving average (EMA) of the weights, which is saved and sampled from."""
 
 import copy
 
@@ -7,10 +7,10 @@ from torch import nn
 
 
 class EMA:
-    """`model`: a copy of a network whose parameters follow the network's own, in eval mode and without gradients.
+    """`model` is a copy of a network, in eval mode and without gradients, whose parameters are their EMA.
 
-    The decay warms up, min(max_decay, (1 + n) / (10 + n)) at update n, so that the average forgets its random start
-    (TensorFlow's `ExponentialMovingAverage`; Ho et al. 2020 use a fixed 0.9999).
+    The decay is min(max_decay, (1 + n) / (10 + n)) at update n, so that the average forgets the random initial weights
+    (as in TensorFlow's `ExponentialMovingAverage`; Ho et al. 2020 use a constant 0.9999).
     """
 
     def __init__(self, network: nn.Module, max_decay: float):
@@ -19,11 +19,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int, applied: torch.Tensor | bool = True) -> None:
-        """Move towards `network` after its update number `step`, counted from 1.
+        """Average in the weights of `network` after update `step`, counted from 1.
 
         Args:
-            applied: whether that update took place: a bool, or a bool tensor () on the device, which the host does not
-                wait to read.
+            applied: false if that update was skipped. A bool tensor () on the device does not make the host wait.
         """
         decay = min(self.max_decay, (1 + step) / (10 + step))
         average, weights = list(self.model.parameters()), list(network.parameters())

@@ -1,4 +1,4 @@
-"""What is recorded of a training run as run.json, from which the model card is made."""
+"""Collects the facts of a training run for run.json, from which the model card is written."""
 
 import math
 import platform
@@ -16,10 +16,10 @@ PACKAGES = ("ddpm-hf", "torch", "diffusers", "accelerate", "datasets", "transfor
 
 
 def facts_of(run, before: dict) -> dict:
-    """The content of run.json for a `Run` as it is now. What is not known is None.
+    """The content of run.json for the current state of a `Run`. Unknown values are None.
 
     Args:
-        before: what run.json says of the updates before this run was resumed; {} if there is none.
+        before: the content of run.json from before this run was resumed; {} if there is none.
     """
     config, images, base = run.config, run.images, run.config.pretrained_model_name_or_path
     channels, height, width = images.shape
@@ -48,7 +48,7 @@ def facts_of(run, before: dict) -> dict:
             "images_seen": int(log[-1]["images_seen"]) if log else None,
             "seconds": log[-1]["seconds"] if log else None,
             "seed": config.seed,
-            # All that a resumed run has used, in order
+            # all devices that a resumed run has used, in order
             "hardware": list(dict.fromkeys([*map(str, used or ()), hardware(run.accelerator)])),
         },
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
@@ -62,15 +62,15 @@ def _held_out_loss(run, log: list[dict]) -> list[dict]:
         return []
     n, update = len(run.held_out), int(measured[-1]["step"])
     protocol = (
-        f"mean squared error of the EMA weights' prediction on {n:,} held-out images after update {update:,}, one "
-        "draw of noise each (always the same), timesteps spread evenly over 0 ... T-1, not weighted"
+        f"mean squared error of the prediction with EMA weights on {n:,} held-out images after update {update:,}; one "
+        "fixed sample of noise per image, timesteps spread evenly over 0 ... T-1, no loss weights"
     )
     value = measured[-1]["held_out_loss"]
     return [{"type": "mse", "name": "Held-out loss", "value": value, "split": "held out", "protocol": protocol}]
 
 
 def hardware(accelerator: Accelerator) -> str:
-    """The devices of a run and its precision in words, such as "1 process on NVIDIA H100, bf16"."""
+    """The devices and the precision of a run, such as "1 process on NVIDIA H100, bf16"."""
     n, precision = accelerator.num_processes, accelerator.mixed_precision.replace("no", "fp32")
     return f"{n} process{'es, each' if n > 1 else ''} on {_device(accelerator.device)}, {precision}"
 

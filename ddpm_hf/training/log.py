@@ -1,4 +1,4 @@
-"""What a person sees of a run while it lasts: the progress bar, log.csv and, if they want one, a tracker."""
+"""Logs a training run: the progress bar, log.csv and, if set, a tracker."""
 
 import csv
 import time
@@ -11,21 +11,21 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.utils.files import set_aside, write
 
-LOG_EVERY = 10  # updates a row of log.csv
-PARTS = 10  # of 0 ... T-1, for each of which the loss is logged
+LOG_EVERY = 10  # updates per row of log.csv
+PARTS = 10  # the loss is logged for each of so many equal ranges of timesteps
 
 
-class Progress:
+class TrainingLog:
     """Counts and times the updates of a run.
 
-    The columns of log.csv: `loss` is the mean since the row before, over the updates that were not skipped;
-    `loss_t30` the same of timesteps in 0.3 T ... 0.4 T alone, not weighted; `loader_share` the part of the time that
-    went into getting images and drawing what is done to them (on CUDA the device computes meanwhile).
+    Columns of log.csv: `loss` is the mean over the updates since the previous row, without the skipped ones; `loss_t30`
+    is the unweighted loss of the timesteps from 0.3 T to 0.4 T; `loader_share` is the fraction of the time for loading
+    images and drawing random numbers (on CUDA the device computes meanwhile).
 
     Args:
-        run: a `Run`. Its `log_history` becomes the list of these rows, in the main process, as `read_log` gives them.
-        global_batch: images an update.
-        kept: the update up to which a log.csv that is there belongs to this run.
+        run: a `Run`. In the main process its `log_history` becomes the list of rows, as `read_log` returns them.
+        global_batch: images per update.
+        kept: keep the rows of an existing log.csv up to this update.
     """
 
     BY_TIMESTEP = tuple(f"loss_t{100 * k // PARTS:02d}" for k in range(PARTS))
@@ -43,11 +43,11 @@ class Progress:
         self.restart_clock()
 
     def _cut_back(self, step: int) -> list[dict]:
-        """Leave the rows of log.csv up to this update, as they are, and return them."""
-        columns = self.COUNTED + self.CLOCKED  # a version before this one had others
+        """Remove the rows of log.csv after update `step` and return the others."""
+        columns = self.COUNTED + self.CLOCKED  # earlier versions had other columns
         rows, odd = _rows(self.path) if step and self.path.exists() else ([], None)
         if odd is not None:
-            set_aside(self.path, f"line {odd} is no row of numbers")
+            set_aside(self.path, f"line {odd} is not a row of numbers")
         rows = [row for row in rows if int(row["step"]) <= step]
         lines = [",".join(columns), *(",".join(row.get(column) or "" for column in columns) for row in rows)]
         write(self.path, "".join(f"{line}\n" for line in lines))
@@ -70,43 +70,44 @@ class Progress:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Around what gets an update its images, noise and timesteps."""
+        """Around the code that draws a batch: its time is the `loader_share`."""
         began = time.monotonic()
         yield
         self.loaded += time.monotonic() - began
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what is no part of the speed of the training."""
-        self.counted.cpu()  # until the device has done what it was asked before
+        """Around code whose time is not part of `images_per_second`."""
+        self.counted.cpu()  # wait for the device
         began = time.monotonic()
         yield
         self.logged_at += time.monotonic() - began
 
     def restart_clock(self) -> None:
-        """What was done since the last row is no part of the speed of the training."""
+        """Exclude the time since the last row from `images_per_second`."""
         self.logged_at, self.loaded = time.monotonic(), 0.0
 
     @property
     def seconds(self) -> float:
-        """Of this run, those before it was resumed included."""
+        """Duration of this run, including the time before it was resumed."""
         return self.before + time.monotonic() - self.started
 
     def _begin_row(self) -> None:
         self.logged_step, device = self.run.step, self.accelerator.device
-        # Sums and numbers, on the device and read for a row of log.csv alone: reading waits for the device
+        # Sums and counts stay on the device and are read once per row, because reading waits for the device
         self.counted = torch.zeros(2, device=device)
         self.by_timestep = torch.zeros(2, PARTS, device=device)
 
     def update(
         self, loss: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], applied: torch.Tensor, rate: float
     ) -> None:
-        """Count an update that was applied with this loss, or skipped.
+        """Count an update.
 
         Args:
-            seen: of each micro-batch the timesteps (B,) and the mean squared errors of the prediction (B,).
-            applied: bool ().
-            rate: its learning rate.
+            loss: the loss, ().
+            seen: for each micro-batch the timesteps (B,) and the mean squared errors of the prediction (B,).
+            applied: bool (), false if the update was skipped.
+            rate: the learning rate.
         """
         self.bar.update()
         self.rate, skipped = rate, ~applied
@@ -117,15 +118,15 @@ class Progress:
             self.by_timestep.index_add_(1, parts, counted)
 
     def write_row(self, held_out: float | None = None) -> float | None:
-        """A row of log.csv, if there was an update since the last one; returns the loss in the last row."""
+        """Write a row of log.csv if there was an update since the last one. Returns the loss in the last row."""
         run = self.run
-        if run.step == self.logged_step:  # stopped just now, or resumed behind the end
+        if run.step == self.logged_step:  # a save just after a row, or a finished run that is resumed
             return self.loss
         total, done = self.accelerator.reduce(self.counted, "mean").tolist()
         self.loss = loss = total / done if done else None
         sums, counts = self.accelerator.reduce(self.by_timestep, "sum").cpu()
         by_timestep = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist(), strict=True)]
-        taken = time.monotonic() - self.logged_at  # now that the device has done it
+        taken = time.monotonic() - self.logged_at  # `tolist` has waited for the device
         self.images_per_second = (run.step - self.logged_step) * self.global_batch / taken
         row = {
             "step": run.step,
@@ -152,7 +153,7 @@ class Progress:
 
 
 def read_log(path) -> list[dict]:
-    """Rows of log.csv, numbers as floats and empty cells as None. What is no row of numbers is left out."""
+    """Read log.csv as one dict per row, with None for empty cells. Lines that are not rows of numbers are skipped."""
     rows, _ = _rows(Path(path))
     return [_numbers(row) for row in rows]
 
@@ -162,9 +163,9 @@ def _numbers(row: dict[str, str | None]) -> dict[str, float | None]:
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], int | None]:
-    """The rows as text, and the number of the first line that is none (None: all are).
+    """The rows as text, and the number of the first invalid line or None.
 
-    A last line without an end is what a process that was killed had begun to write, and is left out without a word.
+    An incomplete last line, which a killed process leaves, is ignored.
     """
     text = path.read_bytes().decode("utf-8", errors="replace")
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
@@ -175,7 +176,7 @@ def _rows(path: Path) -> tuple[list[dict[str, str]], int | None]:
         row = dict(zip(columns, line.split(",")))
         try:
             is_row = len(row) == len(columns) == line.count(",") + 1 and _numbers(row)["step"].is_integer()
-        except (ValueError, AttributeError):  # a cell is no number, or the step is missing
+        except (ValueError, AttributeError):  # a cell is not a number, or there is no step
             is_row = False
         if is_row:
             rows.append(row)

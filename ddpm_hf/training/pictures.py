@@ -1,4 +1,4 @@
-"""What a run draws: the data before the first update, then samples, the loss, films and nearest training images."""
+"""The pictures of a run: training images, samples, the loss, films and nearest training images."""
 
 import contextlib
 import math
@@ -23,18 +23,18 @@ FILM_FRAMES = 40
 FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 MOST_ROWS = 100  # classes
-FEWEST_COMPARED, MOST_HELD_OUT = 16, 256  # images whose distance to the data is measured
-MEASURED, MEASURED_NUMBERS = 10_000, 2**26  # images (of so many numbers at most) described by mean and std in data.png
+FEWEST_COMPARED, MOST_HELD_OUT = 16, 256  # images for the medians of distances
+MEASURED, MEASURED_NUMBERS = 10_000, 2**26  # images, and numbers, for the statistics in data.png
 
 
 def draw_data(run: Run) -> None:
-    """Write data.png before the first update: training images as the network gets them, and statistics of them."""
+    """Write data.png before the first update: training images as the network sees them, and their statistics."""
     images, (channels, height, width) = run.images, run.images.shape
     shown = images.first(64, run.config.seed)
     flips = draw_random(run.config, 0, torch.arange(len(shown)), len(shown), images.shape).flips
     shown = torch.where(flips[:, None, None, None], shown.flip(3), shown)
     columns = math.ceil(math.sqrt(len(shown)))
-    picture = grid(to_output(shown, "np"), columns, _scale(run), modes=(1, 3))  # opacity would not be seen
+    picture = grid(to_output(shown, "np"), columns, _scale(run), modes=(1, 3))  # shows opacity as a channel
     count = "a stream of" if images.num_images is None else f"{images.num_images:,}"
     lines = [f"{count} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}; {len(shown)} shown"]
     if isinstance(images, ImageData):
@@ -51,19 +51,19 @@ def draw_data(run: Run) -> None:
         numbers = f"{x.min():.3f} ... {x.max():.3f}, mean {mean:.3f}, std {std:.3f}"
         lines.append(f"channel {c} of {len(measured):,}: {numbers}")
     if not run.step:
-        (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of a run before this one
+        (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of an earlier run
     save_picture(with_caption(picture, lines), run.output_dir / "data.png")
 
 
 def draw_pictures(run: Run) -> list[dict]:
-    """Draw samples.png and loss.png; called by all processes after a save.
+    """Draw samples.png and loss.png. All processes call this after a save.
 
-    The first time first_samples.png too, of EMA and training weights side by side; when the training is done also
-    forward.png, denoising.gif and neighbours.png, samples beside the training images that are most like them.
+    The first call also draws first_samples.png, which compares EMA and training weights. At the end of training it also
+    draws forward.png, denoising.gif and neighbours.png, samples with their nearest training images.
 
     Returns:
-        Metrics of the model: when the training is done, the distance of samples to training images. [] before that,
-        and in all processes but the main one.
+        The distance of samples to training images as a list of one metric, in the main process at the end of training;
+        else [].
     """
     config, folder = run.config, run.output_dir
     labels, number, columns = _layout(run)
@@ -105,7 +105,7 @@ def draw_pictures(run: Run) -> list[dict]:
 
 
 def _layout(run: Run) -> tuple[list[int] | None, int, int]:
-    """Labels of the samples, or None, their number, and the columns of their grid: one row a class, if it has any."""
+    """The labels of the samples or None, their number and the columns of their grid, which has a row per class."""
     number = run.config.eval_batch_size
     if not run.config.class_conditional:
         return None, number, math.ceil(math.sqrt(number))
@@ -115,7 +115,7 @@ def _layout(run: Run) -> tuple[list[int] | None, int, int]:
 
 
 def _sample(run: Run, pipeline: DDPMCustomPipeline, number: int, labels, frame_steps=()) -> np.ndarray:
-    """(frames + 1, number, H, W, C) in [0, 1], as `sample_together` gives them."""
+    """(frames + 1, number, H, W, C) in [0, 1], see `sample_together`."""
     config, accelerator = run.config, run.accelerator
     pipeline.set_progress_bar_config(desc="samples", leave=False, disable=not accelerator.is_main_process)
     steps, guidance = config.ddpm_num_inference_steps, config.guidance_scale
@@ -123,8 +123,8 @@ def _sample(run: Run, pipeline: DDPMCustomPipeline, number: int, labels, frame_s
 
 
 def _sample_training_weights(run: Run, number: int, labels) -> np.ndarray:
-    """Samples (number, H, W, C) in [0, 1] of the network that is trained."""
-    # Once, and of another shape than what it is trained on: compiling it for that would take longer
+    """Samples (number, H, W, C) in [0, 1] with the training weights."""
+    # Compiling for this one call, whose shapes differ from those in training, would take longer
     eagerly = torch.compiler.set_stance("force_eager") if run.config.compile else contextlib.nullcontext()
     try:
         with eagerly:
@@ -134,48 +134,48 @@ def _sample_training_weights(run: Run, number: int, labels) -> np.ndarray:
 
 
 def nearness(run: Run, of_samples: torch.Tensor) -> list[dict]:
-    """Measure whether samples are nearer to training images than held-out images are.
+    """Compare the distances of samples and of held-out images to their nearest training images.
 
     Args:
-        of_samples: the distance of each sample to its nearest training image, (B,), as `nearest_images` gives it.
+        of_samples: the distance of each sample to its nearest training image, (B,), from `nearest_images`.
 
     Returns:
-        One metric, as in `Run.metrics`; [] if there are too few samples or held-out images for a median.
+        A list of one metric as in `Run.metrics`, or [] if there are too few samples or held-out images.
     """
     if run.held_out is None or min(len(of_samples), len(run.held_out)) < FEWEST_COMPARED:
         return []
     compared = min(len(run.held_out), MOST_HELD_OUT)
-    held_out = run.held_out.batch(torch.linspace(0, len(run.held_out) - 1, compared).long())  # of all classes
+    held_out = run.held_out.batch(torch.linspace(0, len(run.held_out) - 1, compared).long())  # spread over all classes
     of_held_out = nearest_images(held_out, run.images)[1][:, 0]
     samples, unseen = (d.median().item() / math.prod(run.images.shape) ** 0.5 for d in (of_samples, of_held_out))
     guidance = run.config.guidance_scale
-    guided = f", each class as often, guidance {guidance:g}" if run.config.class_conditional else ""
+    guided = f", the same number per class, guidance {guidance:g}" if run.config.class_conditional else ""
     return [
         {
             "type": "nearest_training_image",
-            "name": "Distance of samples to the nearest training image, over that of held-out images",
+            "name": "Distance of samples to the nearest training image, relative to held-out images",
             "value": samples / unseen if unseen else None,
             "split": "train",
             "protocol": f"medians of the root mean square difference of pixels in [-1, 1]: {samples:.4f} of "
             f"{len(of_samples)} samples ({run.config.ddpm_num_inference_steps} steps of the model's own scheduler, "
             f"seed {run.config.seed}{guided}), "
             f"{unseen:.4f} of {len(of_held_out)} held-out images, each to the nearest of {len(run.images):,} training "
-            "images; near 0 if the model repeats its data",
+            "images; a value near 0 means that the model repeats training images",
         }
     ]
 
 
 def _neighbours(samples: torch.Tensor, found: torch.Tensor, scale: int) -> Image.Image:
-    """Samples (B, C, H, W), each followed by its nearest training images (B, k, C, H, W), in two columns of rows."""
+    """A picture in two columns of samples (B, C, H, W), each with its nearest training images (B, k, C, H, W)."""
     rows = torch.cat([samples[:, None], found], dim=1)
     halves = [to_output(half.flatten(0, 1), "np") for half in rows.split(-(-len(rows) // 2))]
     picture = side_by_side([grid(half, rows.shape[1], scale) for half in halves], gap=4 * scale)
-    caption = f"first of each row: a sample; the others: the {found.shape[1]} most similar training images"
+    caption = f"first image of each row: a sample; the others: its {found.shape[1]} nearest training images"
     return with_caption(picture, [caption])
 
 
 def show(run: Run, name: str, picture: Image.Image) -> None:
-    """Send a picture to the run's trackers that take pictures."""
+    """Send a picture to the trackers of the run that support images."""
     image = np.asarray(picture.convert("RGB"))[None]
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
@@ -184,5 +184,5 @@ def show(run: Run, name: str, picture: Image.Image) -> None:
 
 
 def _scale(run: Run) -> int:
-    """How many times to draw each pixel so that it can be seen."""
+    """The factor that enlarges small images."""
     return max(1, 64 // max(run.images.shape[1:]))

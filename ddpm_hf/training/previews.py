@@ -1,4 +1,4 @@
-"""Samples drawn while training, by all processes together and within a share of the time; an error ends no run."""
+"""Draws samples during training, in all processes and within a fraction of the time. Errors do not end the run."""
 
 import logging
 import time
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 
 class Previews(TrainCallback):
-    """Draws samples in all processes, as often as `preview_time_share` of the time so far allows.
+    """Draws samples in all processes as often as `preview_time_share` allows, and always at the end of training.
 
-    What it will take is guessed from the training's speed, and then known from the last time. The last preview of a run
-    is always drawn. If one fails, that is logged and training continues.
+    The time of the first preview is estimated from the speed of training, later that of the previous one is used. A
+    failure is logged and training continues.
 
     Args:
-        draw: called with the `Run`; returns what it has measured, a list of metrics, or None.
+        draw: called with the `Run`; returns a list of metrics, or None.
     """
 
-    BACKWARD = 2  # costs this many forward passes
+    BACKWARD = 2  # cost of a backward pass in forward passes
 
     def __init__(self, draw: Callable[[Run], list[dict] | None]):
         self.draw, self.spent, self.last, self.began, self.logged = draw, 0.0, None, time.monotonic(), False
@@ -46,12 +46,12 @@ class Previews(TrainCallback):
         elapsed = time.monotonic() - self.began
         allowed = share * elapsed - self.spent
         due = [run.finished or (expected is not None and expected <= allowed)]
-        broadcast_object_list(due)  # each process has a clock of its own, and the main one the log
+        broadcast_object_list(due)  # clocks differ between processes, and only the main one has the log
         if not due[0]:
             if run.accelerator.is_main_process and not self.logged:
                 log.warning(
-                    f"no preview at update {run.step}: it would take about {expected or 0:.0f} s, and "
-                    f"preview_time_share={share:g} of {elapsed:.0f} s has {max(0, allowed):.0f} s left; later then"
+                    f"no samples drawn at update {run.step}: they would take about {expected or 0:.0f} s, but "
+                    f"preview_time_share={share:g} of {elapsed:.0f} s leaves {max(0, allowed):.0f} s"
                 )
                 self.logged = True
             return None
@@ -59,10 +59,12 @@ class Previews(TrainCallback):
         try:
             metrics = self.draw(run)
         except Stopped as stopped:
-            log.warning(f"no preview of update {run.step}: {stopped}")
+            log.warning(f"no samples drawn at update {run.step}: {stopped}")
         except Exception as error:
             reason = " ".join(str(error).split())
-            log.warning(f"the preview of update {run.step} failed ({type(error).__name__}: {reason}); training goes on")
+            log.warning(
+                f"drawing samples at update {run.step} failed ({type(error).__name__}: {reason}); training continues"
+            )
         self.last = time.monotonic() - began
         self.spent += self.last
         return metrics
@@ -78,21 +80,20 @@ def sample_together(
     class_labels: list[int] | None = None,
     guidance_scale: float = 1.0,
 ) -> np.ndarray:
-    """The same images however many processes there are and however large a batch their memory has room for.
+    """Sample images in all processes. They do not depend on the number of processes or the batch size.
 
-    Image k has its own generator, of (`seed`, k). Each process makes every so-many-th image, in one batch if it can and
-    in halves of it if memory runs out.
+    Image k has its own generator, seeded with (`seed`, k). Each process halves its batch when memory runs out.
 
     Args:
-        frame_steps: numbers of the steps, counted from 0, whose x_t are given besides.
-        class_labels: one an image, for a class-conditional network.
-        guidance_scale: as the pipeline has it.
+        frame_steps: also return x_t after these sampling steps, counted from 0.
+        class_labels: the class of each image, for a class-conditional network.
+        guidance_scale: see the pipeline.
 
     Returns:
-        (frames + 1, num_images, H, W, C) in [0, 1], the last of the frames being the samples, in all processes.
+        (frames + 1, num_images, H, W, C) in [0, 1] in all processes; the last frame is the samples.
 
     Raises:
-        Exception: a process could not. All raise an error then, the others a RuntimeError that names it.
+        Exception: sampling failed in this process; in the others it is a RuntimeError with that error.
         Stopped: this process was asked to stop.
     """
     own = range(accelerator.process_index, num_images, accelerator.num_processes)
@@ -106,7 +107,7 @@ def sample_together(
 
 
 def _sample(pipeline, numbers: Sequence[int], steps: int, seed, frame_steps, labels, guidance) -> list[np.ndarray]:
-    """(frames + 1, H, W, C) in [0, 1] of each image of these numbers."""
+    """(frames + 1, H, W, C) in [0, 1] for each image number."""
     done, batch_size = [], len(numbers)
     while len(done) < len(numbers):
         part = slice(len(done), len(done) + batch_size)
