@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import config as datasets_config
 from filelock import FileLock
 from hub_server import HubServer
 from huggingface_hub import constants
@@ -19,6 +20,7 @@ from ddpm_hf.training import TrainCallback, train
 from ddpm_hf.training.config import TrainConfig
 
 torch.set_num_threads(1)
+datasets_config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.05  # of 5 s, at the start of each epoch of a shuffled stream
 
 TINY_UNET = {
     "stem_channels": 8,

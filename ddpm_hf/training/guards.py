@@ -1,4 +1,4 @@
-"""What ends a run, or keeps it from replacing a good model, and says why: skipped updates, divergence, memory, signals."""
+"""Guards of a run: skipped updates, divergence, errors of memory and compiler, invalid images, stop signals."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ from ddpm_hf.utils.signals import stop_requested
 
 SKIPPED_IN_A_ROW = 20  # updates; float16's scaler may need so many to find its scale
 # A training has diverged when the held-out loss is so many times its lowest, and the training loss so many times what
-# it was then. Of a network that learns a few images by heart the first grows and the second falls.
+# it was then. When a network memorises a few images, the first grows and the second falls.
 HELD_OUT_GROWN, TRAINING_GROWN = 3.0, 2.0
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Skips:
 
 
 def divergence(run, checkpoints: Checkpoints, held_out: float | None, loss: float | None) -> str | None:
-    """Why the network as it is now must not replace an earlier one; None if it may.
+    """The reason why the current network must not replace an earlier checkpoint; None if it may.
 
     Args:
         held_out: the held-out loss now, the same in all processes; None if nothing was held out.
@@ -79,7 +79,7 @@ def divergence(run, checkpoints: Checkpoints, held_out: float | None, loss: floa
     if not math.isfinite(held_out):
         raise FloatingPointError(
             f"after update {run.step} the held-out loss is {held_out}, though the weights are finite: the training has "
-            f"diverged, and nothing is saved of it; {good}; {advice}"
+            f"diverged, and this update is not saved; {good}; {advice}"
         )
     if not best or held_out <= HELD_OUT_GROWN * best["held_out_loss"]:
         return None
@@ -129,23 +129,23 @@ def explain_failure(config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_bad_images(config) -> Iterator[None]:
-    """Around what decodes images: if too many can't be used, write quarantine.csv before the error goes on."""
+    """Around the decoding of images: if too many are invalid, write quarantine.csv and raise an error that names it."""
     try:
         yield
     except BadImages as error:
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_quarantine(folder, error.bad)
-        told = ValueError(f"{error}. All are in {folder / QUARANTINE}")
-        told.of_each_process = config.streaming
-        raise told from error
+        explained = ValueError(f"{error}. {folder / QUARANTINE} lists all of them")
+        explained.of_each_process = config.streaming
+        raise explained from error
     except ValueError as error:
         error.of_each_process = config.streaming  # each process reads its own part of a stream
         raise
 
 
 def write_quarantine(folder: Path, bad: list[tuple[str, str]]) -> None:
-    """List the images that can't be used, (path, reason), or remove the list of a run before this one."""
+    """Write the list of invalid images, (path, reason); without any, remove the list of an earlier run."""
     if bad:
         text = io.StringIO(newline="")
         csv.writer(text).writerows([QUARANTINE_HEADER.split(","), *dict(bad).items()])

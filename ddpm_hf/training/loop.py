@@ -1,4 +1,4 @@
-"""The training loop (Ho et al. 2020, arXiv:2006.11239, algorithm 1): what one update does."""
+"""The training loop (Ho et al. 2020, arXiv:2006.11239, algorithm 1)."""
 
 import contextlib
 import math
@@ -28,8 +28,8 @@ def train(config, callbacks: Iterable[TrainCallback] = (), objective: Callable[.
         objective: called as `objective(network, scheduler, batch)`; None: `DenoisingLoss`.
 
     Raises:
-        ValueError: something in `config` can't be; nothing has been written then (but quarantine.csv, if that is it).
-            Or memory, or the compiler, fails in an update; the checkpoints from before it are whole.
+        ValueError: a setting is invalid; nothing has been written then, except quarantine.csv if too many images are
+            invalid. Or an update runs out of memory or can't be compiled; earlier checkpoints are complete.
         FloatingPointError: losses or gradients were not finite too many times in a row, or the training has diverged.
         Stopped: SIGTERM or Ctrl-C came before the first update; nothing has been written then.
     """
@@ -37,7 +37,7 @@ def train(config, callbacks: Iterable[TrainCallback] = (), objective: Callable[.
         run, began_at = training.run, training.run.step
         with training.progress:
             with contextlib.suppress(Stopped):
-                if run.finished:  # resumed behind its end
+                if run.finished:  # resumed after its last update
                     save(training)
                 run_updates(training)
             training.stop.may_raise = False

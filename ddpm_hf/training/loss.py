@@ -1,4 +1,4 @@
-"""What is learnt: the loss of a batch of images (Ho et al. 2020, arXiv:2006.11239, equation 14).
+"""The training objective: the loss of a batch of images (Ho et al. 2020, arXiv:2006.11239, equation 14).
 
 The training loop calls an objective as `objective(network, scheduler, batch)`, which returns `Losses`. Any function or
 object that is called like `DenoisingLoss` can take its place: `train(config, objective=MyLoss())`.
@@ -40,8 +40,8 @@ class Losses(NamedTuple):
 class DenoisingLoss:
     """Mean squared error of the noise, of x_0 or of v, as the scheduler's `prediction_type` says.
 
-    A scheduler with a learned variance adds the variational bound, as the one timestep estimates it, of which only the
-    variance learns (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
+    With a learned variance, the loss adds an estimate of the variational bound, whose gradient reaches the variance
+    only (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
 
     Args:
         snr_gamma: weight the errors by min-SNR-gamma (arXiv:2303.09556); None: all alike.

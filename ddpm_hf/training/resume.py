@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its run beside weights, and whether a run can go on from it."""
+"""The settings that a checkpoint keeps, and whether a run may resume from it."""
 
 import dataclasses
 import json
@@ -26,20 +26,22 @@ def recorded(run: Run, objective) -> dict:
     """The images and settings that a checkpoint keeps, as JSON gives them back."""
     config = run.config
     network = {name: value for name, value in run.unet.config.items() if name[:1] != "_"}
-    learnt = {name: run.pipeline.scheduler.config.get(name) for name in OBJECTIVE} | {"snr_gamma": config.snr_gamma}
-    learnt["loss"] = getattr(objective, "__name__", type(objective).__name__)
+    objective_settings = {name: run.pipeline.scheduler.config.get(name) for name in OBJECTIVE} | {
+        "snr_gamma": config.snr_gamma
+    }
+    objective_settings["loss"] = getattr(objective, "__name__", type(objective).__name__)
     batch = {
         "train_batch_size": config.train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "processes": run.accelerator.num_processes,
     }
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_KEPT}
-    kept = {"settings": settings, "network": network, "objective": learnt, "batch": batch}
+    kept = {"settings": settings, "network": network, "objective": objective_settings, "batch": batch}
     return json.loads(json.dumps({"images": images_identity(run), **kept}))
 
 
 def images_identity(run: Run) -> str:
-    """Other images, or other classes where they count, have another."""
+    """A string that differs for other images and, in a class-conditional run, for other classes."""
     images = run.images
     if not run.config.class_conditional or not isinstance(images, ImageData):
         return images.fingerprint
@@ -48,7 +50,7 @@ def images_identity(run: Run) -> str:
 
 
 def restore_run_state(state: dict, run: Run) -> None:
-    """Take from a checkpoint what it holds beside weights: the best save, float16's scale, the place in a stream."""
+    """Restore what a checkpoint holds besides weights: the best loss, the loss scale of fp16, the position in a stream."""
     accelerator, config, streams = run.accelerator, run.config, state.get("streams")
     same_images = run.step and state["images"] == images_identity(run)
     if state["kept"] is not None and same_images:  # of other images the held-out loss is another
@@ -64,15 +66,15 @@ def restore_run_state(state: dict, run: Run) -> None:
     if run.step and not same_images and accelerator.is_main_process:
         log.warning(
             f"the images ({images_identity(run)}) are not those of the checkpoint ({state['images']}): "
-            "the run goes on, but not to the same bits"
+            "the run continues, but its results will differ"
         )
     if state.get("scaler") and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     if config.streaming and run.step:
         if streams is None or len(streams) != accelerator.num_processes:
             raise ValueError(
-                f"streaming=True goes on with as many processes as it began with, {len(streams or [])} and not "
-                f"{accelerator.num_processes}"
+                f"streaming=True: this run has {accelerator.num_processes} processes and the checkpoint's had "
+                f"{len(streams or [])}; resume a stream with the same number"
             )
         run.images.go_to(streams[accelerator.process_index])
 

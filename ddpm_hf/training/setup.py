@@ -1,4 +1,4 @@
-"""From a configuration to a run that is ready to train: images, network, optimizer, and where a checkpoint goes on."""
+"""Prepare a run from its configuration: images, network, optimizer and the checkpoint to resume from."""
 
 import contextlib
 import importlib.util
@@ -63,7 +63,7 @@ class Training:
         self.to_compile = config.compile
 
     def start(self, kept: int | None) -> None:
-        """Wrap network and optimizer for the devices. `kept`: the update up to which log.csv is of this run."""
+        """Move network and optimizer to the device. `kept`: the update up to which log.csv belongs to this run."""
         run, accelerator = self.run, self.run.accelerator
         self.network, self.optimizer = accelerator.prepare(run.unet.train(), self.optimizer)
         self.ema.model.to(accelerator.device)
@@ -91,7 +91,7 @@ class Training:
 
     @contextlib.contextmanager
     def log_first_compile(self) -> Iterator[None]:
-        """Around what calls the network for the first time."""
+        """Log the start and the duration of the first call of a compiled network."""
         compiles, self.to_compile = self.to_compile and self.run.accelerator.is_main_process, False
         began = time.monotonic()
         if compiles:
@@ -103,9 +103,9 @@ class Training:
 
 @contextlib.contextmanager
 def open_run(config: TrainConfig, callbacks: list[TrainCallback], objective=None) -> Iterator[Training]:
-    """A `Training` in a folder that no other process works in meanwhile; at the end the last words and the clean-up.
+    """Open a `Training` in a folder that it locks, and close it: log how it ended, and end the trackers.
 
-    All is checked before anything is written. Raises as `train`.
+    Everything is checked before anything is written. Raises the errors of `train`.
     """
     folder = Path(config.output_dir)
     if folder.is_file():
@@ -130,7 +130,7 @@ def open_run(config: TrainConfig, callbacks: list[TrainCallback], objective=None
 
 @contextlib.contextmanager
 def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leaves torch's global generators as they were: a run seeds them for weights and dropout."""
+    """Restore torch's global random state at the end: a run seeds it for initial weights and dropout."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     cpu = torch.get_rng_state()
     try:
@@ -162,7 +162,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop) -> tuple[Training, int | None]:
-    """The training at the update from which it goes on, and that update if the checkpoint is of this folder."""
+    """The training at the update where it starts, and that update if the checkpoint lies in this folder (else None)."""
     images, held_out = _images(config, accelerator)
     torch.manual_seed(config.seed)
     unet, scheduler = build_model(config, images.shape, images.label_names)
@@ -207,7 +207,7 @@ def _begin(training: Training, kept: int | None) -> None:
 
 
 def _end(training: Training, began_at: int) -> None:
-    """Say how the run ended, and let the processes part."""
+    """Log how the run ended, and end trackers and process group."""
     run, accelerator, stop = training.run, training.run.accelerator, training.stop
     if run.stopped_by and accelerator.is_main_process:
         by = f"stopped by {stop.name or 'a signal to another process'}"
@@ -216,10 +216,10 @@ def _end(training: Training, began_at: int) -> None:
         elif training.saved:
             log.warning(
                 f"{by} after update {run.step} of {run.total_steps}; the same command with --resume_from_checkpoint "
-                "latest goes on from there"
+                "latest continues from there"
             )
         else:
-            log.warning(f"{by} after update {run.step} of {run.total_steps}, of which nothing is saved")
+            log.warning(f"{by} after update {run.step} of {run.total_steps}, which was not saved")
     run.stopped_by = run.stopped_by or stop.name
     accelerator.end_training()
     for callback in training.callbacks if accelerator.is_main_process else ():
@@ -229,12 +229,12 @@ def _end(training: Training, began_at: int) -> None:
 
 
 def _images(config: TrainConfig, accelerator: Accelerator):
-    """Images to train on and to measure on; the main process logs what can't be used."""
+    """Training and held-out images; the main process logs which ones are left out."""
     main = accelerator.is_main_process
     with explain_bad_images(config):
         images, held_out = open_images(config, accelerator.process_index, accelerator.num_processes)
     if len(set(gather_object([images.fingerprint]))) > 1:
-        raise ValueError("the processes have read different images: is the data set being changed?")
+        raise ValueError("the processes have read different images; do not change the data set while training starts")
     without = int((images.labels < 0).sum()) if isinstance(images, ImageData) and images.label_names else 0
     if config.class_conditional and (images.label_names is None or without == images.num_images):
         raise ValueError(
@@ -242,12 +242,12 @@ def _images(config: TrainConfig, accelerator: Accelerator):
             "they need a column of type ClassLabel, or folders, one a class, with every image in one of them"
         )
     if config.class_conditional and without and main:
-        log.warning(f"{without} of {images.num_images} images have no class and are learnt without one")
+        log.warning(f"{without} of {images.num_images} images have no class; they are trained with the null label")
     if main and images.bad:
-        log.warning(f"{len(images.bad)} images can't be used and are left out: quarantine.csv says why")
+        log.warning(f"{len(images.bad)} invalid images are left out; quarantine.csv lists them with the reason")
     if main and images.num_images is not None and images.num_images < FEW_IMAGES:
         log.warning(
-            f"{images.num_images} images are fewer than {FEW_IMAGES}: the network will learn them by heart rather than "
-            "what they have in common; compare neighbours.png"
+            f"{images.num_images} images are fewer than {FEW_IMAGES}: the network is likely to memorise them; compare "
+            "neighbours.png"
         )
     return images, held_out
