@@ -50,7 +50,7 @@ def images_identity(run: Run) -> str:
 
 
 def restore_run_state(state: dict, run: Run) -> None:
-    """Restore what a checkpoint holds besides weights: the best loss, the loss scale of fp16, the position in a stream."""
+    """Restore what a checkpoint holds besides weights: the best loss, fp16's loss scale, the position in a stream."""
     accelerator, config, streams = run.accelerator, run.config, state.get("streams")
     same_images = run.step and state["images"] == images_identity(run)
     if state["kept"] is not None and same_images:  # of other images the held-out loss is another
