@@ -109,21 +109,21 @@ def _cards(metrics: dict) -> list[dict]:
     """The most important values, each with a value to compare it with."""
     cards, shown = [], {key: number(metrics[key]) for key in metrics if has(metrics, key)}
 
-    def add(name: str, text: str, beside: str, tone: str = "") -> None:
-        cards.append({"name": name, "number": text, "beside": beside, "tone": tone})
+    def add(name: str, text: str, detail: str, tone: str = "") -> None:
+        cards.append({"name": name, "number": text, "detail": detail, "tone": tone})
 
     for key in [key for of in SETS for name in DISTANCES if (key := f"{name}_{of}") in shown][:1]:
         family, of = key.split("_", 1)
         real, matched = f"{family}_real", f"{key}_matched"
-        beside = f"held-out images: {shown[real]}" if real in shown else ""
+        detail = f"held-out images: {shown[real]}" if real in shown else ""
         if real in shown and matched in shown:
-            beside = f"with {metrics[real]['n']:,} images: samples {shown[matched]}, held-out images {shown[real]}"
-        add(f"{DISTANCES[family]} to {SETS[of]}", shown[key], beside)
+            detail = f"with {metrics[real]['n']:,} images: samples {shown[matched]}, held-out images {shown[real]}"
+        add(f"{DISTANCES[family]} to {SETS[of]}", shown[key], detail)
     if not cards and "precision_train" in shown:
         add("Precision and recall", f"{shown['precision_train']} and {shown['recall_train']}", "with training images")
     for key in [key for key in BITS if key in shown][:1]:
-        beside = f"{shown['bpd_floor']} of them are due to the fixed variance" if "bpd_floor" in shown else ""
-        add(f"Bits per dimension: {BITS[key]}", shown[key], beside)
+        detail = f"{shown['bpd_floor']} of them are due to the fixed variance" if "bpd_floor" in shown else ""
+        add(f"Bits per dimension: {BITS[key]}", shown[key], detail)
     for key in [key for key in MEMORIZATION if key in shown][:1]:
         tone, words = verdict(metrics[key])
         add(f"Memorisation, {MEMORIZATION[key]}", f"z = {z_score(metrics[key])}", f"Samples are {words}.", tone)
