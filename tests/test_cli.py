@@ -61,7 +61,7 @@ def test_the_readmes_first_line_in_few_steps(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "the following arguments are required: command"),
+        ([], "the following arguments are required: <command>"),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "--config", "nothing"], "config='nothing' is neither a file nor one of the recipes"),
         (["train", "--train_data_dir", "nowhere"], "train_data_dir='nowhere' is not a folder"),
@@ -142,7 +142,7 @@ def test_a_mistake_has_no_traceback_in_a_real_process(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
-        assert "train_data_dir='nowhere' is not a folder; it must be one that holds" in done.stderr
+        assert "train_data_dir='nowhere' is not a folder; it must be a folder of" in done.stderr
         assert not list(tmp_path.iterdir())
 
 

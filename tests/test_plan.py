@@ -196,12 +196,12 @@ def test_time_of_an_update():
          "27 updates: num_epochs 10 of 1,617 images"),
         ({"num_epochs": 10, "train_batch_size": 100}, 2, 2001, "101 updates: num_epochs 10 of 2,001 images"),
         ({"num_epochs": 10, "train_data_dir": "my", "resolution": 8, "channels": 1, "train_batch_size": 100}, 2, None,
-         "5,000 updates: 1,000,000 images; --num_images tells the whole run"),
+         "5,000 updates: 1,000,000 images; give --num_images for the whole run"),
     ],
 )  # fmt: skip
 def test_updates_are_counted_as_in_training(settings, gpus, num_images, run):
     lines = plan(resolve({"unet": TINY_UNET, **settings}), gpus, "cpu", num_images)
-    assert run in next(line for line in lines if line.startswith("the run"))
+    assert run in next(line for line in lines if line.startswith("time of the run"))
 
 
 def test_the_command(capsys):
@@ -210,7 +210,9 @@ def test_the_command(capsys):
     assert lines[0] == "digits: 16 x h100, images of 1x8x8, mixed_precision no"
     assert lines[1].split() == ["parameters", "0.43", "M"]
     assert "128 = batch 8 x 1 micro-batches x 16 devices" in lines[3]
-    first, last = (next(k for k, line in enumerate(lines) if line.startswith(w)) for w in ("largest", "the run"))
+    first, last = (
+        next(k for k, line in enumerate(lines) if line.startswith(w)) for w in ("largest", "time of the run")
+    )
     assert all("estimate: " in line for line in lines[first : last + 1])
     constants = [line.split() for line in lines[last + 2 :]]
     assert [float(words[1]) > 0 for words in constants] == [True] * len(constants)
@@ -245,7 +247,7 @@ def test_more_images_need_more_memory_than_there_is(capsys):
     unet, shape = made(config="mnist")
     lines = plan(resolve({"config": "mnist"}), 1, "a100")
     largest = next(line for line in lines if line.startswith("largest"))
-    largest = int(re.search(r"([\d,]+) a device", largest)[1].replace(",", ""))
+    largest = int(re.search(r"([\d,]+) per device", largest)[1].replace(",", ""))
     assert count_memory(unet, shape, largest).peak == pytest.approx(80e9, rel=0.01)
 
 
@@ -254,17 +256,17 @@ def test_more_images_need_more_memory_than_there_is(capsys):
     [
         (
             ["--config", "labml-celeba"],
-            "channels=None: the images decide it, and no image is read to plan a run; give --channels",
+            "channels=None: training takes it from the images, but plan reads none; give --channels",
         ),
-        (["--train_data_dir", "my"], "resolution=None: the images decide it, and no image is read to plan a run; give"),
-        (["--train_data_dir", "my", "--resolution", "64"], "channels=None: the images decide it, and no image is read"),
+        (["--train_data_dir", "my"], "resolution=None: training takes it from the images, but plan reads none"),
+        (["--train_data_dir", "my", "--resolution", "64"], "channels=None: training takes it from the images"),
         (["--device", "tpu"], "device='tpu' must be one of cpu, a100, h100, h200"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),
         (["--num_images", "0"], "num_images=0 must be at least 1"),
         (["--gpu", "2"], "unknown flag '--gpu'"),
         (["--device", "cpu", "--mixed_precision", "fp16"], "mixed_precision='fp16' needs a CUDA device"),
         (["--unet", '{"width": 3}'], "unexpected keyword argument 'width'"),
-        (["--unet", '{"in_channels": 3}'], "unet is made for 3 channels and the images have 1"),
+        (["--unet", '{"in_channels": 3}'], "unet has 3 input channels and the images have 1"),
         (
             ["--class_conditional", "true", "--train_data_dir", "my", "--resolution", "8", "--channels", "1"],
             "class_conditional=True: give the number of classes",

@@ -86,7 +86,7 @@ def test_what_it_costs_is_what_plan_counts(tmp_path, capsys):
     memory = count_memory(unet, (3, 20, 20), 6).peak / 2**20
     parameters = sum(p.numel() for p in unet.parameters()) / 1e6
     assert (
-        f": {parameters:.2f} M parameters, {flops:.3g} GFLOPs an image with backward, {memory:.1f} MiB of tensors "
+        f": {parameters:.2f} M parameters, {flops:.3g} GFLOPs per image with backward, {memory:.1f} MiB of tensors "
         "at batch 6\n" in capsys.readouterr().out
     )
 
@@ -139,7 +139,7 @@ def test_a_pretrained_network_stays_as_it_is(tmp_path, trained, capsys):
     config = for_training({"train_data_dir": str(folder), "pretrained_model_name_or_path": str(trained)})
     assert (config.config, config.unet, config.scheduler) == ("mnist", {}, {})
     assert config.learning_rate == load_recipe("mnist")["learning_rate"]
-    assert capsys.readouterr().out.endswith(f"; the network comes with {trained}\n")
+    assert capsys.readouterr().out.endswith(f"; the network is that of {trained}\n")
 
 
 @pytest.mark.parametrize(

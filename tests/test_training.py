@@ -224,7 +224,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(trained, tmp_path):
 
     with pytest.raises(Dies):
         train(tiny_config(tmp_path, **settings), callbacks=[calls(on_save=die_at_20)])
-    with pytest.raises(ValueError, match="holds an unfinished run .checkpoint-20 of 25.: go on with"):
+    with pytest.raises(ValueError, match="contains an unfinished run .checkpoint-20 of 25.: resume it with"):
         train(tiny_config(tmp_path, **settings))
     run = train(tiny_config(tmp_path, **settings, resume_from_checkpoint="latest"))
     assert run.step == 25
@@ -239,7 +239,7 @@ def test_a_checkpoint_can_be_named(trained, tmp_path):
     settings = {"max_train_steps": 25, "checkpointing_steps": 10}
     train(tiny_config(tmp_path, **settings, resume_from_checkpoint=str(trained / "checkpoint-20")))
     assert_close(weights(tmp_path), weights(trained), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="'checkpoint-7' is no checkpoint; in .* there is checkpoint-25"):
+    with pytest.raises(ValueError, match="'checkpoint-7' is not a checkpoint; the checkpoints in .*: checkpoint-25"):
         train(tiny_config(tmp_path, **settings, resume_from_checkpoint="checkpoint-7"))
 
 
@@ -253,7 +253,7 @@ def test_an_unfinished_run_is_not_trained_over(trained, tmp_path):
     (tmp_path / "checkpoint-best").mkdir()  # somebody else's
     (tmp_path / "checkpoint-7").mkdir()
     for resume in (None, str(trained / "checkpoint-20")):
-        with pytest.raises(ValueError, match=r"holds an unfinished run .checkpoint-4 of 9.: go on with"):
+        with pytest.raises(ValueError, match=r"contains an unfinished run .checkpoint-4 of 9.: resume it with"):
             train(tiny_config(tmp_path, **settings, resume_from_checkpoint=resume))
     assert (tmp_path / "checkpoint-4/state.json").exists()
     train(tiny_config(tmp_path, **settings, overwrite_output_dir=True))
@@ -292,11 +292,11 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(trained, tmp_path, file
     settings = {"max_train_steps": 25, "checkpointing_steps": 10}
     shutil.copytree(trained, tmp_path / "run")
     damage(tmp_path / "run/checkpoint-25" / file)
-    with pytest.raises(ValueError, match="checkpoint-25'? is (damaged|no checkpoint)"):
+    with pytest.raises(ValueError, match="checkpoint-25'? is (damaged|not a checkpoint)"):
         train(tiny_config(tmp_path / "run", **settings, resume_from_checkpoint=str(tmp_path / "run/checkpoint-25")))
     train(tiny_config(tmp_path / "run", **settings, resume_from_checkpoint="latest"))
     assert f"checkpoint-25 is damaged ({file} " in caplog.text
-    assert "taking the one before" in caplog.text
+    assert "trying the previous one" in caplog.text
     for name in FILES:
         again, before = ((folder / "checkpoint-25" / name).read_bytes() for folder in (tmp_path / "run", trained))
         assert again == before
@@ -308,10 +308,10 @@ def test_if_all_checkpoints_are_damaged_nothing_is_done(trained, tmp_path):
     for path in (tmp_path / "run").glob("checkpoint-*/ema.safetensors"):
         flip_a_bit(path)
     with pytest.raises(
-        ValueError, match="is damaged .* no other checkpoint to take: .* start anew with --overwrite_output_dir"
+        ValueError, match="is damaged .* no other checkpoint to resume from: .* start from scratch with --overwrite_output_dir"
     ):
         train(tiny_config(tmp_path / "run", max_train_steps=25, resume_from_checkpoint="latest"))
-    with pytest.raises(ValueError, match="holds an unfinished run|is damaged"):
+    with pytest.raises(ValueError, match="contains an unfinished run|is damaged"):
         train(tiny_config(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run/checkpoint-25")))
 
 
@@ -352,7 +352,7 @@ def test_a_run_from_elsewhere_takes_nothing_from_what_was_in_the_folder(trained,
 
     settings = {"max_train_steps": 25, "checkpointing_steps": 10}
     settings["resume_from_checkpoint"] = str(trained / "checkpoint-20")
-    with pytest.raises(ValueError, match="holds a finished run"):
+    with pytest.raises(ValueError, match="contains a finished run"):
         train(tiny_config(tmp_path, **settings))
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config(tmp_path, **settings, overwrite_output_dir=True), callbacks=[calls(on_save=stop)])
@@ -369,7 +369,7 @@ def test_other_images_are_noticed(tmp_path, caplog):
     train(tiny_config(tmp_path / "out", **settings, max_train_steps=2))
     caplog.clear()
     train(tiny_config(tmp_path / "out", **settings, max_train_steps=3, resume_from_checkpoint="latest"))
-    assert "not to the same bits" not in caplog.text
+    assert "but its results will differ" not in caplog.text
     Image.new("L", (8, 8), 99).save(folder / "0.png")
     Image.new("L", (8, 8), 99).save(folder / "1.png")
     train(tiny_config(tmp_path / "out", **settings, max_train_steps=4, resume_from_checkpoint="latest"))
@@ -455,7 +455,7 @@ def test_too_many_broken_files_stop_the_run_with_their_list(tmp_path):
     for k in range(4):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k}.png")
     (tmp_path / "4.png").write_text("<html>")
-    with pytest.raises(ValueError, match=r"1 of 5 images .*All are in .*quarantine.csv"):
+    with pytest.raises(ValueError, match=r"1 of 5 images .*quarantine.csv lists all of them"):
         train(tiny_config(tmp_path / "out", train_data_dir=str(tmp_path)))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["quarantine.csv"]
     assert (
@@ -472,7 +472,7 @@ def test_few_images_are_warned_of(tmp_path, monkeypatch, caplog, images, warned)
     data = ImageData(torch.zeros(images, 1, 8, 8, dtype=torch.uint8))
     monkeypatch.setattr(setup, "open_images", lambda *args: (data, None))
     train(tiny_config(tmp_path, max_train_steps=1))
-    assert ("499 images are fewer than 500: the network will learn them by heart" in caplog.text) == warned
+    assert ("499 images are fewer than 500: the network is likely to memorise them" in caplog.text) == warned
 
 
 # ---------------------------------------------------------------- trackers and launchers
@@ -571,7 +571,7 @@ def test_classes_that_are_not_there(tmp_path):
     for k in range(3):
         Image.new("L", (8, 8), k).save(tmp_path / f"images/{k}.png")
     zero = {"scheduler": {"rescale_betas_zero_snr": True}, "prediction_type": "v_prediction"}
-    with pytest.raises(ValueError, match="snr_gamma=5 with rescale_betas_zero_snr gives the last timestep"):
+    with pytest.raises(ValueError, match="snr_gamma=5 with rescale_betas_zero_snr gives the first timestep"):
         train(tiny_config(tmp_path / "run", snr_gamma=5, **zero))
     with pytest.raises(
         ValueError, match="class_conditional=True: the images of .* have no classes; they need a column"
@@ -914,7 +914,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 
 def test_a_finished_folder_is_trained_into_again_if_that_is_asked_for(tmp_path):
     train(tiny_config(tmp_path))
-    with pytest.raises(ValueError, match=r"holds a finished run \(checkpoint-4\): go on with"):
+    with pytest.raises(ValueError, match=r"contains a finished run \(checkpoint-4\): resume it with"):
         train(tiny_config(tmp_path))
     train(tiny_config(tmp_path, overwrite_output_dir=True))
     assert [path.name for path in Checkpoints(tmp_path, 9).found()] == ["checkpoint-4"]
@@ -1210,7 +1210,7 @@ def test_weights_of_another_shape_are_refused(trained, tmp_path):
     ):
         train(config)
     DDPMCustomPipeline(tiny_unet(in_channels=3), LinearNoiseScheduler()).save_pretrained(tmp_path / "rgb")
-    with pytest.raises(ValueError, match="is made for 3 channels and the images have 1"):
+    with pytest.raises(ValueError, match="has 3 input channels and the images have 1"):
         train(tiny_config(tmp_path / "run", unet={}, pretrained_model_name_or_path=str(tmp_path / "rgb")))
     assert not (tmp_path / "run").exists()
 
@@ -1390,8 +1390,8 @@ def test_a_run_with_a_learned_variance(tmp_path):
     assert train(tiny_config(tmp_path / "fine", **fine)).unet.config.out_channels == 2
     plain = train(tiny_config(tmp_path / "plain", max_train_steps=1))
     fine = {**fine, "pretrained_model_name_or_path": str(plain.output_dir), "learned_variance": True}
-    with pytest.raises(ValueError, match="learned_variance=True: the network predicts 1 channels of images of 1"):
+    with pytest.raises(ValueError, match="learned_variance=True: the network predicts 1 channels for images of 1"):
         train(tiny_config(tmp_path / "no", **fine))
     for settings in ({"scheduler": {"variance_type": "learned_range"}}, {"unet": {**TINY_UNET, "out_channels": 2}}):
-        with pytest.raises(ValueError, match="learned_variance=False.*set learned_variance"):
+        with pytest.raises(ValueError, match="learned_variance=False.*leave it out"):
             train(tiny_config(tmp_path / "no", **settings))

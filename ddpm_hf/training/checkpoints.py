@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, and the pipeline folder that it leaves."""
+"""Saves and restores the checkpoints of a training run, and saves its pipeline folder."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ WEIGHTS = ("unet", "ema", "optimizer")
 SAVING = ".saving-"
 REPLACING, REPLACED, SUPERSEDED = ".replacing", ".replaced", "superseded"
 TRAIN_CONFIG, LOG = "train_config.json", "log.csv"
-# What a run writes before its first checkpoint, and what it writes besides
+# Files that a run writes before its first checkpoint, and others
 QUARANTINE, QUARANTINE_HEADER = "quarantine.csv", "path,reason"
 EARLY = (TRAIN_CONFIG, LOG, "data.png", "first_samples.png", QUARANTINE)
 LATER = ("samples.png", "denoising.gif", "forward.png", "loss.png", "neighbours.png", "run.json")
@@ -40,27 +40,26 @@ log = logging.getLogger(__name__)
 
 
 class Damaged(Exception):  # noqa: N818
-    """What is wrong with a checkpoint."""
+    """A checkpoint is damaged; the message says how."""
 
 
 class Checkpoints:
-    """The folders `checkpoint-<step>` of a run: training and EMA weights, AdamW's moments and the update's number.
+    """The folders `checkpoint-<step>` of a run: training weights, EMA weights, AdamW's moments and state.json.
 
-    All else that a run goes on from is a function of that number (but the scale of float16's losses and the place in a
-    stream, which stand beside it). No file is a pickle. A folder is written beside and renamed, and renamed before it
-    is removed: one that bears the name is whole, unless the disk has lost something, which its checksums tell. Nothing
-    that was there before a run is removed until the run has a whole checkpoint of its own.
+    Apart from the loss scale of float16 and the position in a stream, which state.json holds, all other state is a
+    function of the step. No file is a pickle. Folders are written under another name and renamed when complete, and
+    checksums detect damage. A run removes nothing that it replaces before its first checkpoint is complete.
 
     Args:
-        folder: the run's `output_dir`.
-        limit: checkpoints to keep.
+        folder: the `output_dir` of the run.
+        limit: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
 
     def found(self) -> list[Path]:
-        """Oldest first. Folders of the name that other programs wrote are none of ours."""
+        """The checkpoints, oldest first, without folders of that name that other programs wrote."""
         named = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         files = ("state.json", *(f"{name}.safetensors" for name in WEIGHTS))
         return sorted((path for path in named if any((path / file).is_file() for file in files)), key=self._step)
@@ -70,52 +69,52 @@ class Checkpoints:
         return int(path.name.split("-")[1])
 
     def find(self, resume_from_checkpoint: str | None, overwrite_output_dir: bool) -> list[Path]:
-        """The checkpoint that `resume_from_checkpoint` names, or of `latest` all, newest first; [] for a fresh start.
+        """The checkpoints to try, in order: the one named, or for `latest` all, newest first; [] to start from scratch.
 
         Raises:
-            ValueError: there is no such checkpoint; or the folder holds a model that this run would replace, and
-                `overwrite_output_dir` is not set.
+            ValueError: the checkpoint does not exist; or the folder has a model that this run would replace and
+                `overwrite_output_dir` is false.
         """
         found, paths = self.found(), []
         if resume_from_checkpoint == "latest" and found:
             return found[::-1]
         if resume_from_checkpoint not in (None, "latest"):
-            # In this folder before one of that name in the working directory
+            # a name in this folder takes precedence over a path
             named = (self.folder / resume_from_checkpoint, Path(resume_from_checkpoint))
             paths = [path for path in named if (path / "state.json").is_file()][:1]
             if not paths:
                 there = ", ".join(path.name for path in found) or "none"
                 raise ValueError(
-                    f"resume_from_checkpoint={resume_from_checkpoint!r} is no checkpoint; in {self.folder} there is "
-                    f"{there}"
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} is not a checkpoint; the checkpoints in "
+                    f"{self.folder}: {there}"
                 )
         if not overwrite_output_dir and not any(map(self._is_here, paths)) and (held := self._held()):
             raise ValueError(
-                f"output_dir={str(self.folder)!r} holds {held}; choose another output_dir, or give "
+                f"output_dir={str(self.folder)!r} contains {held}; choose another output_dir, or give "
                 "--overwrite_output_dir to replace it"
             )
         if resume_from_checkpoint == "latest":
-            log.warning(f"{self.folder} holds no checkpoint yet: starting from the beginning")
+            log.warning(f"{self.folder} has no checkpoint: training starts from scratch")
         return paths
 
     def _is_here(self, path: Path) -> bool:
-        return path.parent.resolve() == self.folder.resolve()  # also of a link to where there is more room
+        return path.parent.resolve() == self.folder.resolve()  # also if the checkpoint is a link to another disk
 
     def restore(
         self, paths: list[Path], check: Callable[[dict], None], unet, ema: EMA, optimizer, start_anew: bool
     ) -> dict:
-        """Load the first of `paths`, as `find` gives them, that is whole; returns what was saved beside the weights.
+        """Load the first undamaged checkpoint of `paths`, which are from `find`, and return its state.json.
 
-        `step` in it is the update to go on from, 0 for a fresh start, and `kept` the same if the checkpoint is of this
-        folder, whose files then belong to this run; None otherwise.
+        `step` in it is the update to resume from, 0 for a run from scratch. `kept` is the same if the checkpoint is in
+        this folder, whose other files then belong to this run, and otherwise None.
 
         Args:
-            check: called with what was saved beside the weights, before they are loaded: raises ValueError if this run
-                can't go on from it.
-            start_anew: whether to begin at update 0 if all are damaged.
+            check: called with the content of state.json before weights are loaded; raises ValueError if this run can't
+                resume from it.
+            start_anew: start from scratch if all checkpoints are damaged.
 
         Raises:
-            ValueError: all are damaged, or of another run.
+            ValueError: all checkpoints are damaged, or they are of another run.
         """
         for path, before in zip_longest(paths, paths[1:]):
             try:
@@ -124,14 +123,14 @@ class Checkpoints:
             except Damaged as error:
                 if before is None and not start_anew:
                     raise ValueError(
-                        f"{path} is damaged ({error}), and there is no other checkpoint to take: name one with "
-                        "--resume_from_checkpoint, or start anew with --overwrite_output_dir"
+                        f"{path} is damaged ({error}), and there is no other checkpoint to resume from: name one with "
+                        "--resume_from_checkpoint, or start from scratch with --overwrite_output_dir"
                     ) from error
-                log.warning(f"{path} is damaged ({error}){': taking the one before' if before else ''}")
+                log.warning(f"{path} is damaged ({error}){': trying the previous one' if before else ''}")
         return {"step": 0, "kept": None}
 
     def _held(self) -> str | None:
-        """What is in the folder, in words, that a run that begins here would replace; None if there is nothing."""
+        """Describe what a new run would replace in the folder; None if nothing."""
         if found := self.found():
             try:
                 state = self._state(found[-1])
@@ -139,17 +138,17 @@ class Checkpoints:
                 state = {"step": -1, "total_steps": 0}
             finished, of = state["step"] >= state["total_steps"], state["total_steps"] or "an unknown number"
             run = f"a finished run ({found[-1].name})" if finished else f"an unfinished run ({found[-1].name} of {of})"
-            return f"{run}: go on with --resume_from_checkpoint latest"
+            return f"{run}: resume it with --resume_from_checkpoint latest"
         if model := self._model_file():
             return f"a model ({model})"
-        if (self.folder / TRAIN_CONFIG).exists():  # of a run that ended before its first checkpoint, as all else is
+        if (self.folder / TRAIN_CONFIG).exists():  # all files are of a run that ended before its first checkpoint
             return None
         there = (name for name in (*EARLY, *LATER) if (self.folder / name).exists())
         theirs = next((name for name in there if not is_quarantine(self.folder / name)), None)
         return theirs and f"{theirs}, which training would replace"
 
     def _model_file(self) -> str | None:
-        """The name of a file that tells that the folder holds a model, of whatever kind."""
+        """The name of a file that shows that the folder contains a model of any kind, or None."""
         if (self.folder / INDEX).exists():
             return INDEX
         weights = (
@@ -167,7 +166,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise Damaged(f"state.json can't be read: {error}") from error
         if seal != _seal(state):
-            raise Damaged("state.json is not as it was written")
+            raise Damaged("the checksum of state.json is wrong")
         return state
 
     def _load(self, path: Path, unet, ema: EMA, optimizer, check: Callable[[dict], None]) -> dict:
@@ -180,7 +179,7 @@ class Checkpoints:
             except OSError as error:
                 raise Damaged(f"{file} can't be read: {error.strerror}") from error
             if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
-                raise Damaged(f"{file} is not as it was written")
+                raise Damaged(f"the checksum of {file} is wrong")
             weights.append(load(content))
         of_training, of_ema, moments = weights
         for model, tensors in ((unet, of_training), (ema.model, of_ema)):
@@ -195,15 +194,15 @@ class Checkpoints:
         return state
 
     def roll_back(self) -> None:
-        """Put back what a run replaced that ended before its first checkpoint.
+        """Restore what a run replaced if it ended before its first checkpoint.
 
-        While `.replacing` is there, files are moved into it or back, and all that is in the folder was there before.
-        While `.replaced` is there, all has been moved, and what is in the folder is of the run that replaces. So it
-        does not matter at which of the renames a process was killed, here or in `make_room`.
+        While `.replacing` exists, files are being moved into it or back, and all files are of the old run. While
+        `.replaced` exists, all have been moved, and the other files are of the new run. So a process may be killed at
+        any of the renames, here or in `make_room`.
         """
         replacing, replaced = self.folder / REPLACING, self.folder / REPLACED
         if replaced.is_dir():
-            if self.found():  # the run was killed after it had saved the first one
+            if self.found():  # the new run was killed after its first checkpoint
                 return remove_tree(replaced)
             for name in EARLY:
                 (self.folder / name).unlink(missing_ok=True)
@@ -214,10 +213,10 @@ class Checkpoints:
             replacing.rmdir()
 
     def make_room(self, kept: int | None) -> None:
-        """Before a run begins (`kept` is None) or goes on at update `kept`: clear away what killed runs left half done.
+        """Prepare the folder for a run from scratch (`kept` is None) or from update `kept`; remove partial files.
 
-        What this run replaces waits in a folder of its own until the first new checkpoint is whole. Checkpoints of
-        later updates than `kept` are never removed: they are moved to the folder `superseded`, with the log.
+        What the run replaces stays in a hidden folder until its first checkpoint is complete. Checkpoints of later
+        updates than `kept` are moved to the folder `superseded` with a copy of the log.
         """
         for pattern in (".checkpoint-*", ".removed-*", f"{SAVING}*"):
             for path in self.folder.glob(pattern):
@@ -240,28 +239,28 @@ class Checkpoints:
                 aside = free_name(superseded / path.name)
                 os.replace(path, aside)
                 log.warning(
-                    f"{path} is of a later update than {kept}, from which this run goes on: moved to {aside}; "
-                    "move it back to go on from it"
+                    f"{path} is later than update {kept}, from which this run resumes, and was moved to {aside}; "
+                    "move it back to resume from it"
                 )
 
     def save(self, step: int, total_steps: int, unet, ema: EMA, optimizer, **more) -> None:
-        """Write `checkpoint-<step>` and remove the oldest ones over the limit.
+        """Write `checkpoint-<step>` and remove the oldest checkpoints beyond the limit.
 
         Args:
-            more: what to give back as it is: JSON.
+            more: more content of state.json.
 
         Raises:
-            FloatingPointError: weights that are not finite; what was saved before stays.
+            FloatingPointError: weights are not finite; earlier checkpoints stay.
         """
         target = self.folder / f"checkpoint-{step}"
-        if target in self.found():  # stopped just after a save, or resumed behind the end
+        if target in self.found():  # stopped just after a save, or finished before
             return
         if target.exists():
-            set_aside(target, "it is no checkpoint of ours")
+            set_aside(target, "it is not a checkpoint of this package")
         for name, weight in unet.named_parameters():
             if not weight.isfinite().all():
-                kept = ", ".join(path.name for path in self.found()) or "none was saved before"
-                raise FloatingPointError(f"after update {step} {name} is not finite: no checkpoint is made ({kept})")
+                kept = ", ".join(path.name for path in self.found()) or "none before"
+                raise FloatingPointError(f"after update {step} {name} is not finite: no checkpoint was saved ({kept})")
         beside = self.folder / f".{target.name}"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
@@ -278,7 +277,7 @@ class Checkpoints:
         state = {"step": step, "total_steps": total_steps, "sha256": sums, **more}
         write(beside / "state.json", json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
         os.replace(beside, target)
-        sync(self.folder)  # before an older one goes
+        sync(self.folder)  # before older ones are removed
         if (self.folder / REPLACED).is_dir():
             remove_tree(self.folder / REPLACED)
         for path in self.found()[: -self.limit]:
@@ -286,7 +285,7 @@ class Checkpoints:
 
 
 def is_quarantine(path: Path) -> bool:
-    """Whether this is a list of broken images that a run of ours wrote."""
+    """Whether this is a list of broken images written by a run."""
     try:
         return path.name == QUARANTINE and path.read_text(encoding="utf-8").startswith(QUARANTINE_HEADER)
     except (OSError, UnicodeDecodeError):
@@ -298,9 +297,9 @@ def _seal(state: dict) -> str:
 
 
 def save_pipeline(folder: Path, pipeline, unet) -> None:
-    """Save a pipeline folder: the EMA weights, which `pipeline` has, and those of `unet` in training as variant "raw".
+    """Save a pipeline folder: the EMA weights in `pipeline`, and the training weights in `unet` as variant "raw".
 
-    It is written beside and moved file by file, so a reader never meets half a file.
+    Files are written under other names and renamed when complete, so a reader never sees a partial file.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
         beside = Path(beside)
@@ -311,7 +310,7 @@ def save_pipeline(folder: Path, pipeline, unet) -> None:
             target = folder / path.relative_to(beside)
             target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
     for name in ("safetensors.index.json", "safetensors.index.raw.json"):
-        # Of a model in several files that was here before: diffusers would load that one in place of this
+        # diffusers would load an earlier sharded model instead of this one
         (folder / "unet" / f"diffusion_pytorch_model.{name}").unlink(missing_ok=True)
     for each in (folder, folder / "unet", folder / "scheduler"):
         sync(each)

@@ -1,4 +1,4 @@
-"""The network and the scheduler that a configuration asks for, for images of a shape and of classes."""
+"""Builds the network and the scheduler of a configuration for given images and classes."""
 
 import inspect
 
@@ -11,14 +11,14 @@ from ddpm_hf.training.config import TrainConfig
 
 
 def build_model(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None):
-    """The network and the scheduler to train with, new or those of `pretrained_model_name_or_path`.
+    """The network and the scheduler for training, new or those of `pretrained_model_name_or_path`.
 
     Args:
         shape: (C, H, W) of the images.
-        class_names: of the images; None if they have no classes.
+        class_names: the names of the classes; None without classes.
 
     Raises:
-        ValueError: settings that make no network or scheduler, or not one for these images.
+        ValueError: invalid settings, or settings that do not fit the images.
     """
     source = config.pretrained_model_name_or_path
     pipeline = None if source is None else load_pipeline(source, "pretrained_model_name_or_path")
@@ -27,9 +27,9 @@ def build_model(config: TrainConfig, shape: tuple[int, int, int], class_names: l
     learned, predicts = scheduler.config.variance_type == "learned_range", unet.config.get("out_channels") or shape[0]
     if learned != (predicts == 2 * shape[0]):
         raise ValueError(
-            f"learned_variance={config.learned_variance}: the network predicts {predicts} channels of images of "
-            f"{shape[0]}, and the scheduler has variance_type={scheduler.config.variance_type!r}: set learned_variance "
-            "and neither of the others for a new network, and leave it out to go on with one that has it"
+            f"learned_variance={config.learned_variance}: the network predicts {predicts} channels for images of "
+            f"{shape[0]}, but the scheduler has variance_type={scheduler.config.variance_type!r}. For a new network, "
+            "set only learned_variance; to fine-tune a network that has it, leave it out"
         )
     return unet, scheduler
 
@@ -48,10 +48,10 @@ def _build_scheduler(config: TrainConfig, pretrained: dict):
         raise ValueError(f"scheduler={config.scheduler!r}: {error}") from error
     if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
         raise ValueError(
-            f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the last timestep, where samples begin, "
+            f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the first timestep of sampling "
             "the weight 0: leave one of them out"
         )
-    scheduler.set_timesteps(config.ddpm_num_inference_steps)  # a number that can't be should not wait for the samples
+    scheduler.set_timesteps(config.ddpm_num_inference_steps)  # raises now if the number is invalid
     return scheduler
 
 
@@ -61,16 +61,15 @@ def build_network(
     class_names: list[str] | None,
     pretrained: DDPMUNet | UNet2DModel | None = None,
 ) -> DDPMUNet | UNet2DModel:
-    """A new network, or the pretrained one, after checking that it fits the images and their classes.
+    """A new network or the pretrained one, after checking that it fits the images and their classes.
 
     Args:
         shape: (C, H, W) of the images.
-        class_names: of the images; None if they have no classes.
+        class_names: the names of the classes; None without classes.
         pretrained: the network of `pretrained_model_name_or_path`.
 
     Raises:
-        ValueError: DDPMUNet does not take the arguments in `config.unet`, or the network is made for other channels or
-            classes.
+        ValueError: `config.unet` has invalid arguments, or the network has other channels or classes.
     """
     channels, height, width = shape
     if pretrained is None:
@@ -81,7 +80,7 @@ def build_network(
             settings |= {"num_classes": len(class_names), "class_names": class_names}
         try:
             unet = DDPMUNet(**settings | config.unet)
-        except TypeError as error:  # an argument that DDPMUNet does not have, or a value of the wrong type
+        except TypeError as error:  # an unknown argument or a value of the wrong type
             raise ValueError(f"unet={config.unet!r}: {error}") from error
     else:
         unet = pretrained
@@ -89,7 +88,7 @@ def build_network(
         source = config.pretrained_model_name_or_path
         name = "unet" if source is None else f"pretrained_model_name_or_path={source!r}"
         raise ValueError(
-            f"{name} is made for {unet.config.in_channels} channels and the images have {channels}: set channels"
+            f"{name} has {unet.config.in_channels} input channels and the images have {channels}: set channels"
         )
     _check_classes(config, unet, class_names)
     if config.gradient_checkpointing:
@@ -98,18 +97,18 @@ def build_network(
 
 
 def _check_classes(config: TrainConfig, unet: DDPMUNet | UNet2DModel, names: list[str] | None) -> None:
-    """Have the network's classes be those of the images, by number and, where it has names, by name."""
+    """Raise ValueError if the network and the images have different classes; store their names in the network."""
     classes = num_classes(unet)
     if not config.class_conditional:
         if classes is not None:
-            raise ValueError(f"the network has {classes} classes (num_classes): set class_conditional")
+            raise ValueError(f"the network has {classes} classes (num_classes): set class_conditional=True")
     elif names is not None and (classes != len(names) or (unet.config.class_names or names) != names):
         made_for = (
-            "none" if classes is None else f"{classes} ({', '.join(unet.config.class_names or ['nameless'])[:80]})"
+            "none" if classes is None else f"{classes} ({', '.join(unet.config.class_names or ['no names'])[:80]})"
         )
         raise ValueError(
             f"class_conditional=True: the images have {len(names)} classes ({', '.join(names)[:80]}) and the network "
-            f"has {made_for}: leave out class_conditional, or pretrained_model_name_or_path, or num_classes"
+            f"has {made_for}: leave out class_conditional, pretrained_model_name_or_path or num_classes"
         )
     elif names is not None and unet.config.class_names is None:
         unet.register_to_config(class_names=names)

@@ -1,7 +1,6 @@
-"""What a run costs before it is begun: parameters, FLOPs and memory are counted, its time on N devices is estimated.
+"""The cost of a run before it starts: counts parameters, FLOPs and memory, and estimates the time on N devices.
 
-Counted is the network's own forward and backward, run on fake tensors, which have shapes and no values. No image is
-read and nothing is trained.
+The forward and backward pass of the network run on fake tensors, which have shapes but no values. No image is read.
 """
 
 import math
@@ -27,13 +26,13 @@ KNOWN = {  # data set: shape of an image, images to train on, classes
     "ylecun/mnist": ((1, 28, 28), 60_000, 10),
     "uoft-cs/cifar10": ((3, 32, 32), 50_000, 10),
 }
-MANY = 1_000_000  # images, to tell the time of where nobody knows how many there are
-MACHINE = 8  # GPUs that have a fast link to each other
+MANY = 1_000_000  # the time is given for so many images if their number is unknown
+MACHINE = 8  # GPUs per machine
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Constant(NamedTuple):
-    """A number of the cost model in FLOP/s, bytes, seconds or bytes a second, and where it is from."""
+    """A number of the cost model in FLOP/s, bytes, seconds or bytes per second, and its unit and source."""
 
     value: float
     source: str
@@ -47,11 +46,11 @@ def _gpu(sheet, half, tf32, single, link, network, memory) -> dict[str, Constant
         "efficiency": Constant(
             0.13,
             "of these; not measured here: what the README of NVlabs/edm says (32 A100, 13 days, 2,500 M images of "
-            "64x64, fp16), at 593 GFLOP an image, counted on a network much like its own; assumed of all GPUs",
+            "64x64, fp16), at 593 GFLOP per image, counted for a similar network; assumed for all GPUs",
         ),
         "operation": Constant(1e-5, "s at least; not measured, assumption: PyTorch without graphs"),
         "link": Constant(link, f"B/s, {sheet}: NVLink, of which half is one direction"),
-        "network": Constant(network, f"B/s a GPU, data sheet of the DGX with it: InfiniBand; beyond {MACHINE} GPUs"),
+        "network": Constant(network, f"B/s per GPU, data sheet of its DGX: InfiniBand, used beyond {MACHINE} GPUs"),
         "memory": Constant(memory, f"B, {sheet}"),
     }
 
@@ -72,36 +71,36 @@ DEVICES = {
     "h200": _gpu("NVIDIA H200 SXM data sheet", 989e12, 495e12, 67e12, 450e9, 50e9, 141e9),
 }
 PROCESS = {  # whatever the device
-    "drawing": Constant(5.0e-9, "s a value, measured on 1 core: the noise of the global batch, in every process"),
-    "picking": Constant(2.8e-9, "s a value, measured on 1 core: a process's own images, from uint8, flipped"),
-    "decoding": Constant(350e-6, "s an image, measured on 1 core: PNG of 64x64 (a JPEG of 500x375 took 4.2 ms)"),
+    "drawing": Constant(5.0e-9, "s per value, measured on 1 core: drawing the noise of the global batch"),
+    "picking": Constant(2.8e-9, "s per value, measured on 1 core: converting and flipping images"),
+    "decoding": Constant(350e-6, "s per image, measured on 1 core: PNG of 64x64 (a JPEG of 500x375 took 4.2 ms)"),
 }
-CHECKED = "of tensors alone; measured on the CPU: 5 to 39 % and at least 35 MiB more (benchmarks/memory.csv)"
+CHECKED = "tensors only; on the CPU 5 to 39 % and at least 35 MiB more was measured (benchmarks/memory.csv)"
 
 
-# ---------------------------------------------------------------- what is planned
+# ---------------------------------------------------------------- the network
 
 
 def image_shape(config: TrainConfig) -> tuple[int, int, int]:
-    """(C, H, W) of the images, without looking at them."""
+    """The shape (C, H, W) of the images, without reading them."""
     known, pretrained = _known(config), _pretrained(config)
     unet = config.unet if pretrained is None else pretrained.config
     channels = config.channels or (known and known[0][0]) or unet.get("in_channels")
     sides = config.resolution or (known and known[0][1:]) or unet.get("sample_size")
     for name, value in (("resolution", sides), ("channels", channels)):
         if value is None:
-            raise ValueError(f"{name}=None: the images decide it, and no image is read to plan a run; give --{name}")
+            raise ValueError(f"{name}=None: training takes it from the images, but plan reads none; give --{name}")
     return (channels, sides, sides) if isinstance(sides, int) else (channels, sides[0], sides[-1])
 
 
 def network(
     config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None = None
 ) -> DDPMUNet | UNet2DModel:
-    """The network that `config` trains, of fake tensors; diffusers' if that is the pretrained one.
+    """The network that `config` trains, with fake tensors; a UNet2DModel if the pretrained one is.
 
     Args:
         shape: (C, H, W) of the images.
-        class_names: of the data, for `class_conditional`; None: as many as a data set in `KNOWN` has.
+        class_names: the classes, for `class_conditional`; None: the number of classes in `KNOWN`.
     """
     pretrained = _pretrained(config)
     if config.class_conditional and pretrained is None and class_names is None and "num_classes" not in config.unet:
@@ -123,11 +122,11 @@ def _pretrained(config: TrainConfig) -> DDPMUNet | UNet2DModel | None:
     return None if source is None else load_pipeline(source, "pretrained_model_name_or_path").unet
 
 
-# ---------------------------------------------------------------- counted
+# ---------------------------------------------------------------- counts
 
 
 class Memory(NamedTuple):
-    """Bytes of `activations` that wait for the backward, and of all at the `peak` of an update; its `operations`."""
+    """Bytes of `activations` kept for the backward pass, `peak` bytes in an update, and its number of `operations`."""
 
     activations: int
     peak: int
@@ -135,9 +134,9 @@ class Memory(NamedTuple):
 
 
 def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """FLOPs of one image, 2 a multiply-add: of convolutions and of other products, in the forward and the backward.
+    """FLOPs per image, 2 per multiply-add: (convolutions, other products) of the forward and the backward pass.
 
-    Attention is counted as the matrix products that it is, fused or not.
+    Attention is counted as matrix products, fused or not.
     """
     parts = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with _fake(unet), sdpa_kernel(SDPBackend.MATH):
@@ -152,15 +151,15 @@ def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> list[tuple[int, 
 
 
 def at_rest(unet: DDPMUNet) -> int:
-    """Bytes of the weights, of AdamW's two moments and of the average."""
+    """Bytes of the weights, AdamW's two moments and the EMA weights."""
     weights, buffers = (sum(t.nbytes for t in tensors) for tensors in (unet.parameters(), unet.buffers()))
     return 4 * weights + 2 * buffers
 
 
 def count_memory(unet: DDPMUNet, shape: tuple[int, int, int], batch: int, precision: str = "no") -> Memory:
-    """Every tensor that a forward and backward make, from the operation that makes it until the last one lets go.
+    """Count the memory of all tensors that are alive during a forward and backward pass.
 
-    What operations use inside (workspaces, reordered weights) is not seen, nor what an allocator keeps.
+    Workspaces inside operations and memory that an allocator caches are not counted.
     """
     with _fake(unet), _Live(unet) as live:
         loss = _loss(unet, shape, batch, precision)
@@ -176,7 +175,7 @@ def _fake(unet: DDPMUNet) -> FakeTensorMode:
 
 def _loss(unet, shape, batch, precision="no"):
     x, timesteps = torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.int64)
-    # the network looks at the values of labels on the CPU, and these have none
+    # the network checks the values of labels on the CPU; fake tensors have none
     labels = None if num_classes(unet) is None else torch.zeros(batch, dtype=torch.int64, device="meta")
     with torch.autocast("cpu", DTYPES.get(precision), enabled=precision in DTYPES):
         output = unet(x, timesteps, labels).sample
@@ -184,7 +183,7 @@ def _loss(unet, shape, batch, precision="no"):
 
 
 class _Live(TorchDispatchMode):
-    """Counts the operations that make something, and the bytes of it that somebody still holds."""
+    """Counts operations that allocate memory, and the bytes that are in use."""
 
     def __init__(self, unet):
         super().__init__()
@@ -198,7 +197,7 @@ class _Live(TorchDispatchMode):
         return result
 
     def _add(self, storage) -> bool:
-        """Whether it is new, and not one that there is a view of."""
+        """Count a storage and return true, unless it was counted before."""
         key, size = storage._cdata, storage.nbytes()
         if key in self.storages:
             return False
@@ -213,11 +212,11 @@ class _Live(TorchDispatchMode):
         return True
 
 
-# ---------------------------------------------------------------- estimated
+# ---------------------------------------------------------------- estimates
 
 
 class Update(NamedTuple):
-    """Seconds of an update: arithmetic; the all-reduce, and what of it is waited for; making the batch; all of it."""
+    """Seconds per update: arithmetic, the all-reduce and the part that is not overlapped, the batch, the total."""
 
     compute: float
     all_reduce: float
@@ -227,7 +226,7 @@ class Update(NamedTuple):
 
 
 def ring(size: float, devices: int, bandwidth: float) -> float:
-    """Seconds of a ring all-reduce: each link carries 2 (N - 1) / N of the bytes (Patarasuk & Yuan 2009)."""
+    """Seconds of a ring all-reduce: each link transfers 2 (N - 1) / N of the bytes (Patarasuk & Yuan 2009)."""
     return 2 * (devices - 1) / devices * size / bandwidth
 
 
@@ -236,10 +235,10 @@ def _wire(gpus: int) -> str:
 
 
 def time_of_update(config: TrainConfig, shape, flops, operations: int, parameters: int, device: str, gpus: int):
-    """The `Update` of `gpus` devices, each with its `train_batch_size x gradient_accumulation_steps` images.
+    """Estimate the `Update` of `gpus` devices with `train_batch_size x gradient_accumulation_steps` images each.
 
-    The all-reduce (4 bytes a parameter) runs beside the backward of the last micro-batch, and what is longer is waited
-    for. On CUDA the loop makes a batch while the device computes; a CPU does one after the other.
+    The all-reduce (4 bytes per parameter) overlaps with the backward pass of the last micro-batch. On CUDA the batch is
+    prepared while the device computes, on a CPU before that.
     """
     of = {name: constant.value for name, constant in (DEVICES[device] | PROCESS).items()}
     rates = [of["half"]] * 2 if config.mixed_precision in DTYPES else [of["convolutions"], of["products"]]
@@ -258,11 +257,11 @@ def time_of_update(config: TrainConfig, shape, flops, operations: int, parameter
     return Update(compute, all_reduce, waited_for, data, total)
 
 
-# ---------------------------------------------------------------- printed
+# ---------------------------------------------------------------- report
 
 
 def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: int | None = None) -> list[str]:
-    """What a run of `config` on so many devices costs, in lines; what is not counted is marked "estimate"."""
+    """Report the cost of a run on `gpus` devices, as lines. Numbers that are not counted are marked "estimate"."""
     if device not in DEVICES:
         raise ValueError(f"device={device!r} must be one of {', '.join(DEVICES)}")
     for name, value in (("gpus", gpus), ("num_images", num_images)):
@@ -284,10 +283,10 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
     lines = [
         f"{config.config}: {gpus} x {device}, images of {'x'.join(map(str, shape))}, mixed_precision {precision}",
         f"parameters         {parameters / 1e6:.2f} M",
-        f"FLOPs an image     forward {forward:.4g} G, with backward {with_backward:.4g} G; 2 a multiply-add",
-        f"images an update   {images_an_update:,} = batch {batch} x {micros} micro-batches x {gpus} devices",
-        f"memory at rest     {bytes_in_words(at_rest(unet) + buckets)} a device: "
-        "weights, AdamW's two moments, their average" + (", buckets of the all-reduce" if buckets else ""),
+        f"FLOPs per image    forward {forward:.4g} G, with backward {with_backward:.4g} G; 2 per multiply-add",
+        f"images per update  {images_an_update:,} = batch {batch} x {micros} micro-batches x {gpus} devices",
+        f"memory at rest     {bytes_in_words(at_rest(unet) + buckets)} per device: "
+        "weights, AdamW's two moments, EMA weights" + (", buckets of the all-reduce" if buckets else ""),
         *(
             f"memory at batch    {n}: {bytes_in_words(memory.peak + buckets)}, of which activations "
             f"{bytes_in_words(memory.activations)}"
@@ -299,18 +298,18 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
         few, many, room = min(counted), max(counted), DEVICES[device]["memory"].value - buckets
         an_image = (counted[many].peak - counted[few].peak) / (many - few)
         largest = max(0, math.floor(many + (room - counted[many].peak) / an_image))
-        lines.append(f"largest batch      estimate: {largest:,} a device")
+        lines.append(f"largest batch      estimate: {largest:,} per device")
     unused = {"convolutions", "products"} if precision in DTYPES else {"half"}
     unused |= {"link", "network"} - ({_wire(gpus)} if gpus > 1 else set())
     constants = [(name, *c) for name, c in (DEVICES[device] | PROCESS).items() if name not in unused]
     speed, speedup = images_an_update / update.total, gpus * alone.total / update.total
     lines += [
-        f"an update          estimate: {_time(update.total)}, {speed:,.0f} images/s, {speedup:.3g} times one device's",
+        f"time per update    estimate: {_time(update.total)}, {speed:,.0f} images/s, {speedup:.3g} times one device",
         f"  compute          estimate: {_time(update.compute)}",
-        f"  all-reduce       estimate: {_time(update.all_reduce)}, of which {_time(update.waited_for)} are waited for",
+        f"  all-reduce       estimate: {_time(update.all_reduce)}, of which {_time(update.waited_for)} not overlapped",
         f"  data             estimate: {_time(update.data)}",
         *_run(config, update.total, images_an_update, num_images),
-        "not in it          checkpoints, previews, the held-out loss, AdamW and the average, processes that wait",
+        "not included       checkpoints, samples, the held-out loss, AdamW, the EMA, slow processes",
         *(f"  {name:<16} {value:.4g} {source}" for name, value, source in constants),
     ]
     return lines
@@ -322,15 +321,15 @@ def _run(config: TrainConfig, seconds: float, images_an_update: int, num_images:
     lines = []
     if images and not config.streaming and known is not KNOWN[EMBEDDED_DIGITS]:
         decoding = images * PROCESS["decoding"].value / max(1, config.dataloader_num_workers)
-        lines.append(f"decoding, before   estimate: {_time(decoding)}, in every process")
+        lines.append(f"decoding at start  estimate: {_time(decoding)}, in every process")
     if config.max_train_steps:
         updates, what = config.max_train_steps, "max_train_steps"
     elif images:
         updates = math.ceil(config.num_epochs * images / images_an_update)
         what = f"num_epochs {config.num_epochs} of {images:,} images"
     else:
-        updates, what = math.ceil(MANY / images_an_update), f"{MANY:,} images; --num_images tells the whole run"
-    return [*lines, f"the run            estimate: {_time(updates * seconds)}, {updates:,} updates: {what}"]
+        updates, what = math.ceil(MANY / images_an_update), f"{MANY:,} images; give --num_images for the whole run"
+    return [*lines, f"time of the run    estimate: {_time(updates * seconds)}, {updates:,} updates: {what}"]
 
 
 def bytes_in_words(size: float) -> str:

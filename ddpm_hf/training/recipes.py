@@ -1,4 +1,4 @@
-"""Which recipe suits images of one's own, where the user names none, and what the packaged recipes are for."""
+"""Chooses a recipe by the size of the images if the user names none, and lists the packaged recipes."""
 
 import math
 import os
@@ -10,28 +10,28 @@ from ddpm_hf.data.sources import source_of
 from ddpm_hf.training.config import TrainConfig, recipe_names, recipe_text, resolve
 from ddpm_hf.training.plan import KNOWN, bytes_in_words, count_flops, count_memory, image_shape, network
 
-LARGEST_SIDE = {"digits": 12, "images-32": 48, "images-64": 96, "images-128": math.inf}  # in increasing order
-OF_GRAY = {"images-32": "mnist"}  # in place of it for images of one channel
+LARGEST_SIDE = {"digits": 12, "images-32": 48, "images-64": 96, "images-128": math.inf}  # pixels, increasing
+OF_GRAY = {"images-32": "mnist"}  # replacements for images of one channel
 
 
 def recipe_for(shape: tuple[int, int, int]) -> str:
-    """The recipe for images of this shape (C, H, W)."""
+    """The name of the recipe for images of shape (C, H, W)."""
     name = next(name for name, side in LARGEST_SIDE.items() if max(shape[1:]) <= side)
     return OF_GRAY.get(name, name) if shape[0] == 1 else name
 
 
 def for_training(flags: dict) -> TrainConfig:
-    """As `resolve`, with the recipe that the images ask for where `flags` name data and no recipe.
+    """The configuration of `flags`. If they name a data set and no recipe, the images choose the recipe.
 
-    The first image that can be read decides, or `resolution` and `channels` where both are given. The main process
-    says in one line which recipe it is and what it costs.
+    The first image that can be decoded decides, or `resolution` and `channels` if both are given. The main process
+    prints the recipe and its cost in one line.
     """
     config = resolve(flags)
     if not _needs_choice(flags):
         return config
     shape, class_names = _look(config)
     if shape is None or (config.class_conditional and not class_names):
-        return config  # training raises the ValueError that says what is wrong with such data
+        return config  # training raises a ValueError for such data
     config = resolve({**flags, "config": recipe_for(shape)})
     if os.environ.get("RANK", "0") == "0":
         print(_description(config, shape, class_names), flush=True)
@@ -39,10 +39,10 @@ def for_training(flags: dict) -> TrainConfig:
 
 
 def for_planning(flags: dict) -> TrainConfig:
-    """As `for_training`, without looking at an image.
+    """As `for_training`, but without reading images.
 
     Raises:
-        ValueError: the flags leave the shape of the images to the images.
+        ValueError: the flags and the data set do not determine the shape of the images.
     """
     config = resolve(flags)
     return resolve({**flags, "config": recipe_for(image_shape(config))}) if _needs_choice(flags) else config
@@ -54,7 +54,7 @@ def _needs_choice(flags: dict) -> bool:
 
 
 def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, list[str] | None]:
-    """Shape (C, H, W) of the images, None if none can be read, and the names of their classes, if they have any."""
+    """The shape (C, H, W) of the images, None if none can be decoded, and the names of their classes or None."""
     shape, names = None, None
     if config.channels and config.resolution:
         shape = (config.channels, config.resolution, config.resolution)
@@ -67,33 +67,33 @@ def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, list[str] |
 
 
 def _description(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None) -> str:
-    chosen = f"recipe {config.config}, chosen for images of {'x'.join(map(str, shape))} (--config names another)"
+    chosen = f"recipe {config.config}, chosen for images of {'x'.join(map(str, shape))} (--config chooses another)"
     if config.pretrained_model_name_or_path is not None:
-        return f"{chosen}; the network comes with {config.pretrained_model_name_or_path}"
+        return f"{chosen}; the network is that of {config.pretrained_model_name_or_path}"
     unet, batch = network(config, shape, class_names), config.train_batch_size
     parameters = sum(p.numel() for p in unet.parameters())
     flops = sum(map(sum, count_flops(unet, shape)))
     memory = count_memory(unet, shape, batch, config.mixed_precision or "no")
-    smaller = "; --resolution 128 scales them down and costs less" if max(shape[1:]) > 128 else ""
+    smaller = "; --resolution 128 scales the images down and costs less" if max(shape[1:]) > 128 else ""
     return (
-        f"{chosen}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs an image with backward, "
+        f"{chosen}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image with backward, "
         f"{bytes_in_words(memory.peak)} of tensors at batch {batch}{smaller}"
     )
 
 
 def listing() -> list[str]:
-    """The packaged recipes, one a line: name, data, images, parameters, and what it is for."""
+    """A table of the packaged recipes: name, data, size of images, parameters and purpose."""
     rows = [("recipe", "data", "images", "parameters", "for")]
     for name in recipe_names():
         config = resolve({"config": name})
         known = KNOWN.get(config.dataset_name)
         channels = config.channels or (known[0][0] if known else None)
-        unet = network(config, (channels or 3, 64, 64))  # the size changes no parameter
+        unet = network(config, (channels or 3, 64, 64))  # the number of parameters does not depend on the size
         parameters = f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M"
         if config.resolution or known:
             sides = (config.resolution,) * 2 if config.resolution else known[0][1:]
             images = "x".join(str(n) for n in (channels, *sides) if n)
-        else:  # the larger sides of the images that it is chosen for
+        else:  # the range of sides for which it is chosen
             most = LARGEST_SIDE[name]
             least = 1 + max((side for side in LARGEST_SIDE.values() if side < most), default=0)
             images = f"{least} to {most}" if most < math.inf else f"{least} and more"
