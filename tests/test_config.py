@@ -101,7 +101,7 @@ def test_settings_are_utf_8_whatever_the_machines_encoding(tmp_path):
 
 def test_a_recipe_that_is_no_text_is_named(tmp_path):
     (tmp_path / "photo.yaml").write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match="config='.*photo.yaml' is not a file of YAML or JSON in UTF-8"):
+    with pytest.raises(ValueError, match="config='.*photo.yaml' can't be read as YAML or JSON in UTF-8"):
         load_recipe(str(tmp_path / "photo.yaml"))
 
 
@@ -197,8 +197,8 @@ def test_flags_that_cannot_be(flags, message):
         ("resolution: [1, 2]", r"resolution=\[1, 2\] must be int or null"),
         ("unet: [1]", r"unet=\[1\] must be a mapping"),
         ("value_range: [0, white]", r"value_range=\[0, 'white'\] must hold numbers"),
-        ("- a list", "must hold settings"),
-        ("a: [", "is not a file of YAML or JSON"),
+        ("- a list", "must contain settings"),
+        ("a: [", "can't be read as YAML or JSON"),
     ],
 )
 def test_recipes_that_cannot_be(tmp_path, recipe, message):

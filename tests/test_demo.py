@@ -100,7 +100,7 @@ def test_samples_are_the_pipelines_and_those_of_the_command_that_is_told(digits,
     ).images
     assert_alike(cells(picture, 3), levels(made))
     assert steps == [(k, 5) for k in range(1, 6)]
-    seconds, command = re.fullmatch(r"([\d.]+) s\. The same as files:\n```\n(ddpm-hf .*)\n```", told).groups()
+    seconds, command = re.fullmatch(r"([\d.]+) s\. The same images as files:\n```\n(ddpm-hf .*)\n```", told).groups()
     assert 0 < float(seconds) < 60
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)[1:]) == 0

@@ -133,7 +133,7 @@ def test_damaged_files_are_set_aside_and_none_is_lost(tmp_path, caplog):
         set_aside(tmp_path / "log.csv", "line 3 is no row")
     assert sorted(os.listdir(tmp_path)) == ["log.csv.damaged", "log.csv.damaged-2", "log.csv.damaged-3"]
     assert (tmp_path / "log.csv.damaged-2").read_text(encoding="utf-8") == "b"
-    assert "log.csv is damaged (line 3 is no row): it is now log.csv.damaged-3" in caplog.text
+    assert "log.csv is damaged (line 3 is no row): it was renamed to log.csv.damaged-3" in caplog.text
     assert free_name(tmp_path / "new") == tmp_path / "new"
 
 

@@ -86,20 +86,20 @@ def test_betas_that_ours_cannot_have_are_filmed_too():
 
 
 def test_films_that_cannot_be(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="the film has no frame yet"):
+    with pytest.raises(ValueError, match="the film has no frames yet"):
         Film().contact_sheet()
     film = Film()
     film(None, 0, 999, {"sample": torch.zeros(1, 1, 4, 4), "pred_original_sample": None})
     assert len(film.samples) == 1
-    with pytest.raises(ValueError, match="pred_original_samples: there is no frame, or a scheduler that does not tell"):
+    with pytest.raises(ValueError, match="pred_original_samples: the film has no frames yet, or the scheduler does"):
         film.contact_sheet("pred_original_samples")
     film, _, _ = filmed()
     with pytest.raises(ValueError, match="of='x0'; choose from samples, pred_original_samples"):
         film.contact_sheet("x0")
-    with pytest.raises(ValueError, match="film.avi' is no film: its name must end with .gif, .webp, .mp4"):
+    with pytest.raises(ValueError, match="film.avi' must be the name of a film, with one of the suffixes .gif"):
         save_film([Image.new("L", (4, 4))], tmp_path / "film.avi")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs `pip install imageio-ffmpeg`"):
+    with pytest.raises(ValueError, match=r"needs `pip install ddpm-hf\[film\]`"):
         film.save(tmp_path / "film.mp4")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""SHA-256 checksums, in hexadecimal, by which evaluations and model cards identify files, weights and images."""
+"""SHA-256 checksums, in hexadecimal, that identify files, weights and images in evaluations and model cards."""
 
 import hashlib
 from pathlib import Path
@@ -8,13 +8,13 @@ from torch import nn
 
 
 def file_sha256(path: str | Path) -> str:
-    """Of the content of a file."""
+    """The checksum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(network: nn.Module) -> str:
-    """Of the names, dtypes, shapes and bytes of a network's tensors, in the order of the names."""
+    """The checksum of a network's tensors: names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         value = value.detach().cpu().contiguous()
@@ -24,7 +24,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 
 def images_sha256(images) -> str:
-    """Of the pixels (N, C, H, W) of an `ImageData`, their shape, dtype and value range."""
+    """The checksum of an `ImageData`: its pixels (N, C, H, W), their shape, dtype and value range."""
     pixels = images.pixels
     digest = hashlib.sha256(f"{tuple(pixels.shape)} {pixels.dtype} {images.value_range}\n".encode())
     for part in pixels.split(1024):

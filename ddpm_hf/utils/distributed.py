@@ -1,4 +1,4 @@
-"""Work that several processes share: either every process gets the result, or every process raises an error."""
+"""Work shared by several processes: either all of them get the result, or all of them raise an error."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ def in_all(work: Callable[[], list], accelerator: Accelerator | None) -> list:
 
     Raises:
         Exception: the error of `work`, in the process where it failed.
-        RuntimeError: `work` failed in another process; without this the others would wait for it for ever.
+        RuntimeError: `work` failed in another process. Otherwise this process would wait for it for ever.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return work()

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, folders in which one process works at a time, and damaged files set aside.
+"""Atomic writes, locks on folders, and renaming of damaged files.
 
-Everything that the package writes goes through `writing`: the content is written beside its place, brought to the disk
-and renamed, so a reader never meets half a file, and a full disk or a kill leaves what was there before.
+The package writes all files through `writing`: the content goes to a temporary file in the same folder, which is synced
+and renamed. A reader never sees half a file, and a full disk or a kill leaves the former file in place.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-PART = ".part-"  # begins the names of files that are being written
-NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)  # answers of file systems that have none
+PART = ".part-"  # prefix of the names of temporary files
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)  # errors of file systems without fsync
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """Give a path beside `path`, of the same suffix, to write to; rename it to `path` if the block succeeds.
+    """Yield a temporary path with the same suffix, and rename it to `path` if the block succeeds.
 
-    The mode is that of any new file under the process's umask, whatever the writer gives it. The folder must exist.
+    The file gets the mode of a new file under the process's umask. The folder must exist.
 
     Raises:
-        OSError: the disk is full, the folder is read-only and the like; `path` is then as it was before.
+        OSError: the file can't be written, for instance because the disk is full. `path` is unchanged.
     """
     path = Path(path)
     beside = part_of(path)
@@ -44,16 +44,16 @@ def writing(path: str | Path) -> Iterator[Path]:
             os.replace(beside, path)
             sync(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # it is still there if something failed
+        with contextlib.suppress(OSError):  # it exists only if something failed
             beside.unlink()
 
 
 @contextlib.contextmanager
 def writing_tree(folder: Path) -> Iterator[None]:
-    """Around what fills a new folder by a library's own writer: gives its files modes and brings them to the disk.
+    """Set the modes of the files that the block writes to a new folder, and sync them.
 
     Raises:
-        OSError: the disk is full and the like.
+        OSError: a file can't be written, for instance because the disk is full.
     """
     with _os_errors_of(folder):
         yield
@@ -64,7 +64,7 @@ def writing_tree(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _os_errors_of(path: Path) -> Iterator[None]:
-    """Raise OSErrors of the block, and the error that safetensors has for a full disk, as OSErrors of `path`."""
+    """Raise OSErrors, and the error of safetensors for a full disk, as OSErrors that name `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -76,7 +76,7 @@ def _os_errors_of(path: Path) -> Iterator[None]:
 
 
 def _finish(path: Path) -> None:
-    """Give a file the mode of any new file (safetensors gives its files to their owner alone), and sync it."""
+    """Give a file the mode of a new file (safetensors makes its files private), and sync it."""
     probe = path.with_name(f"{path.name}.mode")
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -87,8 +87,8 @@ def _finish(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names of the files of a folder, to the disk."""
-    if os.name == "nt":  # where this needs a file that is open for writing, and folders can't be opened
+    """Flush a file, or the list of files of a folder, to the disk (fsync)."""
+    if os.name == "nt":  # fsync needs a writable file there, and folders can't be opened
         return
     number = os.open(path, os.O_RDONLY)
     try:
@@ -101,7 +101,7 @@ def sync(path: Path) -> None:
 
 
 def write(path: str | Path, content: str | bytes) -> None:
-    """Write a text, in UTF-8, or bytes."""
+    """Write text, as UTF-8, or bytes."""
     with writing(path) as beside:
         beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
@@ -119,12 +119,12 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where this process writes what becomes `path` when it is whole."""
+    """The temporary path of this process for `path`."""
     return path.with_name(f"{PART}{socket.gethostname()}-{os.getpid()}-{path.name}")
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove what processes of this machine that were killed left half written in a folder."""
+    """Remove the temporary files of processes of this machine that were killed."""
     begin = f"{PART}{socket.gethostname()}-"
     for path in folder.iterdir():
         owner = path.name.removeprefix(begin).partition("-")[0]
@@ -133,7 +133,7 @@ def clear_parts(folder: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    if os.name == "nt":  # where signal 0 would end it
+    if os.name == "nt":  # signal 0 would end the process there
         return True
     try:
         os.kill(process, 0)
@@ -143,18 +143,18 @@ def _is_running(process: int) -> bool:
 
 
 def set_aside(path: Path, reason: str) -> Path:
-    """Rename a damaged file, so that nothing of it is lost and work goes on without it; log it, and return its name.
+    """Rename a damaged file to keep its content, log a warning, and return the new path.
 
-    `log.csv` becomes `log.csv.damaged`, or `log.csv.damaged-2` if that is there already.
+    `log.csv` becomes `log.csv.damaged`, or `log.csv.damaged-2` if that exists already.
     """
     aside = free_name(path.with_name(f"{path.name}.damaged"))
     os.replace(path, aside)
-    log.warning(f"{path} is damaged ({reason}): it is now {aside.name}, and a new one is made")
+    log.warning(f"{path} is damaged ({reason}): it was renamed to {aside.name}, and a new file is written")
     return aside
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or if something is there, the first of `path`-2, `path`-3, ... that is free."""
+    """`path`, or if it exists, the first of `path`-2, `path`-3, ... that does not."""
     number, free = 2, path
     while free.exists():
         number, free = number + 1, path.with_name(f"{path.name}-{number}")
@@ -162,7 +162,7 @@ def free_name(path: Path) -> Path:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder in one step: it loses its name first, so that a kill leaves no half of it under that name."""
+    """Rename a folder, then remove it, so that a kill never leaves half of it under its name."""
     aside = folder.with_name(f".removed-{folder.name}")
     if aside.is_symlink() or aside.exists():
         remove(aside)
@@ -171,7 +171,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, or a file; of a link, the link alone."""
+    """Remove a file, a folder with its content, or a link without its target."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -180,15 +180,14 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, name: str) -> Iterator[None]:
-    """No other process can enter this for the same folder and name until the block ends.
+    """Hold a lock on a folder, for one kind of work, until the block ends.
 
-    The operating system releases the lock when the process ends, however it ends (on a file system without locks,
-    `filelock` looks whether the process is still there). A folder that does not exist is made, and removed again if it
-    is empty at the end.
+    The operating system releases the lock when the process ends for any reason (on a file system without locks,
+    `filelock` checks whether the process is alive). The folder is created, and removed if it is empty at the end.
 
     Args:
         folder: the folder to work in.
-        name: what is done there, such as "train".
+        name: the kind of work, such as "train".
 
     Raises:
         ValueError: another process holds the lock; the message names that process.
@@ -203,16 +202,16 @@ def locked(folder: str | Path, name: str) -> Iterator[None]:
             lock.acquire(blocking=False)
         except Timeout:
             other = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-            advice = "wait until that ends, stop it, or choose another folder"
+            advice = "wait until it ends, stop it, or choose another folder"
             raise ValueError(f"{folder} is in use by {other}: {advice}") from None
         try:
-            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            with contextlib.suppress(OSError):  # a full disk does not affect the lock
                 holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             yield
         finally:
             holder.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file)  # while it is held: who waits for this file sees that, and makes a new one
+                os.unlink(lock.lock_file)  # before the release: a process that waits for it makes a new one
             lock.release()
     finally:
         with contextlib.suppress(OSError):  # not empty

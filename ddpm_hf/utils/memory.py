@@ -1,29 +1,34 @@
-"""glibc malloc tuning and thread count for command-line and training processes; errors of memory that does not suffice.
+"""glibc malloc tuning and thread count of processes, and recognition of out-of-memory errors.
 
-A library must not change these in the process that imports it, so only commands and scripts call `tune_process`.
+Only commands and scripts call `tune_process` and `keep_freed_memory`, because they change the whole process.
 """
 
 import contextlib
 import ctypes
 import os
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # on CUDA, on a CPU, in cuBLAS
-PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun's and MPIs'
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA, CPU, cuBLAS
+PROCESSES = (
+    "WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+)  # of torchrun and MPI
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the device or of the machine does not suffice."""
+    """Whether an error means that the device or the machine is out of memory."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def tune_process() -> None:
-    """Have this process keep the memory that it frees, and compute on all cores if it was launched alone.
+    """Keep freed memory in this process, and use all cores if it is the only process of a launcher.
 
-    `accelerate launch` gives its only process one thread, however many cores there are.
+    `accelerate launch` sets one thread even for a single process.
     """
     keep_freed_memory()
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        import torch  # takes a second, which other commands that import this module need not wait for
+        import torch  # slow, so not imported by the other commands
         from accelerate.utils import get_int_from_env
 
         if get_int_from_env(PROCESSES, 1) == 1:
@@ -32,9 +37,9 @@ def tune_process() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory: by default each update gives its activations back and faults them in again."""
+    """Make glibc keep freed memory, instead of returning the activations of each update to the kernel."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        # M_MMAP_THRESHOLD, of which older versions of glibc take 32 MiB at most, and then M_TRIM_THRESHOLD
+        # M_MMAP_THRESHOLD, at most 32 MiB in older versions of glibc, then M_TRIM_THRESHOLD
         if mallopt(-3, 2**30) or mallopt(-3, 2**25):
             mallopt(-1, 2**30)

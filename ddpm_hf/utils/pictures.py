@@ -1,4 +1,4 @@
-"""Pictures of many images: grids, captions, contact sheets and films."""
+"""Pictures of several images: grids, captions, contact sheets and films."""
 
 import importlib.util
 import math
@@ -19,7 +19,7 @@ def to_unit_range(images: torch.Tensor) -> np.ndarray:
     """(B, C, H, W) in [-1, 1], clamped to it -> (B, H, W, C) in [0, 1].
 
     Raises:
-        ValueError: images hold NaN or infinities, which would become black and white pixels.
+        ValueError: images hold NaN or infinities.
     """
     bad = int((~images.isfinite()).flatten(1).any(dim=1).sum())
     if bad:
@@ -28,9 +28,9 @@ def to_unit_range(images: torch.Tensor) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 1, modes=(1, 2, 3, 4)) -> Image.Image:
-    """(N, H, W, C) in [0, 1] -> one picture, row by row, one pixel between images and each pixel `scale` times.
+    """Draw images (N, H, W, C) in [0, 1] row by row, one pixel apart, each enlarged `scale` times.
 
-    Images whose number of channels is not in `modes` are shown channel beside channel, in gray.
+    Images whose number of channels is not in `modes` are drawn as their channels side by side, in gray.
     """
     if images.shape[-1] not in modes:
         images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
@@ -47,7 +47,7 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, modes=(1, 2, 3, 4)) -
 
 
 def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
-    """The picture with lines of text under it."""
+    """The picture with lines of text below it."""
     font = ImageFont.load_default(size=13)
     width = max(picture.width, *(math.ceil(font.getlength(line)) + 12 for line in lines))
     canvas = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
@@ -59,7 +59,7 @@ def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
 
 
 def with_row_names(picture: Image.Image, names: list[str]) -> Image.Image:
-    """The picture with a name left of each of its equally high rows."""
+    """The picture with a name to the left of each of its rows, which have equal heights."""
     font = ImageFont.load_default(size=13)
     names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in names]
     margin = max(math.ceil(font.getlength(name)) for name in names) + 12
@@ -73,14 +73,14 @@ def with_row_names(picture: Image.Image, names: list[str]) -> Image.Image:
 
 
 def save_film(frames: list[Image.Image], path, seconds: float = 4.0, hold: float = 2.0) -> None:
-    """A film that lasts `seconds` and holds its last frame; .gif and .webp begin again.
+    """Save a film that lasts `seconds` and shows its last frame for `hold` seconds more; .gif and .webp repeat.
 
     Raises:
-        ValueError: another suffix than .gif, .webp or .mp4, or .mp4 without imageio-ffmpeg.
+        ValueError: the suffix is not .gif, .webp or .mp4, or it is .mp4 without imageio-ffmpeg.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FILMS:
-        raise ValueError(f"{str(path)!r} is no film: its name must end with {', '.join(FILMS)}")
+        raise ValueError(f"{str(path)!r} must be the name of a film, with one of the suffixes {', '.join(FILMS)}")
     if suffix == ".mp4":
         with writing(path) as beside:
             return _save_mp4(frames, beside, seconds, hold)
@@ -93,11 +93,11 @@ def save_film(frames: list[Image.Image], path, seconds: float = 4.0, hold: float
 
 def _save_mp4(frames: list[Image.Image], path, seconds: float, hold: float) -> None:
     if importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise ValueError(f"{str(path)!r}: .mp4 needs `pip install imageio-ffmpeg`; .gif and .webp do not")
+        raise ValueError(f"{str(path)!r}: .mp4 needs `pip install ddpm-hf[film]`; .gif and .webp do not")
     import imageio_ffmpeg
 
     fps = len(frames) / seconds
-    width, height = (-(-side // 2) * 2 for side in frames[0].size)  # the encoder takes even sides only
+    width, height = (-(-side // 2) * 2 for side in frames[0].size)  # the encoder needs even sides
     writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2, quality=8)
     writer.send(None)
     for frame in [*frames, *frames[-1:] * round(hold * fps)]:
@@ -108,15 +108,15 @@ def _save_mp4(frames: list[Image.Image], path, seconds: float, hold: float) -> N
 
 
 class Film:
-    """What a sample goes through: give one to a pipeline as `callback_on_step_end`.
+    """Records sampling: pass it to a pipeline as `callback_on_step_end`.
 
     Args:
-        steps: numbers of the steps to keep, counted from 0; `None`: all.
+        steps: indices of the steps to record, from 0; `None` records all.
 
-    After sampling it holds, of the last call,
-        timesteps: of each frame.
-        samples: (frames, B, C, H, W), x after each kept step, as the network sees images.
-        pred_original_samples: the same of the x_0 that each step assumed.
+    Attributes (of the last call):
+        timesteps: the timestep of each frame.
+        samples: (frames, B, C, H, W) in the model's range, x after each recorded step.
+        pred_original_samples: (frames, B, C, H, W), the prediction of x_0 in each recorded step.
     """
 
     def __init__(self, steps: Collection[int] | None = None):
@@ -124,7 +124,7 @@ class Film:
         self.timesteps, self._samples, self._originals = [], [], []
 
     def __call__(self, pipeline, step: int, timestep, tensors: dict) -> None:
-        if step == 0:  # of another call
+        if step == 0:  # a new call
             self.timesteps, self._samples, self._originals = [], [], []
         if self.steps is None or step in self.steps:
             self.timesteps.append(float(timestep))
@@ -135,22 +135,22 @@ class Film:
     @property
     def samples(self) -> torch.Tensor:
         if not self._samples:
-            raise ValueError("the film has no frame yet: give it to a pipeline as callback_on_step_end")
+            raise ValueError("the film has no frames yet: pass it to a pipeline as callback_on_step_end")
         return torch.stack(self._samples)
 
     @property
     def pred_original_samples(self) -> torch.Tensor:
         if not self._originals:
-            raise ValueError("pred_original_samples: there is no frame, or a scheduler that does not tell its x_0")
+            raise ValueError("pred_original_samples: the film has no frames yet, or the scheduler does not predict x_0")
         return torch.stack(self._originals)
 
     def contact_sheet(self, of: str = "samples", scale: int = 1) -> Image.Image:
-        """A row an image, a column a frame. `of`: `"samples"` or `"pred_original_samples"`."""
+        """A picture with one row per image and one column per frame. `of`: "samples" or "pred_original_samples"."""
         frames = self._frames(of)
         return grid(np.stack(frames, axis=1).reshape(-1, *frames[0].shape[1:]), len(frames), scale)
 
     def save(self, path, of: str = "samples", scale: int = 1, seconds: float = 4.0) -> None:
-        """As .gif, .webp or .mp4, the images side by side."""
+        """Save the images side by side as .gif, .webp or .mp4."""
         frames = self._frames(of)
         columns = math.ceil(math.sqrt(len(frames[0])))
         save_film([grid(frame, columns, scale) for frame in frames], path, seconds)

@@ -1,4 +1,4 @@
-"""Reading evaluation.json and formatting its numbers, for reports, charts, tables and model cards."""
+"""Reading evaluation.json, and formatting of metrics in reports, charts, tables and model cards."""
 
 import json
 import math
@@ -14,14 +14,14 @@ def read_evaluation(path: str | Path) -> dict:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: can't be read: {error}") from error
+        raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("protocol", "metrics")):
-        raise ValueError(f'{path}: is no evaluation, {{"protocol": ..., "metrics": ...}}')
+        raise ValueError(f'{path} is not an evaluation; it must hold {{"protocol": {{...}}, "metrics": {{...}}}}')
     return found
 
 
 def number(metric: dict) -> str:
-    """A metric's value ± its 95 % interval, if it has a standard error, in as many digits as the interval warrants."""
+    """Format the value of a metric, with ± its 95 % interval if it has one, to a sensible number of digits."""
     value, stderr = metric.get("value"), metric.get("stderr")
     if value is None or not math.isfinite(value):
         return "no value"

@@ -1,14 +1,14 @@
-"""SIGTERM and Ctrl-C: noted, so that a run can save what it has and end with the status that tells of it."""
+"""SIGTERM and Ctrl-C are recorded, so that a run can save its state and exit with the right status."""
 
 import os
 import signal
 import time
 
-REPEATS = 2.0  # seconds within which a signal is taken for the same
+REPEATS = 2.0  # seconds within which repeated signals count as one
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised where work may be left undone when a stop was asked for. `status` is the process's exit status."""
+    """Raised to end work early after a signal. `status` is the exit status of the process."""
 
     def __init__(self, name: str):
         super().__init__(f"stopped by {name}")
@@ -16,21 +16,21 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_status(name: str) -> int:
-    """128 + the number of the signal, as shells have it: 143 for SIGTERM, 130 for SIGINT."""
+    """128 + the number of the signal, as in shells: 143 for SIGTERM, 130 for SIGINT."""
     return 128 + signal.Signals[name].value
 
 
 class StopSignals:
-    """While it is entered, notes SIGTERM and SIGINT instead of dying of them. A later one has its usual effect.
+    """A context that records the first SIGTERM or SIGINT. A later one has its usual effect.
 
-    Launchers pass a signal on that the scheduler has sent to every process anyway, so repeats at once count as one.
+    Launchers forward signals that a cluster's scheduler also sends to each process, so immediate repeats count as one.
 
     Attributes:
-        name: of the signal that came, or None.
-        may_raise: whether `raise_if_stopped` raises. It must not where the other processes wait for this one.
+        name: the signal received, or None.
+        may_raise: whether `raise_if_stopped` raises. It must not while other processes wait for this one.
     """
 
-    active: "StopSignals | None" = None  # signals belong to the process, and so does this
+    active: "StopSignals | None" = None  # one per process, as signals are
 
     def __init__(self):
         self.name, self.may_raise, self.usual = None, True, {}
@@ -39,7 +39,7 @@ class StopSignals:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.usual[number] = signal.signal(number, self._note)
-        except ValueError:  # not in the main thread, where signals do not arrive either
+        except ValueError:  # not in the main thread, which alone receives signals
             self.usual = {}
         self.before, StopSignals.active = StopSignals.active, self
         return self
@@ -64,6 +64,6 @@ def stop_requested() -> bool:
 
 
 def raise_if_stopped() -> None:
-    """Raise `Stopped` if this process was asked to stop: called between the parts of anything that takes seconds."""
+    """Raise `Stopped` if this process was asked to stop. Long work calls this every few seconds."""
     if stop_requested() and StopSignals.active.may_raise:
         raise Stopped(StopSignals.active.name)

@@ -1,4 +1,4 @@
-"""YAML as people write it: PyYAML's, in which 1e-4 is a number too."""
+"""YAML in which 1e-4 is a number."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4, without a point, for a word."""
+    """PyYAML's safe loader, except that 1e-4 is a number. YAML 1.1 requires a point in numbers with an exponent."""
 
 
 _Loader.add_implicit_resolver(
@@ -18,20 +18,20 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path, name: str) -> dict:
-    """The names and values in a YAML or JSON file.
+    """Read the names and values in a YAML or JSON file.
 
     Args:
-        path: of the file, or a resource of a package.
-        name: the setting that gave the path, for the messages of errors.
+        path: a file, or a resource of a package.
+        name: the setting that gave the path, for error messages.
 
     Raises:
-        ValueError: the file can't be read, is not UTF-8, is not YAML or JSON, or holds something else.
+        ValueError: the file can't be read, is not UTF-8, or does not contain a mapping as YAML or JSON.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name}={str(path)!r} is not a file of YAML or JSON in UTF-8: {reason}") from error
+        raise ValueError(f"{name}={str(path)!r} can't be read as YAML or JSON in UTF-8: {reason}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name}={str(path)!r} must hold settings, one `name: value` a line")
+        raise ValueError(f"{name}={str(path)!r} must contain settings, one `name: value` per line")
     return content
