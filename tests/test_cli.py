@@ -37,6 +37,7 @@ def test_help(capsys, argv):
     assert "train" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_readmes_first_line_in_few_steps(tmp_path):
     """`accelerate launch examples/train.py`: all that it leaves, on the embedded digits."""
     command = [sys.executable, "-m", "accelerate.commands.launch", ROOT / "examples/train.py", *QUICK]
@@ -146,6 +147,7 @@ def test_a_mistake_has_no_traceback_in_a_real_process(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path):
     command = [sys.executable, ROOT / "examples/minimal_loop.py", "--steps", "3", "--output", "grid.png"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
@@ -202,17 +204,10 @@ IMAGES_OF_THEIR_KIND = {  # what stands in for what can't be downloaded
     "labml-mnist": "mnist", "learnopencv-cifar10": "cifar10", "learnopencv-flowers": "flowers17_64",
     "learnopencv-mnist": "mnist", "mnist": "mnist",
 }  # fmt: skip
-LARGE = ("explainingai", "labml", "learnopencv", "ddpm", "course", "images-64", "images-128")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow if n.startswith(LARGE) else ())
-        for n in recipe_names()
-        if "digits" not in n
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "digits" not in name])
 def test_the_recipes_train_on_real_images_of_their_kind(shared, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ddpm_hf.data.dataset.HELD_OUT_LIMIT", 8)  # a thousand take the larger networks minutes

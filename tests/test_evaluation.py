@@ -422,7 +422,13 @@ def test_classes_are_matched_by_name(digits_model, tmp_path, monkeypatch):
         quick(digits_model, tmp_path, metrics=("loss",))
 
 
-@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "DDIMScheduler",
+        *(pytest.param(f"{k}Scheduler", marks=pytest.mark.slow) for k in ("DPMSolverMultistep", "EulerDiscrete")),
+    ],
+)
 def test_a_model_that_samples_by_a_solver_of_diffusers(tmp_path, kind):
     solver = getattr(diffusers, kind).from_config(LinearNoiseScheduler().config)
     pipeline = DDPMCustomPipeline(tiny_unet(), solver)

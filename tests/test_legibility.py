@@ -83,6 +83,7 @@ def test_a_signal_stops_between_steps():
 # ---------------------------------------------------------------- seeds
 
 
+@pytest.mark.slow
 def test_the_largest_seed_works_from_training_to_the_report(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     seed = str(2**63 - 1)

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import main
-from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.data.dataset import ImageData, load_images
 from ddpm_hf.schedulers.bound import bound_terms
 from ddpm_hf.training import Batch, DenoisingLoss, Run, checkpoints, guards, loop, saving, setup, train
 from ddpm_hf.training.batch import draw_random
@@ -308,7 +308,8 @@ def test_if_all_checkpoints_are_damaged_nothing_is_done(trained, tmp_path):
     for path in (tmp_path / "run").glob("checkpoint-*/ema.safetensors"):
         flip_a_bit(path)
     with pytest.raises(
-        ValueError, match="is damaged .* no other checkpoint to resume from: .* start from scratch with --overwrite_output_dir"
+        ValueError,
+        match="is damaged .* no other checkpoint to resume from: .* start from scratch with --overwrite_output_dir",
     ):
         train(tiny_config(tmp_path / "run", max_train_steps=25, resume_from_checkpoint="latest"))
     with pytest.raises(ValueError, match="contains an unfinished run|is damaged"):
@@ -508,10 +509,11 @@ def test_what_nobody_has_tested_is_refused(tmp_path, monkeypatch, name):
 # ---------------------------------------------------------------- classes and objectives
 
 
-def test_a_run_of_classes_learns_them(tmp_path):
+def test_a_run_of_classes_learns_them(digits_model):
     """The loss with the right label is smaller than with the next, and the null label is learnt too."""
-    run = train(tiny_config(tmp_path, class_conditional=True, max_train_steps=400, train_batch_size=64))
-    unet, scheduler = run.pipeline.unet, run.pipeline.scheduler
+    pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
+    config, unet, scheduler = tiny_config(digits_model, class_conditional=True), pipeline.unet, pipeline.scheduler
+    run = Run(config, pipeline, unet, *load_images(config), 600, Accelerator())
     assert (unet.config.num_classes, unet.config.class_names) == (10, [str(k) for k in range(10)])
     x, labels, n = run.held_out.batch(torch.arange(180)), run.held_out.labels, 180
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
@@ -522,7 +524,7 @@ def test_a_run_of_classes_learns_them(tmp_path):
             for y in (labels, (labels + 1) % 10, torch.full((n,), 10))
         )
     assert right < none < wrong
-    assert_close(held_out_loss(run, DenoisingLoss()), read_log(tmp_path / "log.csv")[-1]["held_out_loss"])
+    assert_close(held_out_loss(run, DenoisingLoss()), read_log(digits_model / "log.csv")[-1]["held_out_loss"])
 
 
 def test_dropped_labels_become_the_null_label(tmp_path, monkeypatch):
@@ -1095,8 +1097,6 @@ def test_the_callbacks_see_the_run(tmp_path):
 
 
 def test_held_out_loss_is_that_of_the_average_and_always_the_same(trained):
-    from ddpm_hf.data.dataset import load_images
-
     config = tiny_config(trained)
     pipeline = DDPMCustomPipeline.from_pretrained(trained)
     images, held_out = load_images(config)
