@@ -37,7 +37,7 @@ def test_constants_of_the_linear_schedule():
     assert_close(scheduler.alphas_cumprod, diffusers.DDPMScheduler().alphas_cumprod, rtol=1e-4, atol=0)
 
 
-VARIANCES = {  # of what the sampler gives for data N(0, s2) with the optimal network: (s2, steps): small, large, DDIM
+VARIANCES = {  # of samples, for data N(0, s2) and the optimal network; (s2, steps): fixed_small, fixed_large, DDIM
     (1.0, 1000): (0.99106738, 0.99990000, 0.99625211),
     (1.0, 50): (0.85743391, 0.99990000, 0.92944884),
     (0.25, 1000): (0.24612521, 0.25075208, 0.24849755),
@@ -51,7 +51,7 @@ def optimal_epsilon(x, abar, s2):
 
 
 def final_variance(scheduler, s2: float, steps: int) -> float:
-    """Variance of x_0 by the recursion through `step`: it is linear in x_t, so two points and the noise tell it all."""
+    """Variance of x_0 by recursion: `step` is linear in x_t, so two points and the noise determine it."""
     scheduler.set_timesteps(steps)
     abar, variance = LinearNoiseScheduler().alphas_cumprod_float64, 1.0
     x = torch.tensor([[0.0], [1.0]], dtype=F64)
@@ -74,8 +74,8 @@ def test_exact_variance_of_sampling(s2, steps, column):
     assert abs(final_variance(scheduler, s2, steps) - VARIANCES[s2, steps][column]) < 1e-8
 
 
-def test_exact_variance_tells_the_two_variances_apart():
-    scheduler = LinearNoiseScheduler(variance_type="fixed_large", clip_sample=False)  # beta where beta-tilde belongs
+def test_exact_variance_distinguishes_the_variance_types():
+    scheduler = LinearNoiseScheduler(variance_type="fixed_large", clip_sample=False)
     wrong = final_variance(scheduler, 1.0, 50)
     assert abs(wrong - VARIANCES[1.0, 50][0]) > 0.1
     scheduler = LinearNoiseScheduler(variance_type="fixed_small", clip_sample=False)
@@ -156,7 +156,7 @@ def test_zero_terminal_snr(kind):
     assert_close(scheduler.alphas_cumprod_float64[0], plain.alphas_cumprod_float64[0])
     ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
     assert_close(ddim.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
-    # Bright images: N(0.8, 0.01). Their mean is found although sampling begins with nothing but noise.
+    # Bright images, N(0.8, 0.01): their mean is found although sampling starts from pure noise.
     scheduler.set_timesteps(500)
     assert scheduler.timesteps[0] == 999
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +173,7 @@ def test_zero_terminal_snr(kind):
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 1e9])
 def test_min_snr_weights(gamma):
-    """Against the formula with SNRs that were computed independently, and as one error in three guises."""
+    """Against the formula with independently computed SNRs, and as one error in three prediction types."""
     snr = {0: 9.9990000000e3, 1: 4.5463576575e3, 99: 8.7104485694, 499: 8.5289944463e-2, 999: 4.0359926512e-5}
     t = torch.tensor(list(snr))
     r = torch.tensor(list(snr.values()), dtype=F64)
@@ -185,7 +185,7 @@ def test_min_snr_weights(gamma):
         weights = scheduler.min_snr_weight(t, gamma)
         assert weights.dtype == torch.float32
         assert_close(weights.double(), r.clamp(max=gamma) / divisor, rtol=1e-6, atol=0)
-        # a wrong x_0 and the noise that goes with it, so that x_t is the same
+        # a wrong x_0 and the noise that gives the same x_t
         noise_of_wrong = noise + r.sqrt()[:, None] * (x0 - wrong)
         error = scheduler.target(wrong, noise_of_wrong, t) - scheduler.target(x0, noise, t)
         losses.append(weights * error.square().mean(1))
@@ -305,7 +305,7 @@ def test_fewer_timesteps_are_the_ddpm_of_their_own_betas():
 
 
 class OnADevice(torch.Tensor):
-    """A CPU tensor that claims to be on the meta device and must not be read by the host."""
+    """A CPU tensor that claims to be on the meta device and raises if the host reads it."""
 
     device = torch.device("meta")
 
@@ -316,7 +316,7 @@ class OnADevice(torch.Tensor):
 
 
 class Recorder(TorchDispatchMode):
-    """The names of the operations; what is copied to the meta device stays on the CPU."""
+    """Records the names of operations, and turns copies to the meta device into copies to the CPU."""
 
     def __init__(self):
         super().__init__()
@@ -474,7 +474,7 @@ def test_a_saved_spacing_that_is_unknown_raises(tmp_path):
     [
         (
             {"beta_schedule": "squaredcos_cap_v2"},
-            "beta_schedule='squaredcos_cap_v2'; choose from linear, scaled_linear .* CosineNoiseScheduler's",
+            "beta_schedule='squaredcos_cap_v2'; choose from linear, scaled_linear; CosineNoiseScheduler has",
         ),
         ({"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'; choose from fixed_small, fixed_large"),
         ({"prediction_type": "x0"}, "prediction_type='x0'; choose from epsilon, sample, v_prediction"),
@@ -484,27 +484,36 @@ def test_a_saved_spacing_that_is_unknown_raises(tmp_path):
         ({"dynamic_thresholding_ratio": 0.9}, "dynamic_thresholding_ratio=0.9 is not supported"),
         (
             {"rescale_betas_zero_snr": True},
-            "with prediction_type='epsilon' gives black images: .* use .*'v_prediction'",
+            "rescale_betas_zero_snr=True needs prediction_type='v_prediction' or 'sample': .*'epsilon'",
         ),
         (
             {"rescale_betas_zero_snr": True, "prediction_type": "sample", "num_train_timesteps": 1},
             "rescale_betas_zero_snr=True needs num_train_timesteps of at least 2",
         ),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0 must be"),
-        ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start=0.5, beta_end=0.1: must be 0 < start <= end < 1"),
-        ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\); num_train_timesteps=1000"),
-        ({"num_train_timesteps": 2, "trained_betas": [0.1, 1.2]}, "trained_betas: each must lie between 0 and 1"),
+        (
+            {"beta_start": 0.5, "beta_end": 0.1},
+            "beta_end=0.1: they must satisfy 0 < beta_start <= beta_end < 1",
+        ),
+        (
+            {"trained_betas": [0.1, 0.2]},
+            r"trained_betas has shape \(2,\); it must have num_train_timesteps=1000",
+        ),
+        (
+            {"num_train_timesteps": 2, "trained_betas": [0.1, 1.2]},
+            "trained_betas: every beta must be greater than 0",
+        ),
         ({"steps_offset": -1}, "steps_offset=-1 must be an integer of at least 0"),
         ({"steps_offset": 1.5}, "steps_offset=1.5 must be an integer of at least 0"),
         ({"clip_sample_range": 0}, "clip_sample_range=0 must be greater than 0"),
     ],
 )
-def test_settings_that_cannot_be(config, message):
+def test_invalid_settings(config, message):
     with pytest.raises(ValueError, match=message):
         LinearNoiseScheduler(**config)
 
 
-def test_calls_that_cannot_be():
+def test_invalid_calls():
     scheduler = LinearNoiseScheduler()
     x = torch.zeros(2, 3)
     for steps in (0, -1, 1001, 2.5, None):
@@ -514,9 +523,9 @@ def test_calls_that_cannot_be():
         with pytest.raises(ValueError, match=r"must be integers in 0 ... 999"):
             scheduler.add_noise(x, x, timesteps)
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="timestep=5 is not one that set_timesteps chose"):
+    with pytest.raises(ValueError, match="timestep=5 must be one of scheduler.timesteps"):
         scheduler.step(x, 5, x)
-    with pytest.raises(ValueError, match=r"model_output is \(2, 6\) and sample \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"model_output has shape \(2, 6\); sample has shape \(2, 3\); they"):
         scheduler.step(torch.zeros(2, 6), 0, x)
     with pytest.raises(ValueError, match="a list of 1 for a batch of 2"):
         scheduler.step(x, 100, x, generator=[torch.Generator()])
@@ -542,7 +551,7 @@ def test_a_learned_variance_is_that_of_diffusers():
 @pytest.mark.parametrize(("end", "variance_type"), [(-1.0, "fixed_small"), (1.0, "fixed_large")])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
 def test_the_ends_of_a_learned_variance_are_the_fixed_ones(end, variance_type, steps):
-    """With fewer timesteps too, whose variances are those of their own betas."""
+    """Also with fewer timesteps, whose variances are those of their own betas."""
     learned, fixed = (LinearNoiseScheduler(variance_type=kind) for kind in ("learned_range", variance_type))
     for scheduler in (learned, fixed):
         scheduler.set_timesteps(steps)
@@ -560,14 +569,14 @@ def test_outputs_of_the_wrong_width_raise():
         LinearNoiseScheduler(),
         torch.zeros(1, 3, 2, 2),
     )
-    with pytest.raises(ValueError, match=r"\(1, 3, 2, 2\).*'learned_range' takes \(1, 6, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 2, 2\).*'learned_range' needs \(1, 6, 2, 2\)"):
         learned.step(x, 5, x)
-    with pytest.raises(ValueError, match=r"model_output is \(1, 6, 2, 2\) and sample \(1, 3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"model_output has shape \(1, 6, 2, 2\); sample has shape \(1, 3, 2, 2\)"):
         fixed.step(torch.zeros(1, 6, 2, 2), 5, x)
 
 
 def test_the_posterior_is_bayes_rule():
-    """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0), of Gaussians."""
+    """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0), all Gaussian."""
     scheduler = LinearNoiseScheduler()
     abar, t = scheduler.alphas_cumprod_float64, torch.arange(1, 1000)
     alpha = abar[t] / abar[t - 1]
@@ -587,7 +596,7 @@ def test_one_image_takes_several_noises():
     assert scheduler.add_noise(noise, image, 500).shape == noisy.shape
 
 
-def test_what_is_clamped_can_be_changed_as_diffusers_changes_it():
+def test_set_timesteps_reads_clip_sample():
     scheduler, x = LinearNoiseScheduler(), torch.full((1, 1, 2, 2), 30.0)
     for changed, most in (({"clip_sample": False}, 30), ({"clip_sample": True, "clip_sample_range": 2.0}, 2)):
         scheduler.register_to_config(**changed)

@@ -1,4 +1,4 @@
-"""Few steps: every solver by its name, against the closed form of Gaussian data."""
+"""Every solver by its name, against the closed form for Gaussian data."""
 
 import math
 
@@ -17,7 +17,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "
 
 
 def error_of(name: str, steps: int, variance: float, **settings) -> float:
-    """Of x_0 by the solver with the perfect network for N(0, variance), against the exact flow from the same start."""
+    """The error of x_0 with the optimal network for N(0, variance), against the exact flow from the same noise."""
     trained_with = LinearNoiseScheduler(clip_sample=False, **settings)
     solver = make_solver(name, trained_with)
     set_timesteps_checked(solver, steps, "cpu")
@@ -54,15 +54,15 @@ def test_the_error_falls_with_the_steps(name):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", ODE_SOLVERS)
-def test_any_number_of_steps_is_right_or_refused(name, spacing):
-    """From 50 steps on all are near the exact x_0, whose size is 0.5."""
-    taken, refused = {}, {}
+def test_any_number_of_steps_is_accurate_or_raises(name, spacing):
+    """From 50 steps on, all are near the exact x_0, which is about 0.5."""
+    taken, invalid = {}, {}
     for steps in (1, 2, 3, 4, 7, 50, 100, 300, 501, 999, 1000):
         try:
             taken[steps] = error_of(name, steps, 0.25, timestep_spacing=spacing)
         except ValueError as error:
-            refused[steps] = str(error)
-    assert all(message.startswith(f"num_inference_steps={steps}: ") for steps, message in refused.items())
+            invalid[steps] = str(error)
+    assert all(message.startswith(f"num_inference_steps={steps}: ") for steps, message in invalid.items())
     assert all(math.isfinite(error) for error in taken.values())
     assert all(error < 0.08 for steps, error in taken.items() if steps >= 50), taken
     if name not in ("ddim", "pndm"):
@@ -72,14 +72,14 @@ def test_any_number_of_steps_is_right_or_refused(name, spacing):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_as_many_steps_as_it_can_take(name):
+def test_the_default_number_of_steps(name):
     pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler(20, clip_sample=False))
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(scheduler=name, output_type="pt").images.isfinite().all()
 
 
-def test_what_was_left_at_its_default_stays():
-    """Heun's betas are others than DDIM's where neither was given any."""
+def test_default_settings_are_passed_on():
+    """Heun and DDIM have different default betas."""
     theirs = diffusers.HeunDiscreteScheduler()
     for name in ("ddpm", "ddim", "unipc"):
         assert_close(make_solver(name, theirs).alphas_cumprod, theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
@@ -87,7 +87,7 @@ def test_what_was_left_at_its_default_stays():
 
 @pytest.mark.parametrize("kind", [LinearNoiseScheduler, CosineNoiseScheduler])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_nothing_is_lost_or_changed(name, kind):
+def test_a_solver_keeps_every_setting(name, kind):
     trained_with = kind(prediction_type="sample", timestep_spacing="trailing")
     solver = make_solver(name, trained_with)
     assert type(solver) is getattr(diffusers, SOLVERS[name])
@@ -97,12 +97,12 @@ def test_nothing_is_lost_or_changed(name, kind):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_zero_terminal_snr_is_kept_or_refused(name):
+def test_zero_terminal_snr_is_kept_or_raises(name):
     if name in ("ddim", "dpm++", "unipc", "euler", "euler-a"):
         solver = make_solver(name, LinearNoiseScheduler(**ZERO_SNR))
         assert solver.alphas_cumprod[-1] < 1e-7
     else:
-        with pytest.raises(ValueError, match=f"scheduler='{name}' can't have this model's betas"):
+        with pytest.raises(ValueError, match=f"scheduler='{name}' does not support the betas of this model"):
             make_solver(name, LinearNoiseScheduler(**ZERO_SNR))
 
 
@@ -133,14 +133,14 @@ def test_a_solver_for_one_call(digits_model):
     assert not torch.allclose(samples(scheduler="ddim", clip_sample=False), seen["ddim"], atol=1e-5)
 
 
-def test_solvers_that_cannot_be():
+def test_invalid_solvers():
     pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
     with pytest.raises(ValueError, match="scheduler='dpm'; choose from ddpm, ddim, pndm, .*unipc"):
         pipeline(scheduler="dpm")
-    with pytest.raises(ValueError, match="clip_sample=False needs a scheduler by its name: one of ddpm, ddim, heun"):
+    with pytest.raises(ValueError, match="clip_sample=False needs the name of a scheduler: ddpm, ddim, heun"):
         pipeline(clip_sample=False)
-    with pytest.raises(ValueError, match=r"clip_sample=True: scheduler='dpm\+\+' can't clamp; ddpm, ddim, heun can"):
+    with pytest.raises(ValueError, match=r"clip_sample=True is not supported by scheduler='dpm\+\+'; choose"):
         pipeline(clip_sample=True, scheduler="dpm++")
     for wrong in (5, diffusers.DDIMScheduler):
-        with pytest.raises(ValueError, match="scheduler=.*; choose from ddpm, ddim, .* or give a scheduler"):
+        with pytest.raises(ValueError, match="scheduler=.*; choose from ddpm, ddim, .* or pass a scheduler object"):
             pipeline(scheduler=wrong)

@@ -17,7 +17,7 @@ from ddpm_hf.training.config import recipe_names, resolve
 
 
 def test_the_default_is_the_tutorials_network():
-    assert sum(p.numel() for p in DDPMUNet().parameters()) == 10_188_081  # its own, counted from its code
+    assert sum(p.numel() for p in DDPMUNet().parameters()) == 10_188_081  # counted with the tutorial's code
 
 
 def noisy(*shape, seed=0):
@@ -43,7 +43,7 @@ def test_any_size_and_any_channels(height, width, channels, skips):
     x = noisy(1, channels, height, width)
     prediction = unet(x, 3).sample
     assert prediction.shape == x.shape
-    # pad inside, crop after: the same as the network of the padded image
+    # the network pads and crops: its output is that of the padded image
     padded = torch.nn.functional.pad(x, (0, -width % 2, 0, -height % 2), mode="replicate")
     assert_close(prediction, unet(padded, 3).sample[:, :, :height, :width], rtol=1e-4, atol=1e-5)
 
@@ -55,7 +55,7 @@ def test_default_network_takes_29_by_43():
 
 @pytest.mark.parametrize("skips", ["stage", "layer"])
 def test_skip_connections_carry_what_the_paper_says(skips):
-    """Silence the middle: the prediction still depends on the image through the skips, and only through them."""
+    """With a zero middle, the prediction depends on the image through the skips, and only through them."""
     unet = tiny_unet(skip_connections=skips)
     x, y = noisy(2, 1, 1, 8, 8)
     for stage in unet.middle:
@@ -100,7 +100,7 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(unet(x, 1).sample, unet(x, 1).sample)
 
 
-# ---------------------------------------------------------------- what ModelMixin promises
+# ---------------------------------------------------------------- features of ModelMixin
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -140,12 +140,12 @@ def test_sharded_weights_load_alike(tmp_path, options):
     assert loaded.config.block_out_channels == list(unet.config.block_out_channels)
 
 
-def test_layerwise_casting_and_regional_compilation_know_their_parts():
+def test_layerwise_casting_and_regional_compilation():
     unet, x = tiny_unet(), noisy(2, 1, 8, 8)
     expected = unet(x, 5).sample
     names = {type(module).__name__ for module in unet.modules()}
     assert set(DDPMUNet._repeated_blocks) <= names
-    # what concatenates skips must stay whole: torch.cat takes tensors of one device only
+    # torch.cat takes tensors of one device, so a stage that concatenates skips must not be split
     assert set(DDPMUNet._no_split_modules) == {"DownStage", "MiddleStage", "UpStage"} & names
     unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     assert unet.up[0].layers[0].residual.conv_1.weight.dtype == torch.bfloat16
@@ -157,11 +157,11 @@ def test_layerwise_casting_and_regional_compilation_know_their_parts():
     ("config", "message"),
     [
         ({"skip_connections": "all"}, "skip_connections='all' must be one of .*stage.*layer"),
-        ({"attention": [True]}, r"attention=\[True\] must have one entry a stage: block_out_channels has 2"),
-        ({"attention": None}, "attention=None must have one entry a stage"),
-        ({"downsample": [True, True, False]}, "downsample=.* must have one entry a stage"),
-        ({"downsample": False}, "downsample=False must have one entry a stage"),
-        ({"up_block_out_channels": [16]}, "up_block_out_channels=.* must have one entry a stage"),
+        ({"attention": [True]}, r"attention=\[True\] must have 2 entries, one per entry of block_out_channels"),
+        ({"attention": None}, "attention=None must have 2 entries"),
+        ({"downsample": [True, True, False]}, "downsample=.* must have 2 entries"),
+        ({"downsample": False}, "downsample=False must have 2 entries"),
+        ({"up_block_out_channels": [16]}, "up_block_out_channels=.* must have 2 entries"),
         ({"up_block_out_channels": []}, r"up_block_out_channels=\[\] must be a list of integers >= 1"),
         ({"mid_block_out_channels": []}, r"mid_block_out_channels=\[\] must be a list of integers >= 1"),
         ({"block_out_channels": 64}, "block_out_channels=64 must be a list of integers >= 1"),
@@ -169,11 +169,11 @@ def test_layerwise_casting_and_regional_compilation_know_their_parts():
         ({"stem_channels": "8"}, "stem_channels='8' must be an integer of at least 1"),
         (
             {"block_out_channels": [16, 24], "num_attention_heads": 16},
-            "heads=16 must divide the width 24, which has att",
+            "heads=16 must divide 24, the channels of a stage with attention",
         ),
         (
             {"skip_connections": "layer", "up_layers_per_block": 1},
-            "=1 must be layers_per_block . 1 where",
+            "=1 must be None or layers_per_block . 1 with",
         ),
         ({"up_layers_per_block": 0}, "up_layers_per_block=0 must be an integer of at least 1"),
         ({"time_embedding_dim": 15}, "time_embedding_dim=15 must be even"),
@@ -182,15 +182,15 @@ def test_layerwise_casting_and_regional_compilation_know_their_parts():
         ({"in_channels": 0}, "in_channels=0 must be an integer of at least 1"),
         ({"sample_size": 0}, "sample_size=0 must be a side or"),
         ({"sample_size": "x"}, "sample_size='x' must be a side or"),
-        ({"dropout": 1.5}, r"dropout=1.5 must lie in \[0, 1\)"),
+        ({"dropout": 1.5}, r"dropout=1.5 must be in \[0, 1\)"),
     ],
 )
-def test_settings_that_make_no_network(config, message):
+def test_invalid_settings(config, message):
     with pytest.raises(ValueError, match=message):
         tiny_unet(**config)
 
 
-def test_calls_that_cannot_be():
+def test_invalid_calls():
     unet = tiny_unet()
     with pytest.raises(ValueError, match=r"sample has shape \(1, 3, 8, 8\); it must be \(B, 1, H, W\)"):
         unet(noisy(1, 3, 8, 8), 0)
@@ -265,19 +265,19 @@ def test_the_presets_are_what_the_converter_makes_of_the_sources_defaults():
 # ---------------------------------------------------------------- classes
 
 
-def test_classes_are_told_apart():
+def test_class_labels_change_the_prediction():
     unet, x = tiny_unet(num_classes=3), noisy(2, 1, 8, 8)
     assert sum(p.numel() for p in unet.parameters()) == sum(p.numel() for p in tiny_unet().parameters()) + 4 * 16
-    told = [unet(x, 5, torch.full((2,), label)).sample for label in range(4)]  # 3 is the null label
-    for a, b in combinations(told, 2):
+    predicted = [unet(x, 5, torch.full((2,), label)).sample for label in range(4)]  # 3 is the null label
+    for a, b in combinations(predicted, 2):
         assert not torch.allclose(a, b, atol=1e-4)
     mixed = unet(x, 5, class_labels=torch.tensor([2, 0])).sample
-    assert_close(mixed[:1], told[2][:1])
-    assert_close(mixed[1:], told[0][1:])
+    assert_close(mixed[:1], predicted[2][:1])
+    assert_close(mixed[1:], predicted[0][1:])
 
 
-def test_an_unconditional_network_is_what_it_was():
-    """The same seed gives the same weights whether or not there are classes, which come last."""
+def test_classes_do_not_change_the_initial_weights():
+    """The class embedding is initialised last."""
     with_classes = tiny_unet(num_classes=3).state_dict()
     assert with_classes.pop("class_embedding.weight").shape == (4, 16)
     assert_close(with_classes, tiny_unet().state_dict(), rtol=0, atol=0)
@@ -292,16 +292,20 @@ def test_class_names_are_saved(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "labels", "message"),
     [
-        (None, torch.tensor([0, 1]), r"class_labels: this network is unconditional \(num_classes=None\)"),
-        (3, None, "class_labels: this network needs them, in 0 ... 2; 3 is for no class"),
-        (3, torch.tensor([0, 4]), r"class_labels=\[0, 4\] must lie in 0 ... 2, or be 3 for none"),
-        (3, torch.tensor([0, -1]), r"class_labels=\[0, -1\] must lie in 0 ... 2"),
+        (None, torch.tensor([0, 1]), r"class_labels must be None: this network is unconditional \(num_classes=None\)"),
+        (
+            3,
+            None,
+            "class_labels=None: this network is class-conditional and needs labels in 0 ... 2, or 3",
+        ),
+        (3, torch.tensor([0, 4]), r"class_labels=\[0, 4\] must be in 0 ... 2, or 3 for no class"),
+        (3, torch.tensor([0, -1]), r"class_labels=\[0, -1\] must be in 0 ... 2"),
         (3, torch.tensor([0]), r"class_labels=torch.int64 \(1,\) must be an int64 tensor of shape \(2,\)"),
         (3, torch.tensor([0.0, 1.0]), r"class_labels=torch.float32 \(2,\) must be an int64 tensor of shape \(2,\)"),
         (3, [0, 1], r"class_labels=\[0, 1\] must be an int64 tensor of shape \(2,\)"),
     ],
 )
-def test_labels_that_cannot_be(classes, labels, message):
+def test_invalid_class_labels(classes, labels, message):
     with pytest.raises(ValueError, match=message):
         tiny_unet(num_classes=classes)(noisy(2, 1, 8, 8), 5, labels)
 
@@ -311,13 +315,13 @@ def test_labels_that_cannot_be(classes, labels, message):
     [{"num_classes": 0}, {"num_classes": 2.0}, {"class_names": ["a"]}, {"num_classes": 2, "class_names": ["a"]},
      {"num_classes": 2, "class_names": ["a", "a"]}, {"num_classes": 2, "class_names": [0, 1]}],
 )  # fmt: skip
-def test_classes_that_cannot_be(settings):
+def test_invalid_num_classes_and_class_names(settings):
     with pytest.raises(ValueError, match=r"(num_classes|class_names)=.* must be"):
         tiny_unet(**settings)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 5)])
-def test_the_nearest_upsampling_is_pixels_doubled_and_a_convolution(size):
+def test_nearest_upsampling_is_repeated_pixels_and_a_convolution(size):
     torch.manual_seed(0)
     upsample, x = NearestUpsample(6).double(), torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
     doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -335,7 +339,7 @@ def test_the_nearest_upsampling_is_pixels_doubled_and_a_convolution(size):
 
 
 def every_network() -> dict[str, dict]:
-    """Settings by name: of each recipe (one of those that are the same), of diffusers' defaults, of what they lack."""
+    """Settings by name: of the different recipes, of diffusers' defaults, and with features that neither uses."""
     recipes = {repr(resolve({"config": name}).unet): name for name in recipe_names()}
     networks = {name: {"sample_size": 8, **resolve({"config": name}).unet} for name in recipes.values()}
     theirs = {"norm_num_groups": 8, "block_out_channels": (16, 32, 32, 32), "layers_per_block": 1}
@@ -346,7 +350,7 @@ def every_network() -> dict[str, dict]:
 
 
 def filled(settings: dict, weights: dict) -> DDPMUNet:
-    """The network made on the meta device and filled with these weights; whatever else it has is not a number."""
+    """A network built on the meta device, with these weights and NaN in every other tensor."""
     with torch.device("meta"):
         network = DDPMUNet(**settings)
     network.to_empty(device="cpu")

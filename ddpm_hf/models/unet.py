@@ -1,12 +1,10 @@
-"""The U-Net that predicts the noise: time embedding, attention, residual block, stages, `DDPMUNet`.
+"""The U-Net that predicts the noise (Ho et al. 2020, arXiv:2006.11239, appendix B), with the variants of tutorials.
 
-Shapes: B images, C channels, H x W pixels, E width of the time embedding. The network of one level of resolution is a
-stage, numbered from the image inwards:
+    sample -> stem -> down[0] -> down[1] -> ... -> middle -> ... -> up[-2] -> up[-1] -> norm_out, SiLU, conv_out
+                        \\________\\______ skip connections ________/________/
 
-    sample -> stem -> down[0] -> down[1] -> ... -> middle -> ... -> up[1] -> up[0] -> head -> model output
-                        \\________\\______ skip connections ______/________/
-
-After Ho et al. 2020 (arXiv:2006.11239, appendix B), of which every tutorial's network is a relative.
+A stage (`down[i]`, `middle[i]`, `up[i]`) is a sequence of layers at one resolution; a layer is a residual block with
+optional self-attention. Shapes: B images, C channels, H x W pixels, E = time_embedding_dim.
 """
 
 from dataclasses import dataclass
@@ -31,10 +29,10 @@ class DDPMUNetOutput(BaseOutput):
 
 
 class TimeEmbedding(nn.Module):
-    """timesteps (B,) -> (B, E): two linear layers of sinusoids (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)
+    """timesteps (B,) -> (B, E): sinusoids (Vaswani et al. 2017, arXiv:1706.03762, section 3.5) and two linear layers.
 
-    First all sines and then all cosines, or with `flip_sin_to_cos` the other way round, in float32, of the frequencies
-    10000^(-i / (time_sinusoid_dim / 2 - freq_shift)).
+    All sines come before all cosines, or after them with `flip_sin_to_cos`. The frequencies are
+    10000^(-i / (time_sinusoid_dim / 2 - freq_shift)) for i = 0 ... time_sinusoid_dim / 2 - 1.
     """
 
     def __init__(self, config):
@@ -53,20 +51,20 @@ class TimeEmbedding(nn.Module):
         return get_timestep_embedding(timesteps, width, self.cos_first, downscale_freq_shift=self.shift)
 
     def forward(self, timesteps):
-        # The angles reach 1000 radians, too many for half precision: cast after the sine.
-        x = self._sinusoids(timesteps) if self.table is None else self.table(timesteps.long())
+        # Angles reach 1000 radians, which half precision cannot resolve, so the sinusoids are computed in float32.
+        x = self._sinusoids(timesteps) if self.table is None else self.table(timesteps.long())  # (B, sinusoids)
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
 class SelfAttention(nn.Module):
-    """(B, C, H, W) -> (B, C, H, W): multi-head attention over the H*W positions, added to its input."""
+    """(B, C, H, W) -> (B, C, H, W): multi-head self-attention over the H*W positions, with a residual connection."""
 
     def __init__(self, channels: int, config):
         super().__init__()
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
         if channels % (head_dim or heads):
             setting = f"num_attention_heads={heads}" if head_dim is None else f"attention_head_dim={head_dim}"
-            raise ValueError(f"{setting} must divide the width {channels}, which has attention")
+            raise ValueError(f"{setting} must divide {channels}, the channels of a stage with attention")
         self.num_heads = channels // head_dim if head_dim else heads
         norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.norm = norm if config.attention_norm else nn.Identity()
@@ -76,14 +74,14 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.to_qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.to_qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, HW, -1)
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
         tokens = self.to_out(mixed.transpose(1, 2).reshape(B, H * W, C))
         return x + tokens.transpose(1, 2).reshape(B, C, H, W)
 
 
 class ResidualBlock(nn.Module):
-    """(B, in, H, W), the SiLU of the time embedding (B, E) -> (B, out, H, W)"""
+    """x (B, in, H, W), SiLU of the time embedding (B, E) -> (B, out, H, W)"""
 
     def __init__(self, in_channels: int, out_channels: int, config):
         super().__init__()
@@ -97,14 +95,14 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if project else nn.Identity()
 
     def forward(self, x, time):
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = self.conv_1(F.silu(self.norm_1(x)))  # (B, out, H, W)
         h = h + self.time_projection(time)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
         return self.shortcut(x) + h
 
 
 class Layer(nn.Module):
-    """A residual block and, where there is one, attention: (B, in, H, W), (B, E) -> (B, out, H, W)"""
+    """A residual block, then attention if `attention`: (B, in, H, W), (B, E) -> (B, out, H, W)"""
 
     def __init__(self, in_channels: int, out_channels: int, attention: bool, config):
         super().__init__()
@@ -123,7 +121,7 @@ class Downsample(nn.Conv2d):
         super().__init__(channels, channels, config.downsample_kernel_size, 2, config.downsample_padding)
 
     def forward(self, x):
-        # without padding, a kernel of 3 needs one more row and column; the authors' code adds them right and bottom
+        # Like the authors' code, pad right and bottom where the convolution has no padding.
         return super().forward(F.pad(x, (0, 1, 0, 1)) if self.padding == (0, 0) else x)
 
 
@@ -135,20 +133,19 @@ class TransposedUpsample(nn.ConvTranspose2d):
 
 
 class NearestUpsample(nn.Conv2d):
-    """(B, C, H, W) -> (B, C, 2H, 2W): every pixel four times, then a convolution of 3x3.
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest-neighbour upsampling, then a 3x3 convolution.
 
-    Both together are one transposed convolution of 4x4, exactly: 4 products a pixel of the output and pair of channels
-    where there were 9, and no larger image in between. Weight (i, j) of the 3x3, mirrored, adds to the 2x2 of the 4x4
-    that begin at (i, j).
+    The two are computed as one equal 4x4 transposed convolution, which needs 4 instead of 9 products per output pixel
+    and pair of channels, and no intermediate image. Weight (i, j) of the flipped 3x3 kernel is added to rows i, i + 1
+    and columns j, j + 1 of the 4x4 kernel.
     """
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        # Made anew each time, not kept as a buffer: no checkpoint holds one, so it would be garbage wherever a network
-        # is built without storage (the meta device) and then filled from a checkpoint.
-        adds_to = self.weight.new_ones(3, 4).triu().tril(1).flip(0)  # of one axis: weight i, mirrored, to i and i + 1
+        # Not a buffer: checkpoints have none, so it would stay uninitialised in networks built on the meta device.
+        adds_to = self.weight.new_ones(3, 4).triu().tril(1).flip(0)  # (3, 4), for one axis
         kernel = (self.weight.flatten(2) @ torch.kron(adds_to, adds_to)).unflatten(2, (4, 4))
         kernel = kernel.transpose(0, 1)  # (in, out, 4, 4)
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
@@ -158,7 +155,10 @@ UPSAMPLE_TYPES = {"transposed": TransposedUpsample, "nearest": NearestUpsample}
 
 
 class DownStage(nn.Module):
-    """(B, in, H, W) -> (B, out, H/2, W/2), or H, W unchanged without `downsample`; and the skip connections."""
+    """(B, in, H, W) -> (B, out, H/2, W/2), or (B, out, H, W) without `downsample`, and the list of its skips.
+
+    The skips (B, C, H, W) are the input of the stage (skip_connections="stage"), or also the output of each layer.
+    """
 
     def __init__(self, widths: list[int], attention: bool, downsample: bool, config):
         super().__init__()
@@ -175,7 +175,7 @@ class DownStage(nn.Module):
 
 
 class MiddleStage(nn.Module):
-    """(B, in, H, W) -> (B, out, H, W): a residual block, then `num_layers` times attention and a residual block."""
+    """(B, in, H, W) -> (B, out, H, W): `num_layers` layers with attention, then one without."""
 
     def __init__(self, in_channels: int, out_channels: int, num_layers: int, config):
         super().__init__()
@@ -189,7 +189,7 @@ class MiddleStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """(B, in, H, W) and its down stage's skips -> (B, out, 2H, 2W), or H, W unchanged without `upsample`."""
+    """(B, in, H, W), the skips of its down stage -> (B, out, 2H, 2W), or (B, out, H, W) without `upsample`."""
 
     def __init__(self, widths: list[int], skip_widths: list[int], attention: bool, upsample: bool, config):
         super().__init__()
@@ -208,52 +208,57 @@ class UpStage(nn.Module):
 
 
 class DDPMUNet(ModelMixin, ConfigMixin):
-    """The network of a DDPM: from noisy images, timesteps and optional class labels to a prediction of their shape.
+    """The U-Net of a DDPM: noisy images (B, in_channels, H, W), timesteps and optional class labels -> a prediction.
 
-    The defaults are the network of the ExplainingAI tutorial for MNIST (10.2 M parameters). Images may have any height
-    and width, whatever `sample_size` is: those that the stages cannot halve are padded inside (the last row and column
-    repeated), and the prediction is cropped.
+    The defaults are the network of the ExplainingAI tutorial for MNIST (10.2 M parameters). Images of any height and
+    width are accepted: sizes that the stages cannot halve are padded by repeating the last row and column, and the
+    prediction is cropped. A down stage and the up stage of the same resolution are called a pair.
 
     Args:
-        sample_size: side, or (height, width), of the training images; the default size of samples.
+        sample_size: side, or (height, width), of the training images and, by default, of samples.
         in_channels: channels of the images.
-        out_channels: channels of the prediction; `None`: as many. Twice as many with a learned variance, of which the
-            second half says where between its bounds the variance lies (Nichol & Dhariwal 2021, arXiv:2102.09672).
-        stem_channels: width of the first convolution.
-        block_out_channels: width of each down stage, from the image inwards.
-        downsample: for each down stage, whether it halves height and width at its end (and the up stage beside it
-            doubles them); `None`: all but the deepest.
-        attention: for each down stage, whether its layers and those of the up stage beside it have attention; one
-            bool for all. The middle always has.
+        out_channels: channels of the prediction; `None`: `in_channels`. A learned variance needs 2 * in_channels
+            (Nichol & Dhariwal 2021, arXiv:2102.09672): the second half is the share of `NoiseScheduler.split_output`.
+        stem_channels: channels of the first convolution.
+        block_out_channels: output channels of each down stage, starting at the image.
+        downsample: per pair of stages, whether the down stage halves height and width at its end and the up stage
+            doubles them; `None`: all but the last.
+        attention: per pair of stages, whether its layers have attention; or one bool for all. The middle stages always
+            have attention.
         layers_per_block: layers of each down stage.
-        mid_block_out_channels: widths of the middle stages.
-        mid_layers_per_block: layers with attention in each middle stage; one without follows them.
-        up_block_out_channels: width that each up stage gives, in the order of the data: the deepest first.
-        up_layers_per_block: layers of each up stage; with skip connections of every layer these are
-            `layers_per_block + 1`, which is what `None` means there, and `layers_per_block` otherwise.
-        skip_connections: `"stage"`: an up stage sees what entered the down stage beside it; `"layer"`: each of its
-            layers sees the output of one layer (Ho et al. 2020).
-        downsample_kernel_size, downsample_padding: of the strided convolution; a kernel of 3 without padding sees a row
-            and a column of zeros more, right and bottom.
-        upsample_type: `"transposed"`: a transposed convolution of 4x4; `"nearest"`: pixels doubled, then a convolution.
-        project_every_shortcut: a 1x1 convolution in every shortcut of a residual block, or only where widths differ.
-        num_attention_heads: heads of every attention.
-        attention_head_dim: width of a head, in place of their number; the widths with attention are multiples of it.
-        attention_norm: normalise the input of attention.
-        time_sinusoid_dim: width of the sinusoids; `None`: `time_embedding_dim`.
-        time_embedding_dim: width of the time embedding.
-        flip_sin_to_cos: cosines first.
-        freq_shift: the s of the sinusoids' frequencies 10000^(-i / (time_sinusoid_dim / 2 - s)).
-        time_table_size: store the sinusoids of this many timesteps with the weights, as a table that is not trained;
-            `None`: compute them.
-        norm_num_groups: groups of the normalisations; divides all widths.
-        norm_num_groups_out: groups of the last one, before the head; `None`: `norm_num_groups`.
-        norm_eps: epsilon of all normalisations.
-        dropout: probability, inside the residual blocks.
+        mid_block_out_channels: output channels of each middle stage.
+        mid_layers_per_block: layers with attention in each middle stage; one layer without attention follows them.
+        up_block_out_channels: output channels of each up stage, starting at the lowest resolution.
+        up_layers_per_block: layers of each up stage; `None`: `layers_per_block`, or `layers_per_block + 1` with
+            `skip_connections="layer"`, which allows no other number.
+        skip_connections: `"stage"`: the first layer of an up stage sees the input of its down stage; `"layer"`: each
+            layer of an up stage sees the input or one layer's output of its down stage (Ho et al. 2020).
+        downsample_kernel_size, downsample_padding: kernel and padding of the strided convolution: 4 and 1, 3 and 1, or
+            3 and 0, where zeros are padded right and bottom only.
+        upsample_type: `"transposed"`: a 4x4 transposed convolution; `"nearest"`: nearest-neighbour upsampling and a 3x3
+            convolution.
+        project_every_shortcut: use a 1x1 convolution in the shortcut of every residual block, not only of those that
+            change the number of channels.
+        num_attention_heads: heads of every attention layer.
+        attention_head_dim: channels per head; replaces `num_attention_heads`.
+        attention_norm: apply group normalisation to the input of attention.
+        time_sinusoid_dim: number of sinusoids; `None`: `time_embedding_dim`.
+        time_embedding_dim: E, the width of the time embedding.
+        flip_sin_to_cos: put the cosines before the sines.
+        freq_shift: the s in the frequencies 10000^(-i / (time_sinusoid_dim / 2 - s)) of the sinusoids.
+        time_table_size: save the sinusoids of this many timesteps with the weights, as a fixed table; `None`: compute
+            them.
+        norm_num_groups: groups of the group normalisations; it divides all numbers of channels.
+        norm_num_groups_out: groups of the last group normalisation; `None`: `norm_num_groups`.
+        norm_eps: epsilon of the group normalisations.
+        dropout: dropout probability in the residual blocks.
         dropout_channels: drop whole channels.
-        num_classes: number of classes, with labels 0 ... num_classes - 1; the label `num_classes` is the null label,
-            for no class (Ho & Salimans 2022, arXiv:2207.12598). `None`: unconditional.
+        num_classes: number of classes, with the labels 0 ... num_classes - 1; the label `num_classes` is the null label
+            of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598). `None`: unconditional.
         class_names: names of the classes, in the order of their labels.
+
+    Raises:
+        ValueError: a setting is invalid; the message names it, its value and what is valid.
     """
 
     _supports_gradient_checkpointing = True
@@ -334,18 +339,18 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
         self.norm_out = nn.GroupNorm(norm_num_groups_out or norm_num_groups, width, norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels or in_channels, 3, padding=1)
-        # (B,) -> (B, E), added to the time embedding; the last row is that of the null label
+        # (B,) -> (B, E), added to the time embedding; the last row is the null label's
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, config.time_embedding_dim)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """`ModelMixin.from_pretrained` for safetensors only: without this, it falls back to a pickle file.
+        """`ModelMixin.from_pretrained` without its fallback to pickle files.
 
-        Weights on the CPU are copied out of the memory-mapped file: their alignment there depends on the length of the
-        file's header, and matrix products of data aligned differently differ in their last bits.
+        Weights on the CPU are copied out of the memory-mapped file, because their alignment there depends on the file's
+        header, and the last bits of matrix products depend on the alignment.
         """
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False: only safetensors are read; loading a pickle can run any code")
+            raise ValueError("use_safetensors=False is not supported: loading a pickle file can run any code")
         loaded = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
         unet = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         for tensor in (*unet.parameters(), *unet.buffers()):
@@ -354,14 +359,16 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         return loaded
 
     def forward(self, sample: torch.Tensor, timestep, class_labels=None, return_dict: bool = True):
-        """
+        """Predict the noise (or x_0 or v, by the scheduler's `prediction_type`) in noisy images.
+
         Args:
-            sample: (B, in_channels, H, W).
+            sample: noisy images x_t, (B, in_channels, H, W).
             timestep: int or float, or a tensor of shape (), (1,) or (B,).
-            class_labels: int64 (B,), each in 0 ... num_classes; of a class-conditional network, and of no other.
+            class_labels: int64 (B,), each in 0 ... num_classes; required if the network is class-conditional, invalid
+                otherwise.
 
         Returns:
-            `DDPMUNetOutput` with `sample` (B, out_channels, H, W), or the tuple of it.
+            `DDPMUNetOutput` with `sample` (B, out_channels, H, W), or a tuple of it.
         """
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample has shape {tuple(sample.shape)}; it must be (B, {self.config.in_channels}, H, W)")
@@ -373,22 +380,22 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         self._check_labels(class_labels, B)
         if class_labels is not None:
             time = time + self.class_embedding(class_labels.to(sample.device))
-        time = F.silu(time)
+        time = F.silu(time)  # (B, E)
 
         pad_h, pad_w = -H % self.size_factor, -W % self.size_factor
         if pad_h or pad_w:
             sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
 
-        x = self.stem(sample)
+        x = self.stem(sample)  # (B, stem_channels, H + pad_h, W + pad_w)
         skips = []
         for stage in self.down:
-            x, features = self._run(stage, x, time)
+            x, features = self._run(stage, x, time)  # H, W -> H/2, W/2 where the stage downsamples
             skips.append(features)
         for stage in self.middle:
             x = self._run(stage, x, time)
         for stage in self.up:
-            x = self._run(stage, x, time, skips.pop())
-        x = self.conv_out(F.silu(self.norm_out(x)))[:, :, :H, :W]
+            x = self._run(stage, x, time, skips.pop())  # H, W -> 2H, 2W where its down stage halved them
+        x = self.conv_out(F.silu(self.norm_out(x)))[:, :, :H, :W]  # (B, out_channels, H, W)
 
         return DDPMUNetOutput(sample=x) if return_dict else (x,)
 
@@ -396,21 +403,18 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         classes = self.config.num_classes
         if classes is None:
             if labels is not None:
-                raise ValueError("class_labels: this network is unconditional (num_classes=None); leave them out")
+                raise ValueError("class_labels must be None: this network is unconditional (num_classes=None)")
             return
+        rule = f"0 ... {classes - 1}, or {classes} for no class"
         if labels is None:
-            raise ValueError(
-                f"class_labels: this network needs them, in 0 ... {classes - 1}; {classes} is for no class"
-            )
+            raise ValueError(f"class_labels=None: this network is class-conditional and needs labels in {rule}")
         if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (batch_size,):
             what = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
             raise ValueError(f"class_labels={what} must be an int64 tensor of shape ({batch_size},)")
         if labels.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # looking at the values would stop the device, or break the graph
+            return  # reading the values would synchronise the GPU or break the graph
         if not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
-            raise ValueError(
-                f"class_labels={labels.tolist()} must lie in 0 ... {classes - 1}, or be {classes} for none"
-            )
+            raise ValueError(f"class_labels={labels.tolist()} must be in {rule}")
 
     def _run(self, stage, *args):
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -419,7 +423,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
 
 
 def _check(config) -> None:
-    """A ValueError for the first setting that makes no network, with its name, its value and what it must be."""
+    """Raise ValueError for the first invalid setting, with its name, its value and what is valid."""
 
     def require(name, holds, rule):
         if not holds:
@@ -447,25 +451,26 @@ def _check(config) -> None:
         require(name, config[name] in choices, f"must be one of {', '.join(choices)}")
 
     stages = len(config.block_out_channels)
-    one_a_stage = f"must have one entry a stage: block_out_channels has {stages}"
-    require("up_block_out_channels", len(config.up_block_out_channels) == stages, one_a_stage)
+    one_each = f"must have {stages} entries, one per entry of block_out_channels"
+    require("up_block_out_channels", len(config.up_block_out_channels) == stages, one_each)
     for name, for_all in (("downsample", config.downsample is None), ("attention", type(config.attention) is bool)):
-        require(name, for_all or (is_list_of(bool, config[name]) and len(config[name]) == stages), one_a_stage)
+        require(name, for_all or (is_list_of(bool, config[name]) and len(config[name]) == stages), one_each)
 
     holds = config.out_channels in (None, config.in_channels, 2 * config.in_channels)
-    require("out_channels", holds, f"must be None, in_channels={config.in_channels}, or twice that: a learned variance")
+    require("out_channels", holds, f"must be None, or 1 or 2 times in_channels={config.in_channels}")
     sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
     holds = is_list_of(int, sides) and len(sides) <= 2 and min(sides) >= 1
-    require("sample_size", holds, "must be a side or a (height, width) of at least 1")
+    require("sample_size", holds, "must be a side or a (height, width), in integers of at least 1")
     holds = config.skip_connections == "stage" or config.up_layers_per_block in (None, config.layers_per_block + 1)
-    require("up_layers_per_block", holds, "must be layers_per_block + 1 where every layer has a skip connection")
+    require("up_layers_per_block", holds, "must be None or layers_per_block + 1 with skip_connections='layer'")
     kernel, padding = config.downsample_kernel_size, config.downsample_padding
-    rule = f"does not go with downsample_kernel_size={kernel}; kernel and padding must be 4 and 1, 3 and 1, or 3 and 0"
+    rule = f"with downsample_kernel_size={kernel}: kernel and padding must be 4 and 1, 3 and 1, or 3 and 0"
     require("downsample_padding", (kernel, padding) in ((4, 1), (3, 1), (3, 0)), rule)
     sinusoids_from = "time_embedding_dim" if config.time_sinusoid_dim is None else "time_sinusoid_dim"
     half = config[sinusoids_from] / 2
-    require(sinusoids_from, half == int(half) and half > config.freq_shift, "must be even: half sines, half cosines")
-    require("dropout", isinstance(config.dropout, int | float) and 0 <= config.dropout < 1, "must lie in [0, 1)")
+    holds = half == int(half) and half > config.freq_shift
+    require(sinusoids_from, holds, "must be even and greater than 2 * freq_shift")
+    require("dropout", isinstance(config.dropout, int | float) and 0 <= config.dropout < 1, "must be in [0, 1)")
     names = config.class_names
     holds = names is None or (is_list_of(str, names) and len(set(names)) == len(names) == config.num_classes)
-    require("class_names", holds, f"must be as many names as num_classes={config.num_classes}, each a different one")
+    require("class_names", holds, f"must be num_classes={config.num_classes} different names")

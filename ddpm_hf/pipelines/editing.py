@@ -1,4 +1,4 @@
-"""Edits of images by a trained model: `inpaint`, `interpolate` and `invert` of `DDPMCustomPipeline`."""
+"""Image editing: `inpaint`, `interpolate` and `invert` of `DDPMCustomPipeline`."""
 
 from collections.abc import Callable
 from numbers import Integral
@@ -7,6 +7,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ddpm_hf.pipelines.denoising import DenoisingLoop
 from ddpm_hf.pipelines.images import from_unit, to_mask, to_unit
 from ddpm_hf.schedulers.solvers import CLAMPING, make_solver
 
@@ -14,7 +15,7 @@ INTERPOLATIONS = ("mix", "slerp", "inversion")
 
 
 class EditingMixin:
-    """The methods of `DDPMCustomPipeline` that take images and give images or noise."""
+    """The methods of `DDPMCustomPipeline` that edit images."""
 
     @torch.no_grad()
     def inpaint(
@@ -31,29 +32,27 @@ class EditingMixin:
         class_labels=None,
         guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
-        """Paint what is missing of images (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1).
+        """Fill the masked region of images (RePaint, Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1).
 
-        After each step the known part is replaced by the image with as much noise; every `jump_length` steps sampling
-        goes back by as many, `num_resamples - 1` times, so that the new part can come to fit the known one. That takes
-        up to `num_inference_steps * num_resamples` predictions; 1 resample is plain sampling.
+        After each step, the known region is replaced by `image` with the noise of the new timestep. Every `jump_length`
+        steps, sampling goes back `jump_length` timesteps by adding noise, `num_resamples - 1` times, which harmonises
+        the two regions. This takes at most `num_inference_steps * num_resamples` network evaluations.
 
         Args:
-            image: as `__call__` takes it. What the mask covers is not looked at.
-            mask: where to paint: bool or 0 and 1, (H, W), (B, H, W) or (B, 1, H, W), or a `PIL.Image` (white: paint).
-            num_inference_steps: `None`: 250, or all T if they are fewer.
-            generator and all others: as `__call__`'s. The solver is always our own scheduler.
+            image: see `__call__`. Masked pixels are ignored.
+            mask: 1 or True where to fill: (H, W), (B, H, W) or (B, 1, H, W), or a `PIL.Image` that is white there.
+            num_inference_steps: `None`: 250, or T if that is less.
+            generator and all others: see `__call__`. The solver is the DDPM scheduler with the betas of the pipeline's.
 
         Returns:
-            As `__call__`. The known pixels are exactly those of `image`.
+            See `__call__`. The known pixels are exactly those of `image`.
         """
-        for name, value in (("jump_length", jump_length), ("num_resamples", num_resamples)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        _check_counts(jump_length=jump_length, num_resamples=num_resamples)
         given = to_unit("image", image, self.unet.config.in_channels).to(self._execution_device)
-        image = given.to(self._state_dtype) * 2 - 1
+        image = given.to(self._state_dtype) * 2 - 1  # (B, C, H, W) in [-1, 1]
         mask = to_mask(mask, image.shape).to(self._execution_device)
         loop = self._prepare(
-            num_inference_steps=self._at_most(250) if num_inference_steps is None else num_inference_steps,
+            num_inference_steps=self._steps_or(250, num_inference_steps),
             output_type=output_type,
             class_labels=class_labels,
             guidance_scale=guidance_scale,
@@ -62,31 +61,34 @@ class EditingMixin:
             callback=callback_on_step_end,
             start=image,
         )
-        solver, image = loop.solver, image.expand(loop.batch_size, -1, -1, -1)
-        visited = solver.timesteps.flip(0).tolist()  # upwards; x is at visited[position], -1 being the image
-        sample, position, i = loop.draw_noise(image.shape), len(visited) - 1, -1
+        image = image.expand(loop.batch_size, -1, -1, -1)
+        sample = torch.where(mask, self._repaint(loop, image, mask, jump_length, num_resamples), image)
+        if output_type == "latent":
+            return self._output(sample, output_type, return_dict, loop.solver)
+        (painted,) = self._output(sample, "pt", False, loop.solver)
+        # The conversion to [-1, 1] and back would change the last bits of the known pixels.
+        images = from_unit(torch.where(mask, painted, given), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _repaint(self, loop: DenoisingLoop, image, mask, jump_length: int, num_resamples: int) -> torch.Tensor:
+        """Algorithm 1 of RePaint for `image` (B, C, H, W): x (B, C, H, W) after the last step."""
+        solver, shape = loop.solver, image.shape
+        visited = solver.timesteps.flip(0).tolist()  # ascending; x is at visited[position], or the image at -1
+        sample, position, i = loop.draw_noise(shape), len(visited) - 1, -1
         moves = repaint_moves(len(visited), jump_length, num_resamples)
         self.num_timesteps = moves.count(-1)
         for move in self.progress_bar(moves):
             timestep, position = visited[position], position + move
             if move > 0:
-                sample = solver.renoise(sample, timestep, visited[position], loop.draw_noise(image.shape))
+                sample = solver.renoise(sample, timestep, visited[position], loop.draw_noise(shape))
                 continue
             tensors, i = loop.step(sample, timestep), i + 1
-            known = image
-            if position >= 0:
-                known = solver.add_noise(image, loop.draw_noise(image.shape), visited[position])
+            known = image if position < 0 else solver.add_noise(image, loop.draw_noise(shape), visited[position])
             tensors["sample"] = torch.where(mask, tensors["sample"], known)
             sample = loop.end_step(i, torch.tensor(timestep), tensors)
             if self.interrupt:
                 break
-        sample = torch.where(mask, sample, image)
-        if output_type == "latent":
-            return self._output(sample, output_type, return_dict, solver)
-        (painted,) = self._output(sample, "pt", False, solver)
-        # The known pixels have the bits that were given, which [-1, 1] and back would not give.
-        images = from_unit(torch.where(mask, painted, given), output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return sample
 
     @torch.no_grad()
     def interpolate(
@@ -105,42 +107,25 @@ class EditingMixin:
         guidance_scale: float = 1.0,
         scheduler: str | SchedulerMixin | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """`steps` images from one to another.
+        """Generate `steps` images that go from one image to another.
 
         Args:
-            image_a, image_b: the ends, as `__call__` takes an image. For `"slerp"` none: its ends are drawn.
-            t: of `"mix"`: the timestep, 0 ... T-1, up to which noise is added; the more, the more is made up. With
-                fewer than T steps, the last one visited up to it (a ValueError if there is none).
-            method: `"mix"`: noise is added to both, the same to each; mixtures of the two are denoised, with the same
-                noise again (Ho et al. 2020, section 4.3, appendix D). `"slerp"`: images of noise on the arc between two
-                (Song et al. 2021, arXiv:2010.02502, section 5.3). `"inversion"`: the same, between the noises that the
-                two images come from (see `invert`).
-            generator: one, for all that is drawn.
-            class_labels: one for all images, or one each of the `steps`.
-            scheduler: as `__call__`'s; `None`: the pipeline's own for `"mix"`, and DDIM for the others.
-            all others: as `__call__`'s.
+            image_a, image_b: the two images, see `image` of `__call__`. `"slerp"` takes none: its ends are sampled.
+            t: for `"mix"`, the timestep, 0 ... T-1, whose noise is added; a larger t changes the images more. With
+                fewer than T steps it is rounded down to a visited timestep.
+            method: `"mix"`: the same noise is added to both images, and linear mixtures of them are denoised with the
+                same noise (Ho et al. 2020, section 4.3, appendix D). `"slerp"`: sample from spherical interpolations of
+                two draws of noise (Song et al. 2021, arXiv:2010.02502, section 5.3). `"inversion"`: the same, of the
+                noise that `invert` computes for the two images.
+            generator: a single generator, or `None`.
+            class_labels: one for all images, or one for each of the `steps`.
+            scheduler: see `__call__`; `None`: the pipeline's scheduler for `"mix"`, DDIM for the others.
+            all others: see `__call__`.
 
         Returns:
-            As `__call__`, `steps` images.
+            See `__call__`; `steps` images.
         """
-        if method not in INTERPOLATIONS:
-            raise ValueError(f"method={method!r}; choose from {', '.join(INTERPOLATIONS)}")
-        if not isinstance(steps, Integral) or steps < 2:
-            raise ValueError(f"steps={steps!r} must be an integer of at least 2")
-        if isinstance(generator, list | tuple):
-            raise ValueError("generator: give one, from which all that is drawn comes, not a list")
-        most = self.scheduler.config.num_train_timesteps - 1
-        if method == "mix" and (not isinstance(t, Integral) or not 0 <= t <= most):
-            raise ValueError(f"t={t!r} must be an integer in 0 ... {most}")
-        if method != "mix" and t is not None:
-            raise ValueError(f"t={t!r}: only method='mix' stops at a timestep; leave it out")
-        ends = [self._noiseless(name, e) for name, e in (("image_a", image_a), ("image_b", image_b)) if e is not None]
-        if len(ends) != (0 if method == "slerp" else 2):
-            raise ValueError(f"image_a, image_b: method={method!r} takes {'none' if method == 'slerp' else 'both'}")
-        if ends and (ends[0].shape != ends[1].shape or len(ends[0]) != 1):
-            shapes = " and ".join(str(tuple(end.shape)) for end in ends)
-            raise ValueError(f"image_a, image_b: are {shapes}; they must be single images of one size")
-
+        ends = self._check_interpolation(method, steps, generator, t, image_a, image_b)
         scheduler = scheduler or (None if method == "mix" else "ddim")
         loop = self._prepare(
             batch_size=steps,
@@ -157,26 +142,54 @@ class EditingMixin:
         weights = torch.linspace(0, 1, steps, dtype=self._state_dtype, device=self._execution_device)
         weights = weights.reshape(-1, 1, 1, 1)
         if method == "mix":
-            visited = loop.timesteps[:: solver.order]  # of order 2, each step looks at two
-            if visited[-1] > t:
-                raise ValueError(f"t={t} comes before {visited[-1]:g}, the first timestep that so few steps visit")
-            loop.skip_steps(int((visited > t).sum()))
-            noise = loop.draw_noise(ends[0].shape)
-            a, b = (solver.add_noise(end, noise, loop.timesteps[:1]) for end in ends)
+            a, b = self._noise_ends(loop, ends, t)
             sample = a + weights * (b - a)
         else:
             if method == "slerp":
                 a, b = (loop.draw_noise((1, *self.image_shape)) for _ in range(2))
             else:
-                of_ends = (None, None) if labels is None else (labels[:1], labels[-1:])
+                end_labels = (None, None) if labels is None else (labels[:1], labels[-1:])
                 a, b = (
                     self.invert(image, solver.num_inference_steps, class_labels=label, guidance_scale=guidance_scale)
-                    for image, label in zip((image_a, image_b), of_ends, strict=True)
+                    for image, label in zip((image_a, image_b), end_labels, strict=True)
                 )
             sample = slerp(a, b, weights) * solver.init_noise_sigma
+        # Every image is denoised with the same noise.
         state = loop.generator.get_state()
         loop.generator = [torch.Generator(loop.generator.device).set_state(state) for _ in range(steps)]
         return self._output(loop.run(sample), output_type, return_dict, solver)
+
+    def _check_interpolation(self, method, steps, generator, t, image_a, image_b) -> list[torch.Tensor]:
+        """Check the arguments of `interpolate`; return the images given, each (1, C, H, W) in [-1, 1]."""
+        if method not in INTERPOLATIONS:
+            raise ValueError(f"method={method!r}; choose from {', '.join(INTERPOLATIONS)}")
+        _check_counts(2, steps=steps)
+        if isinstance(generator, list | tuple):
+            raise ValueError("generator must be a single generator or None, not a list")
+        most = self.scheduler.config.num_train_timesteps - 1
+        if method == "mix" and (not isinstance(t, Integral) or not 0 <= t <= most):
+            raise ValueError(f"t={t!r} must be an integer in 0 ... {most}")
+        if method != "mix" and t is not None:
+            raise ValueError(f"t={t!r} must be None with method={method!r}; only method='mix' uses it")
+        given = {name: image for name, image in (("image_a", image_a), ("image_b", image_b)) if image is not None}
+        if len(given) != (0 if method == "slerp" else 2):
+            rule = "takes neither image_a nor image_b" if method == "slerp" else "needs both image_a and image_b"
+            raise ValueError(f"method={method!r} {rule}")
+        ends = [self._to_model_range(name, image) for name, image in given.items()]
+        if ends and (ends[0].shape != ends[1].shape or len(ends[0]) != 1):
+            shapes = " and ".join(str(tuple(end.shape)) for end in ends)
+            raise ValueError(f"image_a and image_b have shapes {shapes}; they must be single images of one size")
+        return ends
+
+    def _noise_ends(self, loop: DenoisingLoop, ends: list[torch.Tensor], t: int) -> list[torch.Tensor]:
+        """Start `loop` at the last visited timestep that is at most t; return `ends` with the same noise of it."""
+        visited = loop.timesteps[:: loop.solver.order]  # solvers of order 2 have two timesteps per step
+        if visited[-1] > t:
+            rule = f"must be at least {visited[-1]:g}, the lowest timestep of num_inference_steps={len(visited)}"
+            raise ValueError(f"t={t} {rule}")
+        loop.skip_steps(int((visited > t).sum()))
+        noise = loop.draw_noise(ends[0].shape)
+        return [loop.solver.add_noise(end, noise, loop.timesteps[:1]) for end in ends]
 
     @torch.no_grad()
     def invert(
@@ -188,23 +201,22 @@ class EditingMixin:
         guidance_scale: float = 1.0,
         callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
-        """The noise (B, C, H, W) from which DDIM makes these images in as many steps.
+        """DDIM inversion: the noise (B, C, H, W) from which DDIM generates these images.
 
-        `pipe(latents=pipe.invert(image), scheduler="ddim", clip_sample=False, num_inference_steps=50)` gives the image
-        back, nearly. Each step solves the DDIM step (Song et al. 2021, arXiv:2010.02502, equation 12) for its start by
-        as many fixed-point `iterations`; the usual inversion is the first of them.
+        `pipe(latents=pipe.invert(image), scheduler="ddim", clip_sample=False, num_inference_steps=50)` nearly returns
+        the image. Each DDIM step (Song et al. 2021, arXiv:2010.02502, equation 12) is inverted by fixed-point
+        `iterations`, each one network evaluation; 1 is the usual inversion.
 
         Args:
-            image: as `__call__` takes it.
-            num_inference_steps, class_labels, guidance_scale: those with which the images will be made again; `None`:
-                50 steps, or all T if they are fewer.
-            callback_on_step_end: as `__call__`'s.
+            image: see `__call__`.
+            num_inference_steps, class_labels, guidance_scale: the values for generating the images again; the default
+                number of steps is 50, or T if that is less.
+            callback_on_step_end: see `__call__`.
         """
-        if not isinstance(iterations, Integral) or iterations < 1:
-            raise ValueError(f"iterations={iterations!r} must be an integer of at least 1")
-        image = self._noiseless("image", image)
+        _check_counts(iterations=iterations)
+        image = self._to_model_range("image", image)
         loop = self._prepare(
-            num_inference_steps=self._at_most(50) if num_inference_steps is None else num_inference_steps,
+            num_inference_steps=self._steps_or(50, num_inference_steps),
             class_labels=class_labels,
             guidance_scale=guidance_scale,
             scheduler="ddim",
@@ -215,14 +227,15 @@ class EditingMixin:
         ours, timesteps = make_solver("ddpm", self.scheduler), loop.timesteps
         if ours.alphas_cumprod[int(timesteps[0])] == 0:
             raise ValueError(
-                f"nothing of an image is left at timestep {timesteps[0]} (rescale_betas_zero_snr): no way back"
+                f"invert can't reach timestep {timesteps[0]}, where rescale_betas_zero_snr=True leaves nothing of the "
+                "image; use a scheduler with timestep_spacing='leading'"
             )
         sample, before = image.expand(loop.batch_size, -1, -1, -1), -1
         for i, timestep in enumerate(self.progress_bar(timesteps.flip(0).tolist())):
             target = sample
             for _ in range(iterations):
                 output = loop.predict(sample, timestep)[:, : sample.shape[1]]
-                sample = ours.ddim_start(output, timestep, before, sample, target)
+                sample = ours.ddim_inverse_step(output, timestep, before, sample, target)
             original = ours.predicted_original(output, timestep, sample)
             tensors = {"sample": sample, "pred_original_sample": original}
             sample, before = loop.end_step(i, torch.tensor(timestep), tensors), timestep
@@ -230,12 +243,19 @@ class EditingMixin:
                 break
         return self._output(sample, "latent", False, loop.solver)[0]
 
-    def _at_most(self, steps: int) -> int:
-        return min(steps, self.scheduler.config.num_train_timesteps)
+    def _steps_or(self, default: int, num_inference_steps: int | None) -> int:
+        most = min(default, self.scheduler.config.num_train_timesteps)
+        return most if num_inference_steps is None else num_inference_steps
+
+
+def _check_counts(least: int = 1, **counts) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 def repaint_moves(length: int, jump_length: int, num_resamples: int) -> list[int]:
-    """-1 (denoise) and 1 (add noise), from the first of `length` timesteps to the image."""
+    """The moves of RePaint from the first of `length` timesteps to the image: -1 denoises, 1 adds noise."""
     jumps = dict.fromkeys(range(0, length - jump_length, jump_length), num_resamples - 1)
     moves, position = [], length - 1
     while position >= 0:
@@ -249,9 +269,9 @@ def repaint_moves(length: int, jump_length: int, num_resamples: int) -> list[int
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation (Shoemake 1985) of a and b (1, ...) by weights (B, 1, 1, 1) in 0 ... 1 -> (B, ...).
+    """Spherical interpolation (Shoemake 1985) of a and b (1, ...) by weights (B, 1, 1, 1) in [0, 1] -> (B, ...).
 
-    Unlike a + w (b - a), it keeps the length that noise has.
+    Unlike linear interpolation, it keeps the norm of Gaussian noise.
     """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))

@@ -1,4 +1,4 @@
-"""Images as people have them, PIL's, arrays and tensors in [0, 1], to the network's [-1, 1] and back."""
+"""Conversion between PIL images, arrays and tensors in [0, 1], and tensors in [-1, 1]."""
 
 import numpy as np
 import torch
@@ -9,23 +9,22 @@ PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class NotFiniteError(ValueError):
-    """Samples hold NaN or infinities, so they are no images."""
+    """Samples contain NaN or infinities."""
 
 
 def to_unit(name: str, images, channels: int) -> torch.Tensor:
-    """One or several `PIL.Image`s, an array (B, H, W, C) or a tensor (B, C, H, W) -> (B, C, H, W) in [0, 1].
+    """`PIL.Image`, a list of them, an array (B, H, W, C) or a tensor (B, C, H, W) -> (B, C, H, W) in [0, 1].
 
-    Raises:
-        ValueError: `name`, what is wrong and what would be right.
+    Arrays and tensors may lack the dimension B. Any other input raises a ValueError about the argument `name`.
     """
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
         for image in images:
             if image.mode != PIL_MODES.get(channels):
-                raise ValueError(f"{name}: is of mode {image.mode!r}; this model wants {PIL_MODES.get(channels)!r}")
+                raise ValueError(f"{name} has mode {image.mode!r}; this model needs {PIL_MODES.get(channels)!r}")
         if len({image.size for image in images}) != 1:
-            raise ValueError(f"{name}: must be at least one, and all of one size")
+            raise ValueError(f"{name} must be at least one image, and all images must have the same size")
         pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
         images = pixels.reshape(*pixels.shape[:3], channels)
     given = tuple(getattr(images, "shape", ()))
@@ -34,43 +33,43 @@ def to_unit(name: str, images, channels: int) -> torch.Tensor:
         images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         kind = getattr(images, "dtype", type(images).__name__)
-        raise ValueError(f"{name}: is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
+        raise ValueError(f"{name} is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
     images = images[None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] != channels or not images.numel():
-        raise ValueError(f"{name}: has the shape {given}; it must be {wanted}")
+        raise ValueError(f"{name} has shape {given}; it must have shape {wanted}")
     if not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"{name}: has values {images.min():g} ... {images.max():g}; they must lie in 0 ... 1")
+        raise ValueError(f"{name} has values {images.min():g} ... {images.max():g}; they must be in 0 ... 1")
     return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def to_mask(mask, shape: tuple[int, ...]) -> torch.Tensor:
-    """0 and 1, (H, W), (B, H, W), (B, 1, H, W) or a `PIL.Image`, for images of `shape` -> bool (B or 1, 1, H, W)."""
+    """Mask (H, W), (B, H, W), (B, 1, H, W) or `PIL.Image`, for images of `shape` -> bool (B or 1, 1, H, W)."""
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L")) / 255.0
     mask = torch.as_tensor(mask)
     wanted = [shape[2:], (shape[0], *shape[2:]), (shape[0], 1, *shape[2:])]
     if mask.shape not in [torch.Size(each) for each in wanted]:
         sizes = ", ".join(str(tuple(each)) for each in wanted)
-        raise ValueError(f"mask: has the shape {tuple(mask.shape)}; for these images it must be one of {sizes}")
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; for these images it must be one of {sizes}")
     if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask: must hold 0 (known) and 1 (to paint) only")
+        raise ValueError("mask must contain only 0 (known) and 1 (to fill)")
     return mask.bool().reshape(-1, 1, *shape[2:])
 
 
 def to_output(sample: torch.Tensor, output_type: str):
-    """(B, C, H, W) as the network sees images, [-1, 1] -> what `DDPMCustomPipeline` returns for `output_type`.
+    """Samples (B, C, H, W), nominally in [-1, 1] -> the `output_type` of `DDPMCustomPipeline`, clamped to [0, 1].
 
     Raises:
-        NotFiniteError: images hold NaN or infinities, which clamping and rounding would make black and white pixels.
+        NotFiniteError: samples contain NaN or infinities, which would become black or white pixels.
     """
-    bad = int((~sample.isfinite()).flatten(1).any(dim=1).sum())  # the only wait for the device
+    bad = int((~sample.isfinite()).flatten(1).any(dim=1).sum())  # the only synchronisation with the GPU
     if bad:
         raise NotFiniteError(f"the samples are not finite: {bad} of {len(sample)} images hold NaN or infinities")
     return sample if output_type == "latent" else from_unit((sample / 2 + 0.5).clamp(0, 1), output_type)
 
 
 def from_unit(images: torch.Tensor, output_type: str):
-    """(B, C, H, W) in [0, 1] -> `"pt"`: the same, `"np"`: (B, H, W, C) float32, `"pil"`: a list of `PIL.Image`."""
+    """(B, C, H, W) in [0, 1] -> "pt": the same; "np": (B, H, W, C) float32; "pil": a list of `PIL.Image`."""
     if output_type == "pt":
         return images
     images = images.float().permute(0, 2, 3, 1).cpu().numpy()
@@ -78,6 +77,6 @@ def from_unit(images: torch.Tensor, output_type: str):
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """(B, H, W, C) in [0, 1] with C of 1, 2, 3 or 4 -> PIL images of 8 bits a channel."""
+    """(B, H, W, C) in [0, 1], C = 1 ... 4 -> a list of PIL images with 8 bits per channel."""
     pixels = (images * 255).round().astype(np.uint8)
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

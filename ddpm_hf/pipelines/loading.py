@@ -1,4 +1,4 @@
-"""Load a network and a scheduler from a folder or the Hub, without running or unpickling anything in it."""
+"""Load a network and a scheduler from a folder or the Hub, without running its code or loading pickle files."""
 
 import contextlib
 import inspect
@@ -21,17 +21,11 @@ from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
 INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
 OURS = {cls.__name__: cls for cls in (DDPMUNet, LinearNoiseScheduler, CosineNoiseScheduler)}
 KINDS = {"unet": (DDPMUNet, diffusers.UNet2DModel), "scheduler": (SchedulerMixin,)}
-MODEL_OPTIONS = (
-    "device_map",
-    "max_memory",
-    "low_cpu_mem_usage",
-    "offload_folder",
-    "offload_state_dict",
-    "disable_mmap",
-)
-# More than any DDPM has, and less than what exhausts a machine
+MODEL_OPTIONS = ("device_map", "max_memory", "low_cpu_mem_usage", "offload_folder", "offload_state_dict",
+                 "disable_mmap")  # fmt: skip
+# Limits above any real model, which protect the memory from a malicious file
 MOST_TIMESTEPS, LARGEST_SIDE, MOST_TENSORS, MOST_SHOWN = 10**6, 2**16, 10**5, 300
-# What diffusers' attention was called before, and still is in older files of UNet2DModel
+# Old names of the attention weights of UNet2DModel, which older files still have
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -52,38 +46,21 @@ def load_components(
     force_download: bool = False,
     **options,
 ) -> dict:
-    """`unet` and `scheduler` of a pipeline folder; arguments as `DDPMCustomPipeline.from_pretrained` has them.
+    """Load `unet` and `scheduler`. Arguments and errors are those of `DDPMCustomPipeline.from_pretrained`.
 
-    Classes are found by the names in model_index.json among ours and those of diffusers, so the module that they were
-    saved from and the code in the folder do not matter. Weights are read from safetensors only, and only if their
-    names and shapes are those of the configuration.
-
-    Raises:
-        ValueError: an unknown argument; or in the folder: missing or damaged files, links out of the folder, path
-            traversal, unknown or too large settings, weights that do not fit the configuration.
-        OSError: the source is neither a folder nor can be downloaded.
+    The class names in model_index.json refer to our classes or those of diffusers, whatever module they were saved
+    from. The names and shapes of the weights must match the configuration.
     """
-    unknown = {name: v for name, v in options.items() if name not in MODEL_OPTIONS and v is not None and v is not False}
-    if unknown:
-        why = ""
-        if {"trust_remote_code", "custom_pipeline"} & unknown.keys():
-            why = "; this pipeline runs no code of a repository (diffusers.DiffusionPipeline does, if you trust it)"
-        raise ValueError(f"from_pretrained has no argument {', '.join(sorted(unknown))}{why}")
-    if use_safetensors is False:
-        raise ValueError(
-            "use_safetensors=False: only safetensors are read; a pickle can run anything when it is loaded"
-        )
-    of_model = {name: options[name] for name in MODEL_OPTIONS if name in options}
-    of_model |= {"torch_dtype": _dtype_of_unet(torch_dtype if dtype is None else dtype), "variant": variant or None}
-    if not str(source):
-        raise ValueError("pretrained_model_name_or_path is empty; it must be a folder, or user/model on the Hub")
-    subfolder = subfolder or ""
+    _check_options(source, use_safetensors, options)
+    model_options = {name: options[name] for name in MODEL_OPTIONS if name in options}
+    model_options["torch_dtype"] = _dtype_of_unet(torch_dtype if dtype is None else dtype)
+    variant, subfolder = variant or None, subfolder or ""
     if Path(source).is_dir():
         folder = Path(source)
     else:
-        of_hub = {"token": token, "cache_dir": cache_dir, "revision": revision}
-        of_hub |= {"local_files_only": local_files_only, "force_download": force_download}
-        folder = _download(str(source), subfolder, of_model["variant"], of_hub)
+        hub_options = {"token": token, "cache_dir": cache_dir, "revision": revision}
+        hub_options |= {"local_files_only": local_files_only, "force_download": force_download}
+        folder = _download(str(source), subfolder, variant, hub_options)
     root, folder = root_of(folder), folder / subfolder
     index = _read_index(folder, root)
     if scheduler is None:
@@ -95,34 +72,47 @@ def load_components(
     if unet is None:
         with _naming(folder / "unet" / "config.json"):
             kind = _class_of(index, "unet", folder)
-            _check_unet(folder / "unet", kind, of_model["variant"], root)
-        unet = kind.from_pretrained(folder, subfolder="unet", use_safetensors=True, **of_model)
+            _check_unet(folder / "unet", kind, variant, root)
+        unet = kind.from_pretrained(folder, subfolder="unet", variant=variant, use_safetensors=True, **model_options)
     return {"unet": unet, "scheduler": scheduler}
 
 
+def _check_options(source, use_safetensors, options: dict) -> None:
+    if not str(source):
+        raise ValueError("pretrained_model_name_or_path is empty; it must be a folder, or user/model on the Hub")
+    if use_safetensors is False:
+        raise ValueError("use_safetensors=False is not supported: loading a pickle file can run any code")
+    unknown = {name for name, v in options.items() if name not in MODEL_OPTIONS and v is not None and v is not False}
+    if unknown:
+        why = ""
+        if {"trust_remote_code", "custom_pipeline"} & unknown:
+            why = "; it never runs code of a repository (diffusers.DiffusionPipeline does, with trust_remote_code=True)"
+        raise ValueError(f"from_pretrained has no argument {', '.join(sorted(unknown))}{why}")
+
+
 def _dtype_of_unet(dtype) -> torch.dtype | None:
-    """The type for the network from a `torch_dtype`, which may be a dict by component."""
+    """The type of the network from `torch_dtype`, which may be a dict by component."""
     dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, or a dict of them by component")
+        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, or a dict from component to torch.dtype")
     return dtype
 
 
 def _read_index(folder: Path, root: Path) -> dict:
-    """The content of model_index.json, if it is that of a pipeline of `unet` and `scheduler`."""
+    """The content of model_index.json, whose only components must be `unet` and `scheduler`."""
     path = folder / INDEX
     with _naming(path):
         check_inside(path, root)
         index = _read_json(path)
         components = {name for name, entry in index.items() if name[:1] != "_" and _is_component(entry)}
         if others := ", ".join(sorted(components - KINDS.keys())):
-            raise ValueError(f"{path}: a pipeline with {others} besides unet and scheduler is no DDPM")
+            raise ValueError(f"{path}: unknown components {others}; a DDPM has only unet and scheduler")
     return index
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn any exception into a ValueError that names the file, of limited length and without control characters."""
+    """Turn exceptions into ValueErrors that name the file, are short and contain no control characters."""
     try:
         yield
     except Exception as error:
@@ -134,18 +124,18 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _download(source: str, subfolder: str, variant: str | None, options: dict) -> Path:
-    """The snapshot of a repository in the cache, with the files that loading needs and none of its code."""
+    """The folder of a repository's snapshot in the cache, with the configurations and weights but no code."""
 
     def fetch(*names: str) -> Path:
         patterns = [str(PurePosixPath(subfolder) / name) for name in names]
         try:
             return Path(snapshot_download(source, allow_patterns=patterns, **options))
-        except Exception as error:  # no network, no such repository, no access, no space: each raises its own
-            raise OSError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
+        except Exception as error:  # no network, no such repository, no access, no space: many types
+            raise OSError(f"{source!r} is not a local folder, and downloading it failed: {error}") from error
 
     index, whole = _weight_names(variant)
     configs = [INDEX, "scheduler/scheduler_config.json", "unet/config.json", f"unet/{index}"]
-    path = fetch(*configs) / subfolder / "unet" / index  # first, because they name the files of weights
+    path = fetch(*configs) / subfolder / "unet" / index  # first, because it names the files of weights
     _check_names(source, options)
     shards = _shards_of(path) if path.is_file() else [whole]
     return fetch(*configs, *(f"unet/{name}" for name in shards))
@@ -159,24 +149,24 @@ def _check_names(source: str, options: dict) -> None:
     for name in (file.path for file in tree):
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if ".." in parts or parts[:1] == ("/",):
-            raise ValueError(f"{source!r} has a file called {name!r}, which would lie outside of it: not loaded")
+            raise ValueError(f"{source!r} has a file named {name!r}, a path outside of the repository")
 
 
 def _weight_names(variant: str | None) -> tuple[str, str]:
-    """File names of the index, where the weights are in several files, and of the weights in a single file."""
+    """File names of the index of sharded weights, and of weights in a single file."""
     dot = f".{variant}" if variant else ""
     return f"{WEIGHTS}.safetensors.index{dot}.json", f"{WEIGHTS}{dot}.safetensors"
 
 
 def _shards_of(index: Path) -> list[str]:
-    """Names of the files that an index of weights refers to."""
+    """File names of the shards in an index of weights."""
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: weight_map must map each weight to its file")
     shards = sorted(set(names.values()))
     for name in shards:
         if PurePosixPath(name.replace("\\", "/")).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is no safetensors file beside it")
+            raise ValueError(f"{index}: {name!r} must be a safetensors file in the same folder")
     return shards
 
 
@@ -187,22 +177,20 @@ def _is_component(entry) -> bool:
 def _class_of(index: dict, name: str, folder: Path) -> type:
     entry = index.get(name)
     if not _is_component(entry) or not all(isinstance(word, str) for word in entry):
-        raise ValueError(f"{folder / INDEX}: {name}={entry!r} must be a library and a class, as save_pretrained writes")
-    library, name_of_class = entry
-    kind = OURS.get(name_of_class) or (getattr(diffusers, name_of_class, None) if library == "diffusers" else None)
+        raise ValueError(f"{folder / INDEX}: {name}={entry!r} must be a list of a library and a class name")
+    library, class_name = entry
+    kind = OURS.get(class_name) or (getattr(diffusers, class_name, None) if library == "diffusers" else None)
     if not isinstance(kind, type) or not issubclass(kind, KINDS[name]):
         ours = ", ".join(n for n, cls in OURS.items() if issubclass(cls, KINDS[name]))
-        raise ValueError(
-            f"{folder / INDEX}: {name}={entry!r}; it must be {ours}, or one of diffusers' that does as much"
-        )
+        raise ValueError(f"{folder / INDEX}: {name}={entry!r} must be {ours}, or a {name} class of diffusers")
     return kind
 
 
-# ---------------------------------------------------------------- what a stranger may have written
+# ---------------------------------------------------------------- checks of untrusted files
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is one of a repository on the Hub, and no path here."""
+    """Whether a name is a valid repository id of the Hub and not a local path."""
     try:
         validate_repo_id(name)
     except ValueError:
@@ -211,25 +199,25 @@ def is_hub_id(name: str) -> bool:
 
 
 def root_of(folder: Path) -> Path:
-    """Where files of `folder` may lie: in it, or, of a snapshot in the Hub's cache, in the cached repository."""
+    """The folder that links in `folder` may point into: `folder`, or for a snapshot its repository in the cache."""
     cached = folder.resolve().parent.name == "snapshots" and folder.resolve().parents[1].name.startswith("models--")
     return folder.resolve().parents[1] if cached else folder
 
 
 def check_inside(path: Path, root: Path) -> None:
-    """A ValueError if a file is not there, or if it is a link out of what was asked for."""
+    """Raise ValueError if a file does not exist or is a link out of `root`."""
     if not path.is_file():
-        raise ValueError(f"{path} is not there: this is no folder of a pipeline")
+        raise ValueError(f"{path} does not exist, so this is not the folder of a pipeline")
     if root.resolve() not in path.resolve().parents:
-        raise ValueError(f"{path} is a link to {path.resolve()}, outside of {root}: put the file itself there")
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside of {root}; replace it by the file")
 
 
 def _read_json(path: Path, infinite: bool = False) -> dict:
-    """An object of a JSON file; with `infinite`, numbers may be so, as diffusers writes them for some schedulers."""
+    """The object in a JSON file. `infinite` allows Infinity, which diffusers writes for some schedulers."""
 
     def constant(name):
         if not infinite or name == "NaN":
-            raise ValueError(f"{name} is no JSON")
+            raise ValueError(f"{name} is not valid JSON")
         return float(name.replace("Infinity", "inf"))
 
     try:
@@ -237,7 +225,7 @@ def _read_json(path: Path, infinite: bool = False) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, not {type(content).__name__}")
+        raise ValueError(f"{path} must contain an object, not {type(content).__name__}")
     return content
 
 
@@ -249,11 +237,11 @@ def _check_keys(path: Path, config: dict, kind: type, others: Iterable[type] = (
     """Raise ValueError for keys that are arguments neither of `kind` nor of `others`."""
     known = set().union(*(_defaults(each) for each in (kind, *others)))
     if unknown := sorted(key for key in config.keys() - known if key[:1] != "_"):
-        raise ValueError(f"{path}: unknown {', '.join(unknown)}; written by a newer version, or for something else")
+        raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; a newer version may have written them")
 
 
 def _check_types(path: Path, config: dict, kind: type) -> None:
-    """Raise ValueError for values that are not of the type of the argument's default."""
+    """Raise ValueError for values whose type is not that of the argument's default."""
     defaults = _defaults(kind)
     for name, value in config.items():
         wanted = {bool: "bool", int: "int", float: "number", str: "str"}.get(type(defaults.get(name)))
@@ -268,11 +256,11 @@ def _check_scheduler(path: Path, kind: type, root: Path) -> None:
     timesteps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas") or ()
     if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS:
         raise ValueError(f"{path}: num_train_timesteps={timesteps!r} must be an integer in 1 ... {MOST_TIMESTEPS:,}")
-    for name, value in config.items():  # also those that only a solver built from this one will look at
+    for name, value in config.items():  # includes settings of solvers that may be built from this config
         if type(value) is int and abs(value) > MOST_TIMESTEPS:
-            raise ValueError(f"{path}: {name}={value!r} is larger than anything that makes sense")
+            raise ValueError(f"{path}: {name}={value!r} must be at most {MOST_TIMESTEPS:,}")
     if kind in OURS.values():
-        _check_keys(path, config, kind, kind()._get_compatibles())  # it keeps settings of the one it was built from
+        _check_keys(path, config, kind, kind()._get_compatibles())  # `from_config` keeps settings of other solvers
         _check_types(path, config, kind)
     kind.from_config(config)
 
@@ -287,18 +275,16 @@ def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> No
     _check_keys(path, config, kind)
     if kind is DDPMUNet:
         _check_types(path, config, kind)
-    else:  # diffusers' defaults are not of the types of their values
+    else:  # in diffusers, the types of valid values differ from those of the defaults
         tensors = {_renamed(name): shape for name, shape in tensors.items()}
     _check_sizes(path, config, kind, tensors)
-    with torch.device("meta"):  # takes no memory
+    with torch.device("meta"):  # allocates no memory
         network = kind.from_config(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name in sorted(wanted.keys() | tensors.keys()):
         if wanted.get(name) != tensors.get(name):
-            raise ValueError(
-                f"{folder}: the weights have {name} of shape {tensors.get(name)}, and config.json asks for "
-                f"{wanted.get(name)}"
-            )
+            shapes = f"{tensors.get(name)} in the weights and {wanted.get(name)} in config.json (None: missing)"
+            raise ValueError(f"{folder}: {name} has shape {shapes}")
 
 
 def _renamed(name: str) -> str:
@@ -315,31 +301,31 @@ def _weight_files(folder: Path, variant: str | None, root: Path) -> list[Path]:
     if not files[0].exists():
         there = sorted(file.name for file in folder.glob(f"{WEIGHTS}*"))
         pickled = [name for name in there if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
-        why = " (a pickle can run anything when it is loaded, so it is not)" if pickled else ""
-        raise ValueError(f"{folder} has no {files[0].name}; of weights it has {', '.join(there) or 'none'}{why}")
+        why = "; pickle files are not loaded, because they can run any code" if pickled else ""
+        raise ValueError(f"{folder} has no {files[0].name}; its weights are: {', '.join(there) or 'none'}{why}")
     for file in files:
         check_inside(file, root)
     return files
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor; safetensors itself checks that the header and the length of the file agree."""
+    """Name and shape of each tensor. safetensors checks that the header matches the length of the file."""
     try:
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
             if len(names) > MOST_TENSORS:
-                raise ValueError(f"{file} has {len(names):,} tensors, more than {MOST_TENSORS:,}")
+                raise ValueError(f"{file} has {len(names):,} tensors; it must have at most {MOST_TENSORS:,}")
             parts = {name: tensors.get_slice(name) for name in names}
             for name, part in parts.items():
                 if part.get_dtype() not in FLOATS:
-                    raise ValueError(f"{file}: {name} is of {part.get_dtype()}; weights are {', '.join(FLOATS)}")
+                    raise ValueError(f"{file}: {name} has type {part.get_dtype()}; it must be {', '.join(FLOATS)}")
             return {name: tuple(part.get_shape()) for name, part in parts.items()}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
 
 
 def _check_sizes(path: Path, config: dict, kind: type, tensors: dict) -> None:
-    """Before a network is made of a configuration: that it asks for no more than the weights can be of."""
+    """Raise ValueError if a configuration asks for a larger network than the weights, before it is built."""
     shapes = [shape for shape in tensors.values() if math.prod(shape)]
     largest = max((max(shape, default=1) for shape in shapes), default=1)
     for name, value in config.items():
@@ -348,9 +334,10 @@ def _check_sizes(path: Path, config: dict, kind: type, tensors: dict) -> None:
         too_large = [n for n in numbers if isinstance(n, int | float) and not -limit <= n <= limit]
         if too_large or len(numbers) > (largest if name == "class_names" else len(shapes)):
             shown = ascii(too_large[0])[:40] if too_large else f"a list of {len(numbers)}"
-            raise ValueError(f"{path}: {name} is {shown}, too much for {len(shapes)} weights of at most {largest}")
+            sizes = f"{len(shapes)} weights whose largest dimension is {largest}"
+            raise ValueError(f"{path}: {name} is {shown}, too large for {sizes}")
     asked = {**_defaults(kind), **config}
     layers = max(n for name, n in asked.items() if name.endswith("layers_per_block") and isinstance(n, int))
     stages = sum(len(asked[name]) for name in asked if name.endswith("block_out_channels"))
-    if layers * stages > len(shapes):  # which leaves room: a layer has several weights
-        raise ValueError(f"{path}: layers_per_block={layers} in {stages} stages is too much for {len(shapes)} weights")
+    if layers * stages > len(shapes):  # a layer has several weights
+        raise ValueError(f"{path}: layers_per_block={layers} in {stages} stages is too large for {len(shapes)} weights")

@@ -1,28 +1,27 @@
-"""The variational bound on the bits that a model needs for an image (Ho et al. 2020, arXiv:2006.11239, equation 5).
+"""The variational bound on the negative log-likelihood (Ho et al. 2020, arXiv:2006.11239, equation 5), in bits/dim.
 
--log2 p(x_0) <= L_T + the sum over t = T-1 ... 1 of L_{t-1} + L_0, divided by the number of pixels and channels. Only
-mathematics: the terms for given noise and timesteps. A `scheduler` is anything with the methods and the config of
-`NoiseScheduler`.
+-log2 p(x_0) <= L_T + (the sum of L_{t-1} over t = T-1 ... 1) + L_0. Bits/dim are bits per pixel and channel. Each
+`scheduler` here is a `NoiseScheduler`.
 """
 
 import math
 
 import torch
 
-BITS = 1 / math.log(2)  # in a nat
+BITS = 1 / math.log(2)  # bits per nat
 
 
 def bound_terms(scheduler, original_samples, sample, timesteps, model_output, levels: int = 256) -> torch.Tensor:
-    """L_{t-1} of each image, L_0 at t = 0, in bits/dim: (B,).
+    """One term of the bound for each image, in bits/dim, (B,): L_{t-1} for t > 0 and L_0 for t = 0.
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and for t = 0 the negative log-likelihood of the discrete
-    decoder (section 3.3).
+    L_{t-1} is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). L_0 is the negative log-likelihood of the discrete decoder
+    (section 3.3).
 
     Args:
-        original_samples, sample: x_0 and x_t, (B, C, H, W), images in [-1, 1].
+        original_samples, sample: x_0 in [-1, 1] and x_t, (B, C, H, W).
         timesteps: (B,).
         model_output: (B, C, H, W), or with a learned variance (B, 2 C, H, W).
-        levels: values that a pixel can have, evenly spread over [-1, 1].
+        levels: number of values that a pixel can have, evenly spaced in [-1, 1].
     """
     mean, log_variance, _ = scheduler.reverse(model_output, sample, timesteps)
     true_mean, true_log_variance = scheduler.posterior(original_samples, sample, timesteps)
@@ -33,7 +32,7 @@ def bound_terms(scheduler, original_samples, sample, timesteps, model_output, le
 
 
 def prior_term(scheduler, original_samples) -> torch.Tensor:
-    """L_T of each image, KL(q(x_T | x_0) || N(0, 1)), in bits/dim: (B,)."""
+    """L_T of each image, KL(q(x_T | x_0) || N(0, 1)), in bits/dim, (B,)."""
     last = torch.tensor(len(scheduler) - 1)
     zero = torch.zeros_like(original_samples)
     mean = scheduler.add_noise(original_samples, zero, last)
@@ -42,13 +41,13 @@ def prior_term(scheduler, original_samples) -> torch.Tensor:
 
 
 def fixed_variance_floor(scheduler, images, levels: int = 256) -> float | None:
-    """Bits/dim that a fixed variance costs even if the network predicts x_0 exactly; `None` for a learned variance.
+    """The bound, in bits/dim, of a network that predicts x_0 exactly; `None` for a learned variance.
 
-    The information in the images comes on top. Black and white pixels cost less than those in between, since their bins
-    are open, and nothing if the scheduler does not clamp x_0 to [-1, 1].
+    It shows the cost of the fixed variance alone. Black and white pixels cost less than others, because their bins are
+    open, and nothing if the scheduler does not clamp x_0 to [-1, 1].
 
     Args:
-        images: (N, C, H, W) in [-1, 1], of which only the share of black and white matters.
+        images: (N, C, H, W) in [-1, 1]; only the share of black and white pixels matters.
     """
     config = scheduler.config
     if config.variance_type == "learned_range":
@@ -69,16 +68,19 @@ def fixed_variance_floor(scheduler, images, levels: int = 256) -> float | None:
 
 
 def gaussian_kl(mean_1, log_variance_1, mean_2, log_variance_2):
-    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) of each element, in nats."""
+    """KL(N(mean_1, variance_1) || N(mean_2, variance_2)) for each element, in nats."""
     ratio = log_variance_1 - log_variance_2
     return 0.5 * (torch.expm1(ratio) - ratio + (mean_1 - mean_2).square() * (-log_variance_2).exp())
 
 
 def log_probability_of_bins(x, mean, std, half_bin: float):
-    """log P of each element's bin, x -+ `half_bin`, the outer ones open, under N(mean, std), in nats."""
+    """Log probability under N(mean, std^2) of each element's bin [x - half_bin, x + half_bin], in nats.
+
+    The bins at -1 and 1 are open outwards.
+    """
     upper = torch.where(x > 1 - half_bin, math.inf, (x + half_bin - mean) / std)
     lower = torch.where(x < -1 + half_bin, -math.inf, (x - half_bin - mean) / std)
-    # Phi(upper) - Phi(lower), on the side of the bell where both are small, so that nothing cancels
+    # Phi(upper) - Phi(lower) is computed in the tail where both are small, which avoids cancellation.
     flip = (upper + lower > 0) | upper.isinf()
     flip &= ~lower.isinf()
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)

@@ -1,9 +1,16 @@
-"""All the mathematics of diffusion: the noise schedule, q(x_t | x_0) and the reverse step.
+"""The mathematics of DDPM: the noise schedule, the forward process and the reverse step.
 
-Timesteps count from 0: x_0 is nearly the image, x_{T-1} nearly pure noise. With alpha_t = 1 - beta_t and
-abar_t = alpha_0 * ... * alpha_t (and abar_{-1} = 1), equations are those of Ho et al. 2020,
-"Denoising Diffusion Probabilistic Models", arXiv:2006.11239. Every table is computed in float64 and cast where
-it is used: 1 - abar_t formed from a float32 abar_t would be wrong by 2e-4 at t = 0.
+Equations are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, with
+alpha_t = 1 - beta_t and abar_t = alpha_0 * ... * alpha_t. x_0 is the image. Timesteps count from 0 (in the paper from
+1), so timestep 0 has the least noise, T-1 the most, and the step from timestep 0 leads to the image: abar_{-1} = 1.
+
+    add_noise  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon                                       (4)
+    step       x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t), with the predicted epsilon       (4)
+               mean = (sqrt(abar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - abar_{t-1}) x_t) / (1 - abar_t)   (7)
+               x_{t-1} = mean + sigma_t z, z ~ N(0, 1)                                         (algorithm 2)
+
+Every table is computed in float64 and cast where it is used: 1 - abar_t of a float32 abar_t has an error of 2e-4 at
+t = 0.
 """
 
 import math
@@ -20,26 +27,22 @@ COSINE_SCHEDULE = "squaredcos_cap_v2"
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-# Keys of diffusers' schedulers that ours does not implement: any other value raises a ValueError, none is ignored.
-INTERCHANGE_ONLY = {
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0,
-}
+# Settings of diffusers' schedulers that ours do not implement: any value but this default raises ValueError.
+INTERCHANGE_ONLY = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 
 
 def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: float = 1.0) -> torch.Tensor:
-    """Normal noise of mean 0 and `shape` (B, ...).
+    """Gaussian noise of mean 0 and `shape` (B, ...).
 
     Args:
-        generator: `None` (torch's global one), one generator for the whole batch, or a list with one an image: an
-            image then does not depend on the batch it is in. The noise is drawn on the generator's device.
-        dtype: what to return. Half precisions are drawn in float32, so that every dtype sees the same noise.
-        std: its standard deviation, which scales the same draws.
+        generator: `None` (PyTorch's global generator), one generator for the whole batch, or a list with one generator
+            per image, which makes each image independent of its batch. Noise is drawn on the generator's device.
+        dtype: type of the noise. Half precision is drawn in float32, so that every type sees the same noise.
+        std: standard deviation; it scales the same draws.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
-            raise ValueError(f"generator: a list of {len(generator)} for a batch of {shape[0]}; give one an image")
+            raise ValueError(f"generator is a list of {len(generator)} for a batch of {shape[0]}; give one per image")
         noise = torch.cat([draw_noise((1, *shape[1:]), each, each.device, dtype, std) for each in generator])
     else:
         drawn_on = device if generator is None else generator.device
@@ -51,9 +54,9 @@ def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: fl
 
 
 def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
-    """`tensor` on `device`. It is copied to CUDA from pinned memory, without the host waiting for the copy.
+    """`tensor` on `device`, copied to CUDA asynchronously from pinned memory.
 
-    Kernels wait for the copy by themselves, and PyTorch keeps the pinned memory until the copy is done.
+    Kernels on the same stream run after the copy, and PyTorch keeps the pinned memory until then.
     """
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -61,82 +64,68 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
 
 
 class StepCoefficients(NamedTuple):
-    """The reverse step p(x_{t-1} | x_t) as affine maps: each field a float, or a tensor with one entry a timestep."""
+    """The reverse step p(x_{t-1} | x_t) as affine maps. Each field is a float, or a tensor with one entry per timestep.
 
-    x0_from_sample: torch.Tensor | float  # x_0 = x0_from_sample x_t + x0_from_output output, by `prediction_type`
+    x_0 = x0_from_sample x_t + x0_from_output model_output (by `prediction_type`)
+    mean = mean_from_x0 x_0 + mean_from_sample x_t (equation 7)
+    """
+
+    x0_from_sample: torch.Tensor | float
     x0_from_output: torch.Tensor | float
-    mean_from_x0: torch.Tensor | float  # mean = mean_from_x0 x_0 + mean_from_sample x_t, of q(x_{t-1} | x_t, x_0)
+    mean_from_x0: torch.Tensor | float
     mean_from_sample: torch.Tensor | float
-    std: torch.Tensor | float  # of the noise that a step adds, by `variance_type`; 0 at the last step, and only there
-    log_variance_min: torch.Tensor | float  # that of q(x_{t-1} | x_t, x_0)
+    std: torch.Tensor | float  # sigma_t, by `variance_type`; 0 at the last step only
+    log_variance_min: torch.Tensor | float  # log beta~_t, the variance of q(x_{t-1} | x_t, x_0)
     log_variance_max: torch.Tensor | float  # log beta_t
 
     def original(self, model_output, sample):
+        """The predicted x_0."""
         return _plus(sample * self.x0_from_sample, self.x0_from_output, model_output)
 
     def mean(self, original, sample, noise=0.0):
-        """The mean of q(x_{t-1} | x_t, x_0) plus `noise`, whose memory is reused."""
+        """The mean of q(x_{t-1} | x_t, x_0) plus `noise`, which is overwritten."""
         return _plus(_plus(noise, self.mean_from_sample, sample), self.mean_from_x0, original)
 
     def log_variance(self, share):
-        """The learned one: log beta~_t at a `share` of 0 and log beta_t at 1."""
+        """The learned variance: log beta~_t for a `share` of 0, log beta_t for 1 (arXiv:2102.09672, equation 15)."""
         return share * self.log_variance_max + (1 - share) * self.log_variance_min
 
 
 class NoiseScheduler(SchedulerMixin, ConfigMixin):
-    """The forward process q(x_t | x_0) and the reverse step p(x_{t-1} | x_t), whatever the betas are.
+    """The forward process q(x_t | x_0) and the reverse step p(x_{t-1} | x_t) for any betas.
 
-    It has the interface and the config keys of diffusers' schedulers, so `DDIMScheduler.from_config(ours.config)` and
-    `LinearNoiseScheduler.from_config(theirs.config)` both work. `LinearNoiseScheduler` and `CosineNoiseScheduler` add
-    `_make_betas`: beta_0 ... beta_{T-1}, float64 (T,), each in (0, 1).
+    The interface and the config keys are those of diffusers' schedulers, so `DDIMScheduler.from_config(ours.config)`
+    and `LinearNoiseScheduler.from_config(theirs.config)` both work. Subclasses define `_make_betas`, which returns
+    beta_0 ... beta_{T-1} as float64 (T,), each in (0, 1).
 
-    `alphas_cumprod_float64` (T,) holds abar_t without the rounding of `alphas_cumprod`, which is float32.
+    Attributes:
+        alphas_cumprod_float64: abar_t, (T,), without the rounding of the float32 `alphas_cumprod`.
+        timesteps: int64 (num_inference_steps,), descending: the timesteps that sampling visits.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
-    order = 1  # one call of the network a step
+    order = 1  # network evaluations per step
 
     def _set_up(self) -> None:
         """Check the registered settings and compute the tables."""
-        config = self.config
-        # diffusers drops what was left at its default when it builds another scheduler from a config; the other may
-        # have another default, as Heun's has for the betas. Nothing counts as left at its default here.
+        # When diffusers builds another scheduler from a config, it drops the settings that were left at their default.
+        # The other class may have another default, as Heun's has for the betas, so every setting counts as given.
         self.register_to_config(_use_default_values=[])
-        _check_choice("variance_type", config.variance_type, VARIANCE_TYPES)
-        _check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
-        for key, default in INTERCHANGE_ONLY.items():
-            if config[key] != default:
-                raise ValueError(f"{key}={config[key]!r} is not supported; it must be {default!r}")
-        if not isinstance(config.steps_offset, Integral) or config.steps_offset < 0:
-            raise ValueError(f"steps_offset={config.steps_offset!r} must be an integer of at least 0")
-        if not config.clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range={config.clip_sample_range!r} must be greater than 0")
-        if not isinstance(config.num_train_timesteps, Integral) or config.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={config.num_train_timesteps!r} must be an integer of at least 1")
-
+        _check_config(self.config)
         betas = self._make_betas()
-        if config.rescale_betas_zero_snr:
-            if config.num_train_timesteps == 1:
-                raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2")
-            if config.prediction_type == "epsilon":
-                raise ValueError(
-                    "rescale_betas_zero_snr=True with prediction_type='epsilon' gives black images: x_{T-1} is nothing "
-                    "but noise then, and to predict that says nothing of the image; use prediction_type='v_prediction'"
-                )
+        if self.config.rescale_betas_zero_snr:
             betas = _with_zero_terminal_snr(betas)
         self.alphas_cumprod_float64 = abar = torch.cumprod(1 - betas, dim=0)
-        # What diffusers' own training code reads; our own computations start from the float64 table.
+        # The float32 tables are for diffusers' training code and solvers.
         self.betas = betas.float()
         self.alphas = (1 - betas).float()
         self.alphas_cumprod = abar.float()
-        # sqrt(abar_t), sqrt(1 - abar_t): how much image and how much noise is in x_t
-        self._signal_and_noise = torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1)
+        self._signal_and_noise = torch.stack([abar.sqrt(), (1 - abar).sqrt()], dim=1)  # (T, 2), the factors of (4)
 
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
-        self._use_timesteps(torch.arange(config.num_train_timesteps - 1, -1, -1))
-        self._all_steps = self._step_table  # of `posterior` and `reverse`, whatever timesteps are chosen later
+        self._use_timesteps(torch.arange(len(self) - 1, -1, -1))
+        self._all_steps = self._step_table  # for `posterior` and `reverse`, which ignore `set_timesteps`
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -147,7 +136,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (equation 4).
 
         Args:
-            original_samples, noise: (B, ...), of one shape, or of shapes that broadcast.
+            original_samples, noise: x_0 and epsilon, (B, ...), of shapes that broadcast.
             timesteps: int or integer tensor, () or (B,), each in 0 ... T-1.
         """
         signal, sigma = self._rows_at(self._signal_and_noise, timesteps, original_samples)
@@ -156,12 +145,15 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         return noisy.to(original_samples.dtype)
 
     def get_velocity(self, sample, noise, timesteps) -> torch.Tensor:
-        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D); arguments as `add_noise`."""
+        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+
+        The arguments are those of `add_noise`.
+        """
         signal, sigma = self._rows_at(self._signal_and_noise, timesteps, sample)
         return (signal * noise - sigma * sample).to(sample.dtype)
 
     def target(self, original_samples, noise, timesteps) -> torch.Tensor:
-        """What the network should predict, by `prediction_type`: the noise, x_0 or v; arguments as `add_noise`."""
+        """The training target: the noise, x_0 or v, by `prediction_type`. The arguments are those of `add_noise`."""
         if self.config.prediction_type == "epsilon":
             return noise
         if self.config.prediction_type == "sample":
@@ -169,11 +161,11 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         return self.get_velocity(original_samples, noise, timesteps)
 
     def min_snr_weight(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Weight of the squared error of the prediction at `timesteps` (B,): float32 (B,).
+        """Min-SNR-gamma weight of the squared error at `timesteps` (B,): float32 (B,).
 
-        Min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, section 3.4): min(SNR, gamma) for the error of x_0, where
-        SNR = abar_t / (1 - abar_t). The same mistake, squared, is SNR times as large in epsilon and SNR + 1 times as
-        large in v, so there the weight is divided by that.
+        The weight is min(SNR, gamma) for the error of x_0, with SNR = abar_t / (1 - abar_t) (Hang et al. 2023,
+        arXiv:2303.09556, section 3.4). The squared error of epsilon is SNR times that of x_0, and the squared error of
+        v is SNR + 1 times that of x_0, so their weights are divided by these factors.
         """
         snr = self.alphas_cumprod_float64 / (1 - self.alphas_cumprod_float64)
         per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
@@ -184,18 +176,18 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             original_samples, sample: x_0 and x_t, (B, ...).
-            timesteps: (B,). At 0, where x_0 is known, the log variance is that of 1.
+            timesteps: (B,). The variance at 0 is zero, so its logarithm is replaced by that at 1.
         """
         coefficients = StepCoefficients(*self._rows_at(self._all_steps, timesteps, sample))
         return coefficients.mean(original_samples, sample), coefficients.log_variance_min
 
     def reverse(self, model_output, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t) in the process of all T timesteps, and the x_0 that it assumes.
+        """Mean and log variance of p(x_{t-1} | x_t) in the process of all T timesteps, and the predicted x_0.
 
         Args:
             model_output: (B, C, ...), or with a learned variance (B, 2 C, ...).
             sample: x_t, (B, C, ...).
-            timesteps: (B,). At 0, the log variance of a fixed variance is that of the posterior, as in `posterior`.
+            timesteps: (B,). A fixed log variance at 0 is that of `posterior`.
 
         Returns:
             mean (B, C, ...), log variance (B, 1, ...) or, if learned, (B, C, ...), and x_0 (B, C, ...).
@@ -213,32 +205,37 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         return coefficients.mean(original, sample), log_variance, original
 
     def split_output(self, model_output, sample):
-        """The prediction (B, C, ...), and with a learned variance the share of log beta_t in its logarithm.
+        """Split the network's output into the prediction (B, C, ...) and the learned variance's `share` (B, C, ...).
 
         log variance = share log beta_t + (1 - share) log beta~_t (Nichol & Dhariwal 2021, arXiv:2102.09672, equation
-        15); a network whose output is -1 ... 1 gives shares of 0 ... 1. `None` if the variance is not learned.
+        15). Outputs of -1 ... 1 give shares of 0 ... 1. The share is `None` if the variance is fixed.
+
+        Args:
+            model_output: (B, C, ...), or with a learned variance (B, 2 C, ...).
+            sample: x_t, (B, C, ...).
         """
         if self.config.variance_type != "learned_range":
             if model_output.shape != sample.shape:
-                raise ValueError(f"model_output is {tuple(model_output.shape)} and sample {tuple(sample.shape)}")
+                shapes = f"{tuple(model_output.shape)}; sample has shape {tuple(sample.shape)}"
+                raise ValueError(f"model_output has shape {shapes}; they must be equal")
             return model_output, None
         wanted = (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:])
         if model_output.shape != wanted:
             raise ValueError(
-                f"model_output is {tuple(model_output.shape)} for a sample of {tuple(sample.shape)}; "
-                f"variance_type='learned_range' takes {wanted}"
+                f"model_output has shape {tuple(model_output.shape)} for a sample of shape {tuple(sample.shape)}; "
+                f"variance_type='learned_range' needs {wanted}"
             )
         prediction, range_ = model_output.chunk(2, dim=1)
         return prediction, (range_ + 1) / 2
 
     def _rows_at(self, table, timesteps, sample):
-        """Columns of the float64 `table` (T, n) at `timesteps` () or (B,), to be multiplied with `sample` (B, ...)."""
+        """The n columns of `table` (T, n) at `timesteps` () or (B,), each (B, 1, ...) to broadcast with `sample`."""
         timesteps = torch.as_tensor(timesteps)
-        if timesteps.device.type == "cpu" and (  # elsewhere looking at the values would stop the device
+        if timesteps.device.type == "cpu" and (  # on a GPU, reading the values would synchronise
             timesteps.is_floating_point() or timesteps.min() < 0 or timesteps.max() >= len(self)
         ):
             raise ValueError(f"timesteps={timesteps.tolist()} must be integers in 0 ... {len(self) - 1}")
-        # Half precisions are computed in float32: in bf16, sqrt(1 - abar_t) and the sum would lose the noise.
+        # Half precision is computed in float32: in bfloat16, the rounding of x_t would exceed the least noise.
         dtype = torch.promote_types(sample.dtype, torch.float32)
         rows = to_device(table.to(dtype), sample.device)[to_device(timesteps.reshape(-1), sample.device)]
         return rows.reshape(-1, table.shape[1], *(1,) * (sample.ndim - 1)).unbind(1)
@@ -246,28 +243,23 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------ between timesteps
 
     def predicted_original(self, model_output, timestep, sample) -> torch.Tensor:
-        """The x_0 that `model_output` (B, ...) says is in `sample` (B, ...), not clamped.
-
-        Args:
-            timestep: one for all, or a tensor (B,).
-        """
+        """The predicted x_0 (B, ...), not clamped, of `model_output` for `sample` at `timestep`, an int or (B,)."""
         return StepCoefficients(*self._rows_at(self._all_steps, timestep, sample)).original(model_output, sample)
 
     def renoise(self, sample, timestep: int, to_timestep: int, noise) -> torch.Tensor:
-        """A draw from q(x_to | x_timestep), which adds noise; `timestep` may be -1, the image itself."""
+        """A draw from q(x_to | x_timestep), with to_timestep > timestep; timestep -1 is the image (equation 2)."""
         if not -1 <= timestep < to_timestep < len(self):
-            raise ValueError(
-                f"timestep={timestep}, to_timestep={to_timestep}: must be -1 <= timestep < to < {len(self)}"
-            )
+            rule = f"they must satisfy -1 <= timestep < to_timestep < {len(self)}"
+            raise ValueError(f"timestep={timestep}, to_timestep={to_timestep}: {rule}")
         before = self.alphas_cumprod_float64[timestep].item() if timestep >= 0 else 1.0
         alpha = self.alphas_cumprod_float64[to_timestep].item() / before
         return math.sqrt(alpha) * sample + math.sqrt(1 - alpha) * noise
 
-    def ddim_start(self, model_output, timestep: int, to_timestep: int, sample, prev_sample) -> torch.Tensor:
-        """The x_t that one DDIM step maps to `prev_sample` at `to_timestep`; -1 is the image.
+    def ddim_inverse_step(self, model_output, timestep: int, to_timestep: int, sample, prev_sample) -> torch.Tensor:
+        """The x_t that one DDIM step maps to `prev_sample` at `to_timestep`; timestep -1 is the image.
 
-        x_to = a x_t + b epsilon (arXiv:2010.02502, equation 12 with sigma = 0), solved for x_t, with the noise epsilon
-        that `model_output` says is in `sample` at `timestep`.
+        The DDIM step (Song et al. 2021, arXiv:2010.02502, equation 12 with sigma = 0) is solved for x_t, with the noise
+        that `model_output` predicts for `sample` at `timestep`.
         """
         signal, sigma = self._signal_and_noise[timestep].tolist()
         to_signal, to_sigma = self._signal_and_noise[to_timestep].tolist() if to_timestep >= 0 else (1.0, 0.0)
@@ -279,9 +271,9 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         """Choose the timesteps that sampling visits: `timesteps`, int64 (num_inference_steps,), descending.
 
-        Fewer than T of them are sampled by the exact DDPM of these timesteps: its betas are recomputed from their abar
-        (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19). The network still sees the original timesteps.
-        `clip_sample` and `clip_sample_range` are read here.
+        With fewer than T timesteps, `step` samples the DDPM of these timesteps: its betas are recomputed from their
+        abar (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19). The network sees the original timesteps. The
+        settings `clip_sample` and `clip_sample_range` are read here.
         """
         T, n = len(self), num_inference_steps
         if not isinstance(n, Integral) or not 1 <= n <= T:
@@ -300,9 +292,9 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         self._use_timesteps(ascending.flip(0).long(), device)
 
     def step_coefficients(self, timesteps: torch.Tensor) -> StepCoefficients:
-        """Of each step through `timesteps`, int64 (n,), descending, the last of which gives x_0: float64 (n,)."""
+        """Coefficients, float64 (n,), of the steps through `timesteps`, int64 (n,), descending; the last gives x_0."""
         abar = self.alphas_cumprod_float64[timesteps.cpu()]
-        abar_prev = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])  # no noise is left after the last step
+        abar_prev = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
         alpha = abar / abar_prev
         beta = 1 - alpha
         signal, sigma = abar.sqrt(), (1 - abar).sqrt()
@@ -314,7 +306,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         posterior_variance = beta * (1 - abar_prev) / (1 - abar)  # equation 7
         variance = posterior_variance if self.config.variance_type == "fixed_small" else beta.clone()
         variance[-1] = 0.0  # algorithm 2: z = 0 at the last step, whatever its timestep
-        # The posterior of the last step has no variance and takes that of the step before (arXiv:2102.09672).
+        # The posterior variance of the last step is 0; its logarithm is that of the step before (arXiv:2102.09672).
         nonzero = torch.cat([posterior_variance[:-1], posterior_variance[-2:-1] if len(beta) > 1 else beta])
         return StepCoefficients(
             x0_from_sample,
@@ -327,33 +319,36 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         )
 
     def _use_timesteps(self, timesteps: torch.Tensor, device=None) -> None:
-        """Make these (n,), descending and on the CPU, the timesteps that `step` takes, and compute its tables."""
+        """Set `timesteps`, (n,), descending and on the CPU, and compute the coefficients of `step`."""
         self.timesteps = timesteps.to(device)
         self._clip = self.config.clip_sample_range if self.config.clip_sample else None
         rows = torch.stack(self.step_coefficients(timesteps), dim=1)
         self._steps = {t: StepCoefficients(*row) for t, row in zip(timesteps.tolist(), rows.tolist(), strict=True)}
-        # The same for timesteps that live on a device, by timestep; NaN where there is no step.
+        # The same as a table (T, 7) for timesteps on a GPU; NaN at timesteps that are not visited.
         self._step_table = torch.full((len(self), rows.shape[1]), math.nan, dtype=torch.float64)
         self._step_table[timesteps] = rows
         self._step_table_on_device = self._step_table
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
-        """`sample` itself: a variance-preserving process needs no scaling."""
+        """Return `sample`: a variance-preserving process needs no scaling."""
         return sample
 
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
-        """One draw from p(x_{t-1} | x_t) (algorithm 2, with x_0 predicted and clamped first).
+        """Draw x_{t-1} from p(x_{t-1} | x_t) (algorithm 2, with x_0 predicted and clamped first).
 
         Args:
             model_output: (B, C, ...), the network's prediction at `timestep`; with a learned variance (B, 2 C, ...).
-            timestep: int, 0-d tensor or tensor of one element: one of `timesteps`. Any other gives a ValueError, or, as
-                a tensor on a device, whose value is never copied to the host, NaN.
+            timestep: one of `timesteps`, as an int or a tensor of one element. The value of a tensor on a GPU is not
+                copied to the host.
             sample: x_t, (B, C, ...).
-            generator: as in `draw_noise`. Nothing is drawn at the last step (with a timestep on a device, where
-                looking which step it is would stop the device, something is drawn and not used).
+            generator: see `draw_noise`. At the last step no noise is drawn; with a timestep on a GPU it is drawn and
+                multiplied by 0.
 
         Returns:
-            `DDPMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or the tuple of both.
+            `DDPMSchedulerOutput` with `prev_sample` and `pred_original_sample`, or a tuple of both, each (B, C, ...).
+
+        Raises:
+            ValueError: `timestep` is not one of `timesteps`; if it is on a GPU, the samples are NaN instead.
         """
         model_output, share = self.split_output(model_output, sample)
         coefficients = self._coefficients_at(timestep, sample)
@@ -384,39 +379,39 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             table = self._step_table_on_device
             if (table.device, table.dtype) != (timestep.device, dtype):
                 table = self._step_table_on_device = self._step_table.to(dtype).to(timestep.device)
-            # 0-d tensors scale the sample without changing its dtype
+            # A 0-d tensor does not change the dtype of the sample that it multiplies.
             return StepCoefficients(*table.index_select(0, timestep.reshape(1)).squeeze(0).unbind())
         if isinstance(timestep, torch.Tensor):
             timestep = (timestep.reshape(()) if timestep.ndim else timestep).tolist()
         if timestep not in self._steps:
-            raise ValueError(f"timestep={timestep!r} is not one that set_timesteps chose: {self.timesteps}")
+            raise ValueError(f"timestep={timestep!r} must be one of scheduler.timesteps, {self.timesteps}")
         return self._steps[timestep]
 
 
 class LinearNoiseScheduler(NoiseScheduler):
-    """A DDPM whose betas grow linearly, or their square roots do (Ho et al. 2020, section 4).
+    """The DDPM scheduler with a linear noise schedule (Ho et al. 2020, section 4).
 
     Args:
         num_train_timesteps: T.
-        beta_start, beta_end: the ends of the schedule beta_0 ... beta_{T-1}.
+        beta_start, beta_end: beta_0 and beta_{T-1}.
         beta_schedule: `"linear"` in beta (the paper, section 4) or `"scaled_linear"`, linear in sqrt(beta).
-        trained_betas: the T betas themselves, each in (0, 1), in place of the three arguments above.
-        variance_type: variance of p(x_{t-1} | x_t): `"fixed_small"`, the posterior's (equation 7), or
-            `"fixed_large"`, beta_t (section 3.2), or `"learned_range"`: between the two, where the second half of the
-            network's output says (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15).
+        trained_betas: the T betas, each in (0, 1); they replace the three arguments above.
+        variance_type: variance of p(x_{t-1} | x_t): `"fixed_small"`, beta~_t of equation 7; `"fixed_large"`, beta_t
+            (section 3.2); or `"learned_range"`, interpolated between the two by the second half of the network's
+            output (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15).
         clip_sample: clamp the predicted x_0 to [-clip_sample_range, clip_sample_range] before the posterior mean is
-            formed (the authors' code). Without it `pred_original_sample` is returned unclamped too.
+            computed, as the authors' code does.
         prediction_type: what the network predicts: `"epsilon"` (the noise), `"sample"` (x_0) or `"v_prediction"`
             (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
-        timestep_spacing: which timesteps sampling in fewer than T steps visits: `"leading"`, `"trailing"` or
-            `"linspace"`, as in diffusers.
+        timestep_spacing: spacing of fewer than T timesteps: `"leading"`, `"trailing"` or `"linspace"`, as in
+            diffusers.
         steps_offset: added to the timesteps of `"leading"`.
-        rescale_betas_zero_snr: have no image left in x_{T-1} (Lin et al. 2023, arXiv:2305.08891, algorithm 1), for
-            `"sample"` and `"v_prediction"`; sampling should begin there, as with `"trailing"` and `"linspace"`. Of
-            diffusers' solvers, DDIM, DDPM, DPMSolverMultistep, UniPC and EulerDiscrete support it; others silently
-            take the betas without it.
-        thresholding, dynamic_thresholding_ratio, sample_max_value: there for interchange only; any value but the
-            default is a ValueError.
+        rescale_betas_zero_snr: rescale the betas so that abar_{T-1} = 0 (Lin et al. 2023, arXiv:2305.08891, algorithm
+            1), for the prediction types `"sample"` and `"v_prediction"`. Sampling should start at T-1, as with the
+            spacings `"trailing"` and `"linspace"`. Of diffusers' solvers, DDIM, DDPM, DPMSolverMultistep, UniPC and
+            EulerDiscrete support it; the others silently ignore it.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: not supported, accepted for interchange with
+            diffusers; any value but the default raises ValueError.
     """
 
     @register_to_config
@@ -438,8 +433,7 @@ class LinearNoiseScheduler(NoiseScheduler):
         sample_max_value: float = 1.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        others = f" ({COSINE_SCHEDULE} is CosineNoiseScheduler's)"
-        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES, others)
+        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES, f"; CosineNoiseScheduler has {COSINE_SCHEDULE}")
         self._set_up()
 
     def _make_betas(self) -> torch.Tensor:
@@ -447,32 +441,30 @@ class LinearNoiseScheduler(NoiseScheduler):
         if config.trained_betas is not None:
             betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
             if betas.shape != (config.num_train_timesteps,):
-                raise ValueError(
-                    f"trained_betas has shape {tuple(betas.shape)}; num_train_timesteps={config.num_train_timesteps} "
-                    f"asks for ({config.num_train_timesteps},)"
-                )
+                rule = f"it must have num_train_timesteps={config.num_train_timesteps} entries"
+                raise ValueError(f"trained_betas has shape {tuple(betas.shape)}; {rule}")
         else:
             power = 1.0 if config.beta_schedule == "linear" else 0.5
             ends = config.beta_start, config.beta_end
             if not 0 < ends[0] <= ends[1] < 1:
-                raise ValueError(f"beta_start={ends[0]!r}, beta_end={ends[1]!r}: must be 0 < start <= end < 1")
+                rule = "they must satisfy 0 < beta_start <= beta_end < 1"
+                raise ValueError(f"beta_start={ends[0]!r}, beta_end={ends[1]!r}: {rule}")
             steps = config.num_train_timesteps
             betas = torch.linspace(ends[0] ** power, ends[1] ** power, steps, dtype=torch.float64) ** (1 / power)
         if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("trained_betas: each must lie between 0 and 1, ends excluded")
+            raise ValueError("trained_betas: every beta must be greater than 0 and less than 1")
         return betas
 
 
 class CosineNoiseScheduler(NoiseScheduler):
-    """A DDPM whose abar_t falls like a squared cosine: slowly at both ends (Nichol & Dhariwal 2021, arXiv:2102.09672).
+    """The DDPM scheduler with a cosine noise schedule (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17).
 
-    abar_t = f(t + 1) / f(0), f(i) = cos^2((i / T + s) / (1 + s) * pi / 2) with s = 0.008 (equation 17); no beta is
-    larger than 0.999.
+    abar_t = f(t + 1) / f(0) with f(i) = cos^2((i / T + s) / (1 + s) * pi / 2) and s = 0.008; betas are at most 0.999.
 
     Args:
-        beta_schedule: diffusers' name of this schedule, so that a solver built from the config has it too.
-        trained_betas: there for interchange only; any value but `None` is a ValueError.
-        num_train_timesteps and all others: as `LinearNoiseScheduler`'s.
+        beta_schedule: diffusers' name of this schedule, which its solvers read from the config.
+        trained_betas: not supported, accepted for interchange with diffusers; it must be `None`.
+        num_train_timesteps and all others: see `LinearNoiseScheduler`.
     """
 
     @register_to_config
@@ -494,7 +486,7 @@ class CosineNoiseScheduler(NoiseScheduler):
     ):
         _check_choice("beta_schedule", beta_schedule, (COSINE_SCHEDULE,))
         if trained_betas is not None:
-            raise ValueError("trained_betas: betas of your own are LinearNoiseScheduler's, without this beta_schedule")
+            raise ValueError("trained_betas must be None; LinearNoiseScheduler takes trained_betas")
         self._set_up()
 
     def _make_betas(self) -> torch.Tensor:
@@ -504,7 +496,7 @@ class CosineNoiseScheduler(NoiseScheduler):
 
 
 def _plus(total: torch.Tensor, a, x: torch.Tensor) -> torch.Tensor:
-    """total + a x, in the memory of `total`, which nobody else may have, where a is a number."""
+    """total + a x. If a is a float, `total` is overwritten."""
     if isinstance(a, float) and total.dtype == x.dtype:
         return total.add_(x, alpha=a)
     return total + a * x
@@ -515,8 +507,30 @@ def _check_choice(name: str, value, choices, hint: str = "") -> None:
         raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}{hint}")
 
 
+def _check_config(config) -> None:
+    """Raise ValueError for the first invalid setting that both schedulers have."""
+    _check_choice("variance_type", config.variance_type, VARIANCE_TYPES)
+    _check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
+    _check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
+    for key, default in INTERCHANGE_ONLY.items():
+        if config[key] != default:
+            raise ValueError(f"{key}={config[key]!r} is not supported; it must be {default!r}")
+    for key, least in (("steps_offset", 0), ("num_train_timesteps", 1)):
+        if not isinstance(config[key], Integral) or config[key] < least:
+            raise ValueError(f"{key}={config[key]!r} must be an integer of at least {least}")
+    if not config.clip_sample_range > 0:
+        raise ValueError(f"clip_sample_range={config.clip_sample_range!r} must be greater than 0")
+    if config.rescale_betas_zero_snr and config.num_train_timesteps == 1:
+        raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise ValueError(
+            "rescale_betas_zero_snr=True needs prediction_type='v_prediction' or 'sample': x_{T-1} is pure noise, so "
+            "with prediction_type='epsilon' the prediction at T-1 says nothing about the image"
+        )
+
+
 def _with_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """sqrt(abar_t), shifted to end at 0 and stretched to begin as before (Lin et al. 2023, algorithm 1)."""
+    """The betas whose sqrt(abar_t) is shifted to end at 0 and scaled to start as before (arXiv:2305.08891, 1)."""
     signal = torch.cumprod(1 - betas, dim=0).sqrt()
     abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
     return 1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])

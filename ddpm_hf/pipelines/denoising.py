@@ -1,0 +1,115 @@
+"""The loop over timesteps that every method of `DDPMCustomPipeline` runs."""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline, PNDMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ddpm_hf.schedulers.noise import draw_noise
+from ddpm_hf.schedulers.solvers import make_solver
+
+
+@dataclass
+class DenoisingLoop:
+    """The settings that all steps of one call share, and the steps.
+
+    Args:
+        pipeline: a `DDPMCustomPipeline`: its network predicts, and its `interrupt` ends the loop.
+        solver: the scheduler, with its timesteps set.
+        batch_size: B.
+        labels: int64 (B,) on the network's device; `None` for an unconditional network.
+        guidance_scale, generator, callback: see `DDPMCustomPipeline.__call__`.
+    """
+
+    pipeline: DiffusionPipeline
+    solver: SchedulerMixin
+    batch_size: int
+    labels: torch.Tensor | None
+    guidance_scale: float
+    generator: torch.Generator | list[torch.Generator] | None
+    callback: Callable | None
+
+    def __post_init__(self) -> None:
+        self.timesteps = self.solver.timesteps
+        # Deterministic solvers of diffusers take no generator, and no solver of diffusers takes a tuple of generators.
+        self._draws_noise = "generator" in inspect.signature(self.solver.step).parameters
+        self.generator = list(self.generator) if isinstance(self.generator, tuple) else self.generator
+        self._learned_variance = self.solver.config.get("variance_type") == "learned_range"
+        self._ours = None  # computes x_0 for the callback where the solver does not
+        if self.callback is not None:
+            with contextlib.suppress(ValueError):  # our scheduler does not support these betas, so x_0 stays None
+                self._ours = make_solver("ddpm", self.solver)
+
+    def draw_noise(self, shape) -> torch.Tensor:
+        return draw_noise(shape, self.generator, self.pipeline._execution_device, self.pipeline._state_dtype)
+
+    def skip_steps(self, number: int) -> None:
+        """Start `number` steps later."""
+        first = number * self.solver.order  # solvers of order 2 have two timesteps per step
+        if hasattr(self.solver, "set_begin_index"):
+            self.solver.set_begin_index(first)
+        elif first and isinstance(self.solver, PNDMScheduler):
+            raise ValueError("scheduler: PNDMScheduler can't start in the middle of its timesteps; choose another one")
+        self.timesteps = self.timesteps[first:]
+        self.pipeline.num_timesteps = len(self.timesteps)
+
+    def start_from_image(self, image: torch.Tensor, strength: float) -> torch.Tensor:
+        """Keep the last `strength` of the steps, and return `image` (B, C, H, W) with the noise of their first one."""
+        steps = self.solver.num_inference_steps
+        self.skip_steps(steps - max(1, round(steps * strength)))
+        noise = self.draw_noise(image.shape)
+        return self.solver.add_noise(image, noise, self.timesteps[:1].expand(self.batch_size))
+
+    def run(self, sample: torch.Tensor) -> torch.Tensor:
+        """Denoise x (B, C, H, W) from the first timestep to the image."""
+        for i, timestep in enumerate(self.pipeline.progress_bar(self.timesteps)):
+            if self.pipeline.interrupt:
+                break
+            sample = self.end_step(i, timestep, self.step(sample, timestep))
+        return sample
+
+    def step(self, sample: torch.Tensor, timestep) -> dict[str, torch.Tensor | None]:
+        """x after one step, and the predicted x_0, which is `None` if neither the solver nor the callback needs it."""
+        model_input = self.solver.scale_model_input(sample, timestep)
+        model_output = self.predict(model_input, timestep)
+        prediction = model_output[:, : sample.shape[1]]
+        solver_input = model_output if self._learned_variance else prediction
+        options = {"generator": self.generator} if self._draws_noise else {}
+        output = self.solver.step(solver_input, timestep, sample, **options)
+        original = getattr(output, "pred_original_sample", None)
+        if original is None and self._ours is not None:
+            original = self._ours.predicted_original(prediction, round(float(timestep)), model_input)
+        return {"sample": output.prev_sample, "pred_original_sample": original}
+
+    def end_step(self, i: int, timestep, tensors: dict) -> torch.Tensor:
+        """Call the callback after step `i`. Return x, or the x that the callback returned."""
+        changed = {} if self.callback is None else self.callback(self.pipeline, i, timestep, tensors) or {}
+        return changed.get("sample", tensors["sample"])
+
+    def predict(self, sample: torch.Tensor, timestep) -> torch.Tensor:
+        """The network's output (B, C or 2 C, H, W) for `sample` (B, C, H, W), in its dtype, with guidance.
+
+        For a given x_t the noise, x_0 and v are affine in one another, so guidance is the same for each of them. A
+        learned variance is that of the class.
+        """
+        unet, labels, dtype = self.pipeline.unet, self.labels, sample.dtype
+        sample = sample.to(unet.dtype)
+        if labels is None:
+            output = unet(sample, timestep).sample.to(dtype)
+        elif self.guidance_scale == 1:
+            output = unet(sample, timestep, class_labels=labels).sample.to(dtype)
+        else:
+            null = torch.full_like(labels, unet.config.num_classes)
+            both = unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
+            conditional, unconditional = both.to(dtype).chunk(2)
+            C = sample.shape[1]
+            guided = unconditional[:, :C] + self.guidance_scale * (conditional[:, :C] - unconditional[:, :C])
+            output = torch.cat([guided, conditional[:, C:]], dim=1)
+        # Clamping x_0 would turn infinities into black or white pixels. NaN survives until the check of the samples,
+        # and this needs no synchronisation with the GPU.
+        return torch.nan_to_num(output, nan=math.nan, posinf=math.nan, neginf=math.nan)
