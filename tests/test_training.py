@@ -45,7 +45,7 @@ from ddpm_hf.training.saving import held_out_loss
 from ddpm_hf.utils.signals import StopSignals
 
 
-def at(timesteps, T=1000):
+def at(timesteps, T=1000):  # noqa: N803
     """The `uniform` of a batch that stands for these timesteps."""
     return (timesteps + 0.5).double() / T
 
