@@ -123,7 +123,7 @@ def test_the_help_of_a_command(capsys, command):
     defaults = {"train": "learning_rate .*?0.0001", "sample": "num_images .*?16", "evaluate": "num_samples .*?2000"}
     if command in defaults:
         flag, default = defaults[command].split(" .*?")
-        assert re.search(rf"^  --{flag} [^(]*\(default: {default}\)", text, re.M)
+        assert re.search(rf"^  --{flag} [^(]*\(default:\s+{default}\)", text, re.M)
         assert len(re.findall(r"^[a-z ]+:$", text, re.M)) >= 4  # headings
 
 
