@@ -60,7 +60,7 @@ class DataConfig:
         "the pixel values of black and white; required for images of more than 8 bits", rule=BLACK_WHITE
     )
     background: list[float] | None = _data(
-        "blend transparent images with this colour: one number or one per channel, 0 (black) to 1", rule=OPACITIES
+        "blend transparent images with this colour: one number or one per colour, 0 (black) to 1", rule=OPACITIES
     )
     max_bad_fraction: float = _data("raise an error if more than this fraction of the images is broken", 0.01, BELOW_1)
     streaming: bool = _data("read and decode the images during training instead of keeping them", False)

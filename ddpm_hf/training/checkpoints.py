@@ -166,7 +166,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise Damaged(f"state.json can't be read: {error}") from error
         if seal != _seal(state):
-            raise Damaged("the checksum of state.json is wrong")
+            raise Damaged("state.json has a wrong checksum")
         return state
 
     def _load(self, path: Path, unet, ema: EMA, optimizer, check: Callable[[dict], None]) -> dict:
@@ -179,7 +179,7 @@ class Checkpoints:
             except OSError as error:
                 raise Damaged(f"{file} can't be read: {error.strerror}") from error
             if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
-                raise Damaged(f"the checksum of {file} is wrong")
+                raise Damaged(f"{file} has a wrong checksum")
             weights.append(load(content))
         of_training, of_ema, moments = weights
         for model, tensors in ((unet, of_training), (ema.model, of_ema)):
