@@ -1180,7 +1180,7 @@ def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
             {"pretrained_model_name_or_path": "/nowhere", "unet": {}},
             "pretrained_model_name_or_path='/nowhere' can't be",
         ),
-        ({"pretrained_model_name_or_path": "/nowhere"}, "must be empty: the network comes with the weights"),
+        ({"pretrained_model_name_or_path": "/nowhere"}, "must be empty with pretrained_model_name_or_path"),
         ({"resume_from_checkpoint": "checkpoint-3"}, "'checkpoint-3' is not a checkpoint; the checkpoints in .*: none"),
     ],
 )
