@@ -32,7 +32,7 @@ from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import main
 from ddpm_hf.data.dataset import ImageData, load_images
 from ddpm_hf.schedulers.bound import bound_terms
-from ddpm_hf.training import Batch, DenoisingLoss, Run, checkpoints, guards, loop, saving, setup, train
+from ddpm_hf.training import Batch, DenoisingLoss, Losses, Run, checkpoints, guards, loop, saving, setup, train
 from ddpm_hf.training.batch import draw_random
 from ddpm_hf.training.checkpoints import Checkpoints
 from ddpm_hf.training.ema import EMA
@@ -194,6 +194,29 @@ def test_the_pipeline_holds_the_average_and_the_raw_weights(trained):
         unet = DDPMCustomPipeline.from_pretrained(trained, variant=variant).unet
         assert_close(unet.state_dict(), expected, rtol=0, atol=0)
     assert not torch.equal(average["stem.weight"], raw["stem.weight"])
+
+
+def test_a_training_leaves_the_random_state_and_the_threads_of_its_process_as_they_were(tmp_path):
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(tiny_config(tmp_path, unet={**TINY_UNET, "dropout": 0.1}))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+def test_an_objective_of_ones_own_is_trained_and_belongs_to_its_checkpoint(tmp_path):
+    def absolute_error(network, scheduler, batch):
+        timesteps = (batch.uniform * len(scheduler)).long()
+        noisy = scheduler.add_noise(batch.images, batch.noise, timesteps)
+        errors = (network(noisy, timesteps).sample - batch.noise).abs().mean(dim=(1, 2, 3))
+        return Losses(errors, errors, timesteps)
+
+    run = train(tiny_config(tmp_path, max_train_steps=40), objective=absolute_error)
+    assert 0.2 < run.log_history[-1]["loss"] < run.log_history[0]["loss"] < 1  # the mean of |N(0, 1)| is 0.8
+    again = tiny_config(tmp_path, max_train_steps=41, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="another objective .*loss='DenoisingLoss' was 'absolute_error'"):
+        train(again)
+    assert train(again, objective=absolute_error).step == 41
 
 
 def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path):

@@ -111,7 +111,7 @@ def open_run(config: TrainConfig, callbacks: list[TrainCallback], objective=None
     if folder.is_file():
         raise ValueError(f"output_dir={config.output_dir!r} is a file; it must be a folder or not be there yet")
     accelerator = make_accelerator(config)
-    with StopSignals() as stop, contextlib.ExitStack() as stack, own_random_numbers(accelerator.device):
+    with StopSignals() as stop, contextlib.ExitStack() as stack, own_random_numbers():
         by_main(accelerator, lambda: stack.enter_context(locked(folder, "train")))
         checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
         by_main(accelerator, checkpoints.roll_back)
@@ -129,16 +129,14 @@ def open_run(config: TrainConfig, callbacks: list[TrainCallback], objective=None
 
 
 @contextlib.contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
+def own_random_numbers() -> Iterator[None]:
     """Restore torch's global random state at the end: a run seeds it for initial weights and dropout."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    cpu = torch.get_rng_state()
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+        torch.cuda.set_rng_state_all(cuda)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
