@@ -112,7 +112,7 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def digits_model(tmp_path_factory) -> Path:
     """The pipeline folder of a small class-conditional model that has learnt something. Not to be written to."""
-    settings = {"max_train_steps": 300, "train_batch_size": 64, "learning_rate": 4e-3, "lr_scheduler": "cosine"}
+    settings = {"max_train_steps": 600, "train_batch_size": 64, "learning_rate": 4e-3, "lr_scheduler": "cosine"}
     scheduler = {"beta_schedule": "scaled_linear", "beta_start": 1e-6}
     settings |= {"class_conditional": True, "scheduler": scheduler, "ema_max_decay": 0.99}
     return trained_once(tmp_path_factory, "digits_model", **settings)

@@ -536,7 +536,7 @@ def test_a_run_of_classes_learns_them(digits_model):
     """The loss with the right label is smaller than with the next, and the null label is learnt too."""
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
     config, unet, scheduler = tiny_config(digits_model, class_conditional=True), pipeline.unet, pipeline.scheduler
-    run = Run(config, pipeline, unet, *load_images(config), 300, Accelerator())
+    run = Run(config, pipeline, unet, *load_images(config), 600, Accelerator())
     assert (unet.config.num_classes, unet.config.class_names) == (10, [str(k) for k in range(10)])
     x, labels, n = run.held_out.batch(torch.arange(180)), run.held_out.labels, 180
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
