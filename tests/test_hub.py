@@ -414,7 +414,7 @@ def test_logins_with_the_right_to_write(hub, monkeypatch):
 def test_a_folder_without_a_pipeline_raises(hub, tmp_path, capsys):
     assert main(["push", str(tmp_path), "me/digits"]) == 2
     assert main(["push", str(tmp_path / "none"), "me/digits"]) == 2
-    assert "model_index.json is not there" in capsys.readouterr().err.splitlines()[0]
+    assert "model_index.json does not exist" in capsys.readouterr().err.splitlines()[0]
     assert not hub.repos
 
 
