@@ -1,7 +1,7 @@
 """The whole of DDPM training and sampling (Ho et al. 2020, algorithms 1 and 2) in 40 lines, on 8x8 digits.
 
 `python examples/minimal_loop.py` takes about two minutes and writes minimal_loop.png. What a real run needs besides
-(averaged weights, checkpoints, a learning rate that changes, a held-out loss) is in ddpm_hf/training.
+(EMA weights, checkpoints, a learning-rate schedule, a held-out loss) is in ddpm_hf/training.
 """
 
 import argparse
