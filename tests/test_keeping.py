@@ -645,7 +645,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="SIGTERM is none there")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
 def test_a_run_that_is_stopped_stops_what_follows_it(tmp_path):
     words = f"{sys.executable} -m ddpm_hf train --max_train_steps 100000 --output_dir {tmp_path / 'run'}"
     shell = subprocess.Popen(["sh", "-c", f"{words} && touch {tmp_path / 'pushed'}"], start_new_session=True)

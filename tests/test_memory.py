@@ -26,7 +26,7 @@ print(resident() - before)
 def test_freed_memory_is_kept_only_where_it_is_asked_for(keeps):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(keeps)], capture_output=True, text=True)
     if done.stderr.strip() == "no glibc":
-        pytest.skip("another C library than glibc")
+        pytest.skip("the C library is not glibc")
     assert done.returncode == 0, done.stderr
     assert (float(done.stdout) > 32) == keeps
 
