@@ -67,8 +67,8 @@ def test_the_readmes_first_line_in_few_steps(tmp_path):
         (["trian"], "invalid choice: 'trian'"),
         (["train", "--config", "nothing"], "config='nothing' is neither a file nor one of the recipes"),
         (["train", "--train_data_dir", "nowhere"], "train_data_dir='nowhere' is not a folder"),
-        (["train", "--max_train_steps", "0"], "max_train_steps=0 must be at least 1"),
-        (["train", "--train_batch_size", "-1"], "train_batch_size=-1 must be at least 1"),
+        (["train", "--max_train_steps", "0"], "max_train_steps=0 must be an integer of at least 1"),
+        (["train", "--train_batch_size", "-1"], "train_batch_size=-1 must be an integer of at least 1"),
         (["train", "--seed"], "expected one argument"),
         (
             ["train", "--pretrained_model_name_or_path", "./nowhere"],

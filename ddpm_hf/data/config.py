@@ -2,34 +2,21 @@
 
 import dataclasses
 import functools
-import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ddpm_hf.utils.arguments import boolean, check, integer, list_of, number, optional, require, text
 from ddpm_hf.utils.yaml_files import read_yaml
 
 EMBEDDED_DIGITS = "digits"
-
-# Rules for values: the text of the error and the test. None is not tested where a setting may be None.
-AT_LEAST_1 = "must be at least 1", lambda v: v >= 1
-AT_LEAST_0 = "must be at least 0 and finite", lambda v: 0 <= v < math.inf
-POSITIVE = "must be greater than 0 and finite", lambda v: 0 < v < math.inf
-BELOW_1 = "must be in [0, 1)", lambda v: 0 <= v < 1
-OPACITIES = "must be numbers in [0, 1]", lambda v: v and all(0 <= each <= 1 for each in v)
-BLACK_WHITE = (
-    "must be two numbers, the value of black and the greater value of white",
-    lambda v: len(v) == 2 and v[0] < v[1],
-)
-
-
-def one_of(*choices: str):
-    return f"must be one of {', '.join(choices)}", lambda v: v in choices
+BELOW_1 = number(0, below=1)
+SIDE = integer(1, 2**16, "larger than any real image")
 
 
 def setting(group: str, help: str, default=None, rule=None):
-    """A field with its heading and text in `--help`, its default and a rule such as `POSITIVE`."""
+    """A field with its heading and text in `--help`, its default and its rule, by default that of its type."""
     metadata = {"group": group, "help": help, "rule": rule}
     return (
         field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
@@ -51,30 +38,40 @@ class DataConfig:
         "use this folder instead of dataset_name: it holds images, or train*.parquet and optionally test*.parquet"
     )
     resolution: int | None = _data(
-        "scale the shorter side to this many pixels and crop the centre; default: keep the size", rule=AT_LEAST_1
+        "scale the shorter side to this many pixels and crop the centre; default: keep the size", rule=SIDE
     )
     channels: int | None = _data(
-        "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or more; default: those of the first image", rule=AT_LEAST_1
+        "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or more; default: those of the first image",
+        rule=integer(1, 1024, "more than any real image has"),
     )
     value_range: list[float] | None = _data(
-        "the pixel values of black and white; required for images of more than 8 bits", rule=BLACK_WHITE
+        "the pixel values of black and white; required for images of more than 8 bits",
+        rule=list_of(number(), "numbers", 2, 2),
     )
     background: list[float] | None = _data(
-        "blend transparent images with this colour: one number or one per colour, 0 (black) to 1", rule=OPACITIES
+        "blend transparent images with this colour: one number or one per colour, 0 (black) to 1",
+        rule=list_of(number(0, 1), "numbers in [0, 1]"),
     )
-    max_bad_fraction: float = _data("raise an error if more than this fraction of the images is broken", 0.01, BELOW_1)
+    max_bad_fraction: float = _data(
+        "raise an error if more than this fraction of the images is broken", 0.01, number(0, below=1)
+    )
     streaming: bool = _data("read and decode the images during training instead of keeping them", False)
-    dataloader_num_workers: int = _data("processes that decode images; 0: the training process does", 0, AT_LEAST_0)
-    seed: int = setting("optimisation", "seed of weights, order of the data, noise and samples", 0, (
-        "must be in [0, 2^63 - 1]", lambda v: 0 <= v < 2**63))  # fmt: skip
+    dataloader_num_workers: int = _data(
+        "processes that decode images; 0: the training process does", 0, integer(0, 1024, "each is a process")
+    )
+    seed: int = setting(
+        "optimisation", "seed of weights, order of the data, noise and samples", 0, integer(0, 2**63 - 1)
+    )
     output_dir: str = setting("run", "folder for the results; it must not contain the images", ".")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            self._check_type(f)
-            value, rule = getattr(self, f.name), f.metadata["rule"]
-            if rule is not None and value is not None:
-                self._check(f.name, rule[1](value), rule[0])
+            options = typing.get_args(f.type) or (f.type,)
+            rule = f.metadata["rule"] or (boolean if bool in options else text)
+            value = check(f.name, getattr(self, f.name), optional(rule, "null") if types.NoneType in options else rule)
+            setattr(self, f.name, list(value) if isinstance(value, tuple) else value)
+        ordered = self.value_range is None or self.value_range[0] < self.value_range[1]
+        self._check("value_range", ordered, "must be two numbers, the value of black and the greater value of white")
 
     @classmethod
     def from_json(cls, path: str | Path, **changes) -> "DataConfig":
@@ -83,17 +80,5 @@ class DataConfig:
         names = {f.name for f in dataclasses.fields(DataConfig)}
         return cls(**{name: value for name, value in saved.items() if name in names} | changes)
 
-    def _check_type(self, f: dataclasses.Field) -> None:
-        value = getattr(self, f.name)
-        options = [typing.get_origin(option) or option for option in typing.get_args(f.type) or (f.type,)]
-        if float in options and type(value) is int:
-            setattr(self, f.name, float(value))
-        elif type(value) not in options:
-            wanted = " or ".join("null" if o is types.NoneType else o.__name__ for o in options)
-            self._check(f.name, False, f"must be {wanted}")
-        elif type(value) is list:
-            self._check(f.name, all(type(v) in (int, float) for v in value), "must hold numbers")
-
-    def _check(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
+    def _check(self, name: str, holds: bool, words: str) -> None:
+        require(name, getattr(self, name), holds, words)

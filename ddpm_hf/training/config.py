@@ -1,7 +1,6 @@
 """`TrainConfig`: all settings of a training run, read from flags and recipes and saved as train_config.json."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -9,20 +8,15 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from ddpm_hf.data.config import (
-    AT_LEAST_0,
-    AT_LEAST_1,
-    BELOW_1,
-    EMBEDDED_DIGITS,
-    POSITIVE,
-    DataConfig,
-    one_of,
-    setting,
-)
+from ddpm_hf.data.config import BELOW_1, EMBEDDED_DIGITS, DataConfig, setting
 from ddpm_hf.schedulers.noise import PREDICTION_TYPES
 from ddpm_hf.utils import files
+from ddpm_hf.utils.arguments import check, check_names, integer, matching, number, one_of, show
 from ddpm_hf.utils.yaml_files import read_yaml
 
+AT_LEAST_1, POSITIVE = integer(1), number(above=0)
+MAPPING = matching(lambda v: isinstance(v, dict), "must be a mapping such as '{\"dropout\": 0.1}'")
+BATCH = integer(1, 2**20, "a batch is in memory at once")
 RECIPES = resources.files("ddpm_hf") / "recipes"
 HEADINGS = ("run", "data", "model", "optimisation", "saving and previews")  # in `--help`, in this order
 _run, _data, _model, _optimisation, _saving = (functools.partial(setting, heading) for heading in HEADINGS)
@@ -56,11 +50,12 @@ class TrainConfig(DataConfig):
     pretrained_model_name_or_path: str | None = _model(
         "fine-tune this pipeline (a folder or a Hub id) instead of training the recipe's network from scratch"
     )
-    unet: dict | str | None = _model("arguments of DDPMUNet as JSON; they override those of the recipe", {})
+    unet: dict | str | None = _model("arguments of DDPMUNet as JSON; they override those of the recipe", {}, MAPPING)
     scheduler: dict | str | None = _model(
         "arguments of LinearNoiseScheduler (CosineNoiseScheduler if beta_schedule is squaredcos_cap_v2) as JSON; they "
         "override those of the recipe",
         {},
+        MAPPING,
     )
     prediction_type: str | None = _model(
         "what the network predicts: epsilon, sample or v_prediction; default: as in scheduler, or epsilon",
@@ -69,7 +64,7 @@ class TrainConfig(DataConfig):
     learned_variance: bool = _model(
         "also learn the variance of the reverse process (Improved DDPM), for bits/dim and few steps", False
     )
-    train_batch_size: int = _optimisation("images per process and micro-batch", 64, AT_LEAST_1)
+    train_batch_size: int = _optimisation("images per process and micro-batch", 64, BATCH)
     gradient_accumulation_steps: int = _optimisation("micro-batches per update", 1, AT_LEAST_1)
     max_train_steps: int | None = _optimisation("number of updates; overrides num_epochs", rule=AT_LEAST_1)
     num_epochs: int = _optimisation("number of passes over the data", 100, AT_LEAST_1)
@@ -79,10 +74,10 @@ class TrainConfig(DataConfig):
         "constant",
         one_of("constant", "cosine", "linear"),
     )
-    lr_warmup_steps: int = _optimisation("number of updates of linear warm-up", 500, AT_LEAST_0)
+    lr_warmup_steps: int = _optimisation("number of updates of linear warm-up", 500, integer(0))
     adam_beta1: float = _optimisation("AdamW: decay rate of the mean of the gradient", 0.9, BELOW_1)
     adam_beta2: float = _optimisation("AdamW: decay rate of the mean of the squared gradient", 0.999, BELOW_1)
-    adam_weight_decay: float = _optimisation("AdamW: weight decay", 0.0, AT_LEAST_0)
+    adam_weight_decay: float = _optimisation("AdamW: weight decay", 0.0, number(0))
     adam_epsilon: float = _optimisation("AdamW: term added to the denominator", 1e-8, POSITIVE)
     max_grad_norm: float = _optimisation("clip the norm of the gradient to this value", 1.0, POSITIVE)
     ema_max_decay: float = _optimisation("final decay rate of the EMA of the weights", 0.9999, BELOW_1)
@@ -106,9 +101,9 @@ class TrainConfig(DataConfig):
     )
     checkpoints_total_limit: int = _saving("number of checkpoints to keep", 2, AT_LEAST_1)
     resume_from_checkpoint: str | None = _saving("folder of the checkpoint to resume from, or `latest`")
-    eval_batch_size: int = _saving("number of images in samples.png, at least one per class", 64, AT_LEAST_1)
+    eval_batch_size: int = _saving("number of images in samples.png, at least one per class", 64, BATCH)
     ddpm_num_inference_steps: int = _saving("number of sampling steps for samples.png", 50, AT_LEAST_1)
-    guidance_scale: float = _saving("classifier-free guidance scale for samples.png; 1: no guidance", 1.0, AT_LEAST_0)
+    guidance_scale: float = _saving("classifier-free guidance scale for samples.png; 1: no guidance", 1.0, number(0))
     preview_time_share: float = _saving(
         "fraction of the training time for samples; the last ones are always generated", 0.05, BELOW_1
     )
@@ -137,7 +132,7 @@ class TrainConfig(DataConfig):
         self._check("unet", not both, "must be empty with pretrained_model_name_or_path, which has its own network")
         also = self.scheduler.get("prediction_type", self.prediction_type)
         same = self.prediction_type in (None, also)
-        self._check("prediction_type", same, f"contradicts prediction_type={also!r} in scheduler: give one of them")
+        self._check("prediction_type", same, f"contradicts prediction_type={show(also)} in scheduler: give one of them")
 
     def save(self, path) -> None:
         """Save as JSON, a recipe that repeats the run from its beginning even if this run was resumed."""
@@ -160,12 +155,7 @@ def load_recipe(name_or_path: str) -> dict:
     if name_or_path not in names and not Path(name_or_path).is_file():
         raise ValueError(f"config={name_or_path!r} is neither a file nor one of the recipes {', '.join(names)}")
     recipe = read_yaml(RECIPES / f"{name_or_path}.yaml" if name_or_path in names else name_or_path, "config")
-    known = [f.name for f in dataclasses.fields(TrainConfig)]
-    for key in recipe:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"config={name_or_path!r}: there is no setting {key!r}{hint}")
+    check_names(f"config={show(name_or_path)}", recipe, [f.name for f in dataclasses.fields(TrainConfig)])
     return {"config": name_or_path, **recipe}
 
 
@@ -197,8 +187,6 @@ def _as_dict(name, value) -> dict:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}={value!r} is not JSON: {error}") from error
-    if not isinstance(value, dict | None):
-        raise ValueError(f"{name}={value!r} must be a mapping such as '{{\"dropout\": 0.1}}'")
-    return value or {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}={show(value)} is not JSON: {str(error)[:200]}") from None
+    return check(name, {} if value is None else value, MAPPING)

@@ -1,0 +1,181 @@
+"""Types and ranges of arguments: tables of rules, and errors of one short sentence.
+
+A rule is a function from a value to the plain Python value that it stands for, so NumPy and PyTorch scalars are numbers
+too. It raises ValueError with what would be right; `check` puts the name and the value before that. The code in a
+self-contained repository carries this module, so it imports only the standard library.
+"""
+
+import difflib
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+
+Rule = Callable[[object], object]
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 1e30  # in any rule that names no limit; float32 ends at 3e38
+
+_short = reprlib.Repr()
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 12
+_short.maxstring = _short.maxother = _short.maxlong = 100
+
+
+def check(name: str, value, rule: Rule):
+    """The value as `rule` reads it; ValueError with the name, the value and what would be right."""
+    try:
+        return rule(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={show(value)} {error}") from None
+
+
+def check_all(values: Mapping, rules: Mapping[str, Rule]) -> dict:
+    """The values that have a rule, as the rules read them."""
+    return {name: check(name, values[name], rule) for name, rule in rules.items() if name in values}
+
+
+def require(name: str, value, holds: bool, words: str) -> None:
+    """Raise ValueError with the name, the value and `words` unless a relation between arguments holds."""
+    if not holds:
+        raise ValueError(f"{name}={show(value)} {words}")
+
+
+def limit(what: str, size: int, most: int, why: str) -> None:
+    """Raise ValueError if `what` is larger than any real use, before memory or time is spent on it."""
+    if size > most:
+        raise ValueError(f"{what} {_count(size)}; the limit is {_count(most)}, {why}")
+
+
+def check_names(what: str, given: Iterable, known: Iterable[str]) -> None:
+    """Raise ValueError for the first name that is not known, with the most similar one that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{what}: there is no setting {show(name)}{did_you_mean(name, known)}")
+
+
+def did_you_mean(name, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name)[:100], list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def show(value, most: int = 100) -> str:
+    """`repr(value)` in one line of at most `most` characters; of an array or a tensor its type and shape."""
+    if getattr(value, "ndim", 0) and hasattr(value, "dtype"):
+        text = f"<{type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}>"
+    else:
+        try:
+            text = _short.repr(value)
+        except Exception:  # an integer of more than 4,300 digits, or a class whose __repr__ fails
+            text = f"<{type(value).__name__}>"
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 25]} ... {text[-20:]}"
+
+
+# ---------------------------------------------------------------- rules
+
+
+def integer(least: int = 0, most: int = LARGEST_INT, why: str = "") -> Rule:
+    """An integer, not a bool. `why` is the reason for the limit `most`."""
+
+    def read(value):
+        value = _scalar(value)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if is_int and least <= value <= most:
+            return int(value)
+        if is_int and value > most and (why or most == LARGEST_INT):
+            raise ValueError(f"must be at most {most:,}{': ' if why else ''}{why}")
+        among = f"of at least {least:,}" if why or most == LARGEST_INT else f"in {least:,} ... {most:,}"
+        raise ValueError(f"must be an integer {among}")
+
+    return read
+
+
+def number(least: float = -LARGEST_FLOAT, most: float = LARGEST_FLOAT, above=None, below=None) -> Rule:
+    """A finite number in [least, most], greater than `above` and less than `below`."""
+    low = f"({above:g}" if above is not None else f"[{least:g}"
+    high = f"{below:g})" if below is not None else f"{most:g}]"
+    words = f"must be a number in {low}, {high}"
+    if below is None and most == LARGEST_FLOAT:
+        lowest = f" of at least {least:g}" if least > -LARGEST_FLOAT else ""
+        words = f"must be a finite number{lowest if above is None else f' greater than {above:g}'}"
+
+    def read(value):
+        value = _scalar(value)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(words)
+        if (above is not None and value <= above) or (below is not None and value >= below):
+            raise ValueError(words)
+        return float(value)
+
+    return read
+
+
+def boolean(value) -> bool:
+    if not isinstance(value := _scalar(value), bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def text(value) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 4096 or "\0" in value:
+        raise ValueError("must be a text that is not empty")
+    return str(value)
+
+
+def one_of(*choices: str, hint: str = "") -> Rule:
+    return matching(lambda v: isinstance(v, str) and v in choices, f"must be one of {', '.join(choices)}{hint}")
+
+
+def matching(test: Callable[[object], bool], words: str) -> Rule:
+    """Any value for which `test` holds."""
+
+    def read(value):
+        try:
+            holds = test(value)
+        except Exception:  # a value of a type for which the test makes no sense
+            holds = False
+        if not holds:
+            raise ValueError(words)
+        return value
+
+    return read
+
+
+def optional(rule: Rule, none: str = "None") -> Rule:
+    """None, or what `rule` reads. `none` is the word for it."""
+
+    def read(value):
+        try:
+            return None if value is None else rule(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or {none}") from None
+
+    return read
+
+
+def list_of(rule: Rule, what: str, least: int = 1, most: int = 10**6) -> Rule:
+    """A list, a tuple or an array of one dimension, whose entries `rule` reads. `what` names the entries."""
+
+    words = f"must be a list of {f'{least} ' if least == most else ''}{what}"
+
+    def read(value):
+        value = value.tolist() if getattr(value, "ndim", 0) == 1 else value
+        if not isinstance(value, list | tuple) or not least <= len(value) <= most:
+            raise ValueError(words)
+        try:
+            entries = [rule(each) for each in value]
+        except ValueError as error:
+            raise ValueError(f"{words}; each {error}") from None
+        return tuple(entries) if isinstance(value, tuple) else entries
+
+    return read
+
+
+def _scalar(value):
+    """The Python number in a NumPy or PyTorch scalar; any other value unchanged."""
+    try:
+        return value.item() if getattr(value, "ndim", None) == 0 else value
+    except Exception:  # a tensor without data
+        return value
+
+
+def _count(size: int) -> str:
+    return f"{size:,}" if size < 10**15 else f"{size:.1e}" if math.log2(size) < 1000 else "more than 1e300"
