@@ -1,5 +1,6 @@
 """`ddpm-hf evaluate`, from a model to its numbers."""
 
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_unet
+from huggingface_hub import constants
 from PIL import Image
 from torch.testing import assert_close
 
@@ -323,6 +325,19 @@ def test_a_model_without_train_config(tmp_path):
         quick(tmp_path / "model", tmp_path, dataset_name="digits", weights="raw")
 
 
+def test_a_model_of_the_hub_is_evaluated_offline(hub, trained, tmp_path, monkeypatch, caplog):
+    """Its pipeline is in the cache, but its train_config.json is not."""
+    files = {path.relative_to(trained).as_posix(): path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    hub.plant("me/model", files)
+    DDPMCustomPipeline.from_pretrained("me/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = quick("me/model", tmp_path, dataset_name="digits", metrics=("drift",))
+    assert found["protocol"]["weights"] == "as saved"
+    assert "train_config.json could not be downloaded" in caplog.text
+    with pytest.raises(ValueError, match="train_config.json could not be downloaded"):
+        quick("me/model", tmp_path, metrics=("drift",))
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     ({"metrics": ("fid",)}, "metrics: unknown metric 'fid'; choose from bpd, loss, fd, kid"),
     ({"metrics": ()}, "metrics: name at least one"),
@@ -363,6 +378,26 @@ def test_a_report_that_fails_loses_no_numbers(trained, tmp_path, monkeypatch, ca
     assert "its report could not be: ZeroDivisionError" in caplog.text
     assert json.loads((tmp_path / "evaluation.json").read_text()) == found
     assert sorted(os.listdir(tmp_path)) == ["evaluation.json"]  # no file of the earlier evaluation
+
+
+def test_the_command_prints_the_numbers_whatever_could_not_be_written(trained, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "a.json"
+    flags = [str(trained), "--output", str(output), "--num_samples", "20", "--num_inference_steps", "2"]
+    flags += ["--metrics", "drift"]
+    assert main(["evaluate", *flags]) == 0
+    assert f"-> {output} and {tmp_path / 'a-report.html'}\n" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "write_report", lambda *args: 1 / 0)
+    assert main(["evaluate", *flags]) == 0
+    assert f"-> {output}\n" in capsys.readouterr().out
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write", full)
+    assert main(["evaluate", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert "channel_mean_drift" in out
+    assert "could not be written: [Errno 28] No space left on device" in err
 
 
 def test_a_picture_of_an_older_version_is_removed(trained, tmp_path):
@@ -504,6 +539,25 @@ def test_two_processes_measure_what_one_does(digits_model, tmp_path):
         assert process.stdout.count("fd_train") == 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert_alike(one, two)
+
+
+@pytest.mark.parametrize("features", [None, "digits"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_training_images_have_no_distances(tmp_path, caplog, count, features):
+    rng = np.random.default_rng(0)
+    for split, images in (("train", count), ("test", 12)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for k in range(images):
+            Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / "data" / split / f"{k}.png")
+    tiny = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
+    tiny.save_pretrained(tmp_path / "model")
+    settings = {"train_data_dir": str(tmp_path / "data"), "num_samples": 12, "features": features}
+    with caplog.at_level(logging.WARNING):
+        found = quick(tmp_path / "model", tmp_path, metrics=("memorization", "drift"), **settings)
+    assert list(found["metrics"]) == ["channel_mean_drift", "channel_std_drift"]
+    assert "Fewer than 10 training images were found" in caplog.text
+    with pytest.raises(ValueError, match=f"but there are {count}; these metrics need no distances: bpd,loss"):
+        quick(tmp_path / "model", tmp_path, **settings)
 
 
 def test_few_images_have_no_distances(tmp_path, caplog):

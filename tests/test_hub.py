@@ -743,6 +743,23 @@ def test_the_card_of_a_folder_without_training_facts(hub, run, tmp_path):
     assert "None" not in card
 
 
+def test_the_card_names_the_data_of_the_evaluation(hub, run, tmp_path):
+    """A converted model has no run.json, and any model can be compared with other images than those of its training."""
+    pipeline = DDPMCustomPipeline.from_pretrained(run)
+    pipeline.save_pretrained(tmp_path / "bare")
+    model = {"sha256": weights_sha256(pipeline.unet), "scheduler": plain_config(pipeline.scheduler)}
+    protocol = {"model": model, "reference": {"name": "you/flowers", "as_trained": False}}
+    metrics = {"loss_train": {"name": "Loss", "value": 0.25, "stderr": None, "n": 8}}
+    for folder in (tmp_path / "bare", run):
+        (folder / "evaluation.json").write_text(json.dumps({"protocol": protocol, "metrics": metrics}))
+        push(folder, f"me/{folder.name}")
+        card = ModelCard(hub.files(f"me/{folder.name}")["README.md"].decode())
+        found = {result.metric_type: result for result in card.data.eval_results}
+        assert (found["loss_train"].dataset_name, found["loss_train"].dataset_type) == ("you/flowers", "you/flowers")
+        assert "compared with you/flowers" in found["loss_train"].metric_args["protocol"]
+    assert found["mse"].dataset_name == "digits"
+
+
 def test_the_card_of_a_class_conditional_model(tmp_path):
     pipeline = DDPMCustomPipeline(tiny_unet(num_classes=10, class_names=list("0123456789")), LinearNoiseScheduler())
     card = str(cards.model_card(pipeline, {}, tmp_path, "me/digits"))

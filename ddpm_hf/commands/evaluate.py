@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+from pathlib import Path
 
 from ddpm_hf.commands.parsing import add_setting
 
@@ -60,9 +61,15 @@ def run(args) -> None:
     if "metrics" in given:
         given["metrics"] = tuple(name.strip() for name in given["metrics"].split(","))
     keep_freed_memory()
-    found = evaluation.evaluate(**given)
+    try:
+        found = evaluation.evaluate(**given)
+    except evaluation.UnwrittenError as error:
+        print("\n".join(comparison.table(error.evaluation)), flush=True)
+        raise
     if os.environ.get("RANK", "0") == "0":
-        output = given.get("output") or evaluation.output_of(given["model"])
-        print("\n".join([*comparison.table(found), f"-> {output}, and report.html next to it"]), flush=True)
+        output = Path(given.get("output") or evaluation.output_of(given["model"]))
+        report = evaluation.file_beside(output, evaluation.REPORT)
+        written = f"{output} and {report}" if report.exists() else output  # a warning has told why there is no report
+        print("\n".join([*comparison.table(found), f"-> {written}"]), flush=True)
         if warning := comparison.few_samples_warning(found):
             print(warning, file=sys.stderr)

@@ -155,7 +155,7 @@ class Context:
     @cached_property
     def references(self) -> dict[str, ImageFeatures]:
         """Features of training and held-out images, if there are enough, computed by all processes together."""
-        sets = {"train": self.train, "held_out": self.held_out} if self.extractor is not None else {}
+        sets = {"train": self.train, "held_out": self.held_out} if self.extractor and self.has_train else {}
         return {
             split: measure_cached(
                 self.extractor, images, self.cache, batch_size=self.batch_size, accelerator=self.accelerator
@@ -169,9 +169,14 @@ class Context:
         return evenly_spread(self.references["held_out"].features, self.num_samples) if self.has_held_out else None
 
     @property
+    def has_train(self) -> bool:
+        """Whether there are enough training images for distances to them."""
+        return len(self.train) >= FEWEST
+
+    @property
     def has_held_out(self) -> bool:
-        """Whether enough images were held out for distances."""
-        return self.held_out is not None and len(self.held_out) >= FEWEST
+        """Whether there are also enough held-out images, to compare their distances with those of samples."""
+        return self.has_train and self.held_out is not None and len(self.held_out) >= FEWEST
 
     def picture(self, images: torch.Tensor) -> Image.Image:
         """A grid of images (B, C, H, W) in [-1, 1], eight per row."""

@@ -42,6 +42,14 @@ for _name in sorted(METRICS, key=lambda name: _modules.index(METRICS[name].measu
     METRICS[_name] = METRICS.pop(_name)
 
 
+class UnwrittenError(OSError):
+    """evaluation.json could not be written; `evaluation` is what it would contain."""
+
+    def __init__(self, message: str, evaluation: dict):
+        super().__init__(message)
+        self.evaluation = evaluation
+
+
 def evaluate(
     model: str,
     dataset_name: str | None = None,
@@ -80,6 +88,7 @@ def evaluate(
 
     Raises:
         ValueError: an argument is invalid, or the images can't be read. Nothing has been written then.
+        UnwrittenError: evaluation.json can't be written. The error has its contents.
     """
     _check(metrics, weights, num_samples, seed, bpd_images, batch_size)
     output = _writable(output_of(model) if output is None else Path(output))
@@ -90,7 +99,9 @@ def evaluate(
         pipeline.set_progress_bar_config(disable=True)
         pipeline.unet.eval().requires_grad_(False)
         steps = pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)  # some solvers can do T - 1
-        config = data_config(model, pipeline, dataset_name, train_data_dir, output)
+        as_trained = dataset_name is None and train_data_dir is None
+        trained = train_config_path(model, required=as_trained)
+        config = data_config(model, trained, pipeline, dataset_name, train_data_dir, output)
         context = Context(
             pipeline, accelerator, *load_references(config, pipeline), seed, batch_size, num_samples,
             min(50, max(1, steps)) if num_inference_steps is None else num_inference_steps, scheduler, guidance_scale,
@@ -98,8 +109,8 @@ def evaluate(
         )  # fmt: skip
         found = _measure(context, _prepare(context, metrics, features, config))
         protocol = protocol_of(context, model, config)
-        protocol["weights"] = weights if weights == "raw" or train_config_path(model) else "as saved"
-        protocol["reference"]["as_trained"] = dataset_name is None and train_data_dir is None
+        protocol["weights"] = weights if weights == "raw" or trained else "as saved"
+        protocol["reference"]["as_trained"] = as_trained
         evaluation = {"protocol": protocol | found.protocol | {"versions": versions(PACKAGES)}, "metrics": found.rows}
         if accelerator.is_main_process:
             _write(output, evaluation, found)
@@ -109,6 +120,11 @@ def evaluate(
 def output_of(model: str) -> Path:
     """The file that the evaluation of a model is written to by default."""
     return Path(model) / OUTPUT if Path(model).is_dir() else Path(OUTPUT)
+
+
+def file_beside(output: Path, name: str) -> Path:
+    """The path of `CURVES` or `REPORT` beside an evaluation; it starts with the name of the evaluation's file."""
+    return output.parent / (name if output.name == OUTPUT else f"{output.stem}-{name}")
 
 
 def _check(metrics, weights, num_samples, seed, bpd_images, batch_size) -> None:
@@ -153,10 +169,15 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
         if context.held_out is None:
             raise ValueError("metrics: bpd and loss need held-out images, but there is only one image in all")
         context.noise_scheduler.timesteps  # raises ValueError if it is not known  # noqa: B018
-    if "features" in needs and len(train) < FEWEST:
-        raise ValueError(f"metrics: distances need at least {FEWEST} training images, but there are {len(train)}")
+    if "features" in needs and not context.has_train:
+        rest = [name for name in METRICS if "features" not in METRICS[name].needs]
+        raise ValueError(
+            f"metrics: distances need at least {FEWEST} training images, but there are {len(train)}; these metrics "
+            f"need no distances: {','.join(rest)}"
+        )
     if "samples" in needs and not context.has_held_out:
-        log.warning(f"Fewer than {FEWEST} images were held out, so no samples are compared with held-out images.")
+        few = "training images were found" if not context.has_train else "images were held out"
+        log.warning(f"Fewer than {FEWEST} {few}, so no samples are compared with held-out images.")
     if "features" not in needs and features is None:
         return names
     default = "digits" if has_embedded_digits(config) and train.shape[1:] == (8, 8) else None
@@ -184,16 +205,19 @@ def _measure(context: Context, names: list[str]) -> Findings:
 
 def _write(output: Path, evaluation: dict, found: Findings) -> None:
     """Write evaluation.json first, so that an error in the report loses no numbers."""
-    prefix = "" if output.name == OUTPUT else f"{output.stem}-"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for name in (CURVES, REPORT, "report.png"):  # of an earlier evaluation; older versions drew report.png
-        (output.parent / f"{prefix}{name}").unlink(missing_ok=True)
-    write(output, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
-    if found.by_timestep:
-        rows = [["" if value is None else f"{value:.9g}" for value in row.values()] for row in found.by_timestep]
-        text = "".join(",".join(row) + "\n" for row in [found.by_timestep[0], *rows])
-        write(output.parent / f"{prefix}{CURVES}", text)
+    text = json.dumps(evaluation, indent=2, allow_nan=False) + "\n"
     try:
-        write_report(output.parent / f"{prefix}{REPORT}", evaluation, found.pictures, found.by_timestep)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for name in (CURVES, REPORT, "report.png"):  # of an earlier evaluation; older versions drew report.png
+            file_beside(output, name).unlink(missing_ok=True)
+        write(output, text)
+        if found.by_timestep:
+            rows = [["" if value is None else f"{value:.9g}" for value in row.values()] for row in found.by_timestep]
+            text = "".join(",".join(row) + "\n" for row in [found.by_timestep[0], *rows])
+            write(file_beside(output, CURVES), text)
+    except OSError as error:
+        raise UnwrittenError(f"output={str(output)!r} could not be written: {error}", evaluation) from error
+    try:
+        write_report(file_beside(output, REPORT), evaluation, found.pictures, found.by_timestep)
     except Exception as error:
         log.warning(f"{output} was written, but its report could not be: {type(error).__name__}: {error}")

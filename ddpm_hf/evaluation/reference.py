@@ -16,17 +16,22 @@ log = logging.getLogger(__name__)
 
 
 def data_config(
-    model: str, pipeline: DDPMCustomPipeline, dataset_name: str | None, train_data_dir: str | None, output: Path
+    model: str,
+    path: Path | None,
+    pipeline: DDPMCustomPipeline,
+    dataset_name: str | None,
+    train_data_dir: str | None,
+    output: Path,
 ) -> DataConfig:
     """The data set and its decoding, with the model's training settings if they are known.
 
     Args:
+        path: the model's train_config.json; None if it has none.
         output: the file that the evaluation writes; the report next to it must not become one of the images.
 
     Raises:
         ValueError: the data set is unknown or does not exist, or `output` lies among its images.
     """
-    path = train_config_path(model)
     named = dataset_name is not None or train_data_dir is not None
     if path is None and not named:
         raise ValueError(
@@ -60,8 +65,12 @@ def data_config(
     return config
 
 
-def train_config_path(model: str) -> Path | None:
-    """The train_config.json of a folder or of a model on the Hub; None if it has none."""
+def train_config_path(model: str, required: bool = True) -> Path | None:
+    """The train_config.json of a folder or of a model on the Hub; None if it has none.
+
+    Raises:
+        ValueError: the file is `required` and can't be downloaded. If it is not required, a warning is logged.
+    """
     path = Path(model) / "train_config.json"
     if Path(model).exists():
         return path if path.is_file() else None
@@ -70,7 +79,11 @@ def train_config_path(model: str) -> Path | None:
     except RemoteEntryNotFoundError:
         return None
     except Exception as error:  # the network, the Hub and the cache have no common error
-        raise ValueError(f"model={model!r}: train_config.json could not be downloaded: {reason(error)}") from error
+        failure = f"model={model!r}: train_config.json could not be downloaded: {reason(error)}"
+        if required:
+            raise ValueError(failure) from error
+        log.warning(f"{failure}. The images are decoded with the default settings, not with those of its training.")
+        return None
 
 
 def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[ImageData, ImageData | None]:

@@ -97,7 +97,8 @@ def model_card(
     source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
     evaluation = evaluation_of(pipeline, folder)
     try:
-        metrics = [*facts.get("metrics", []), *_evaluated(evaluation)]
+        measured = [metric | {"data": facts["data"]["name"]} for metric in facts.get("metrics", [])]
+        metrics = [*measured, *_evaluated(evaluation)]
         metrics = [metric for metric in metrics if metric["value"] is not None]
         return ModelCard.from_template(
             _metadata(name, license, facts, metrics, _classes(pipeline.unet)),
@@ -128,8 +129,8 @@ def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], 
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=data["name"] if data["on_hub"] else "images",
-            dataset_name=data["name"],
+            dataset_type=metric["data"] if "/" in metric["data"] else "images",  # a folder's name has no slash
+            dataset_name=metric["data"],
             dataset_split=metric["split"],
             metric_type=metric["type"],
             metric_name=metric["name"],
@@ -182,17 +183,20 @@ def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
 def _evaluated(evaluation: dict) -> list[dict]:
     """Rows of the table of metrics, from evaluation.json."""
     protocol, rows = evaluation.get("protocol", {}), []
+    reference = protocol.get("reference", {})
     names = {"num_samples": "samples", "num_inference_steps": "steps", "guidance_scale": "guidance", "seed": "seed"}
     sampling = ", ".join(f"{name} {protocol[key]}" for key, name in names.items() if key in protocol)
     for key, metric in evaluation.get("metrics", {}).items():
         how = [f"{number(metric)} (95 %)"] if metric["stderr"] is not None else []
         how += [] if metric["n"] is None else [f"n = {metric['n']}"]
         how += [] if key.startswith(("bpd", "loss")) else [sampling]
+        how += [] if reference.get("as_trained", True) else [f"compared with {reference['name']}"]
         held_out = key.endswith(("held_out", "real")) or key in ("bpd", "bpd_fast", "bpd_floor")
         rows.append(
             {
                 "type": key,
                 "name": metric["name"],
+                "data": reference.get("name", "images"),
                 "value": metric["value"],
                 "split": "held out" if held_out else "train",
                 "protocol": "; ".join([*how, f"{EVALUATION} has the full protocol"]),

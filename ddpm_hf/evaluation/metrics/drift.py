@@ -35,9 +35,11 @@ def mean_and_std(moments: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tenso
     Args:
         moments: (N, 2, C), from `channel_moments`.
     """
-    n = max(len(moments), 2)
-    (mean, square), spread = moments.mean(0), moments.std(0) if len(moments) > 1 else moments[0] * math.nan
+    mean, square = moments.mean(0)
     std = (square - mean**2).clamp(min=0).sqrt()
     # The delta method per image: d std = (d square - 2 mean d mean) / (2 std)
     linear = (moments[:, 1] - 2 * mean * moments[:, 0]) / (2 * std.clamp(min=1e-12))
-    return (mean, spread[0] / math.sqrt(n)), (std, linear.std(0) / math.sqrt(n))
+    spread, spread_of_std = (
+        rows.std(0) / math.sqrt(len(rows)) if len(rows) > 1 else rows[0] * math.nan for rows in (moments[:, 0], linear)
+    )
+    return (mean, spread), (std, spread_of_std)
