@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from datasets import config as datasets_config
 from filelock import FileLock
 from hub_server import HubServer
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 from ddpm_hf import DDPMUNet
 from ddpm_hf.training import TrainCallback, train
@@ -124,6 +124,7 @@ def hub(monkeypatch, tmp_path):
     with HubServer() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # older clients read ENDPOINT when they are imported
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

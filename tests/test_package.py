@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_unet
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import ddpm_hf
 from ddpm_hf.training.config import recipe_names, resolve
@@ -124,12 +126,21 @@ def test_using_a_model_needs_the_base_dependencies_only():
 
 
 def test_constraints_pin_all_that_the_project_asks_for():
-    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
-    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    newest, lowest = (
+        {
+            name.lower().replace("_", "-"): Version(version)
+            for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text, re.M)
+        }
+        for text in ((ROOT / name).read_text() for name in ("constraints.txt", "constraints-lowest.txt"))
+    )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
-    names = {re.match(r"[A-Za-z0-9_-]+", line)[0] for line in wanted} - {"ddpm-hf"}
-    assert names <= pins.keys()
+    wanted = map(Requirement, [*project["dependencies"], *chain(*project["optional-dependencies"].values())])
+    wanted = {line.name: line.specifier for line in wanted if line.name != "ddpm-hf"}
+    assert wanted.keys() <= newest.keys()
+    assert wanted.keys() == lowest.keys()
+    for name, bounds in wanted.items():
+        assert newest[name] in bounds
+        assert any(bound.operator == ">=" and Version(bound.version) == lowest[name] for bound in bounds), name
 
 
 def test_the_readme_shows_what_is_there():

@@ -91,8 +91,8 @@ def _folder(config: DataConfig, streaming: bool):
 
         try:
             # load_dataset would contact the Hub even for local files
-            kind = datasets.IterableDataset if streaming else datasets.Dataset
-            loaded = {split: kind.from_parquet(files) for split, files in parquet.items() if files}
+            read = datasets.Dataset.from_parquet
+            loaded = {split: read(files, streaming=streaming) for split, files in parquet.items() if files}
         except Exception as error:  # datasets and pyarrow raise many types
             raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
         return _rows_of(loaded, "test" if "test" in loaded else None, path)
