@@ -662,7 +662,7 @@ def test_shipped_code_differs_from_ours_only_in_imports(run):
     files = code_of(run)
     code = {name: content.decode() for name, content in files.items() if name.endswith(".py")}
     package = Path(ddpm_hf.__file__).parent
-    rooms = ("models", "schedulers", "pipelines")
+    rooms = ("models", "schedulers", "pipelines", "utils")
     modules = {path.stem: path for room in rooms for path in (package / room).glob("*.py")}
     for name, content in code.items():
         ours = modules[Path(name).stem.split("_")[-1]].read_text()

@@ -232,7 +232,7 @@ def test_comparing_begins_with_the_same_noise():
         (["--batch_size", "-2"], "batch_size=-2 must be an integer of at least 1"),
         (["--seed", "-1"], "seed=-1 must be an integer in 0 ... 2^63 - 1"),
         (["--format", "jpg"], "format='jpg'; choose from png, npy, parquet"),
-        (["--scheduler", "euler-b"], "scheduler='euler-b'; choose from ddpm, ddim"),
+        (["--scheduler", "euler-b"], "scheduler='euler-b' must be one of ddpm, ddim"),
         (["--num_inference_steps", "2000"], "num_inference_steps=2000 must be an integer in 1 ... 1000"),
         (["--class_labels", "3"], "class_labels=[3]: this model is unconditional"),
         (["--guidance_scale", "2"], "guidance_scale=2.0: this model is unconditional"),

@@ -137,7 +137,7 @@ def test_constants_of_the_cosine_schedule(tmp_path):
         assert_close(ddim.alphas_cumprod, scheduler.alphas_cumprod, rtol=2e-5, atol=1e-9)
     again = CosineNoiseScheduler.from_config(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
     assert torch.equal(again.alphas_cumprod_float64, scheduler.alphas_cumprod_float64)
-    with pytest.raises(ValueError, match="beta_schedule='linear'; choose from squaredcos_cap_v2"):
+    with pytest.raises(ValueError, match="beta_schedule='linear' must be one of squaredcos_cap_v2"):
         CosineNoiseScheduler.from_config(LinearNoiseScheduler().config)
 
 
@@ -465,7 +465,7 @@ def test_a_saved_spacing_that_is_unknown_raises(tmp_path):
     LinearNoiseScheduler().save_pretrained(tmp_path)
     path = tmp_path / "scheduler_config.json"
     path.write_text(path.read_text().replace('"leading"', '"quadratic"'))
-    with pytest.raises(ValueError, match="timestep_spacing='quadratic'; choose from leading, trailing, linspace"):
+    with pytest.raises(ValueError, match="timestep_spacing='quadratic' must be one of leading, trailing, linspace"):
         LinearNoiseScheduler.from_pretrained(tmp_path)
 
 
@@ -474,11 +474,14 @@ def test_a_saved_spacing_that_is_unknown_raises(tmp_path):
     [
         (
             {"beta_schedule": "squaredcos_cap_v2"},
-            "beta_schedule='squaredcos_cap_v2'; choose from linear, scaled_linear; CosineNoiseScheduler has",
+            "beta_schedule='squaredcos_cap_v2' must be one of linear, scaled_linear; CosineNoiseScheduler has",
         ),
-        ({"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'; choose from fixed_small, fixed_large"),
-        ({"prediction_type": "x0"}, "prediction_type='x0'; choose from epsilon, sample, v_prediction"),
-        ({"timestep_spacing": "even"}, "timestep_spacing='even'; choose from leading, trailing, linspace"),
+        (
+            {"variance_type": "fixed_large_log"},
+            "variance_type='fixed_large_log' must be one of fixed_small, fixed_large",
+        ),
+        ({"prediction_type": "x0"}, "prediction_type='x0' must be one of epsilon, sample, v_prediction"),
+        ({"timestep_spacing": "even"}, "timestep_spacing='even' must be one of leading, trailing, linspace"),
         ({"thresholding": True}, "thresholding=True is not supported; it must be False"),
         ({"sample_max_value": 1.5}, "sample_max_value=1.5 is not supported"),
         ({"dynamic_thresholding_ratio": 0.9}, "dynamic_thresholding_ratio=0.9 is not supported"),
@@ -493,19 +496,25 @@ def test_a_saved_spacing_that_is_unknown_raises(tmp_path):
         ({"num_train_timesteps": 0}, "num_train_timesteps=0 must be"),
         (
             {"beta_start": 0.5, "beta_end": 0.1},
-            "beta_end=0.1: they must satisfy 0 < beta_start <= beta_end < 1",
+            "beta_start=0.5 must be at most beta_end",
         ),
         (
             {"trained_betas": [0.1, 0.2]},
-            r"trained_betas has shape \(2,\); it must have num_train_timesteps=1000",
+            r"trained_betas=\[0.1, 0.2\] must have num_train_timesteps=1000 entries",
         ),
         (
             {"num_train_timesteps": 2, "trained_betas": [0.1, 1.2]},
-            "trained_betas: every beta must be greater than 0",
+            r"trained_betas=\[0.1, 1.2\] must be a list of betas; each must be a number in \(0, 1\)",
         ),
         ({"steps_offset": -1}, "steps_offset=-1 must be an integer of at least 0"),
         ({"steps_offset": 1.5}, "steps_offset=1.5 must be an integer of at least 0"),
-        ({"clip_sample_range": 0}, "clip_sample_range=0 must be greater than 0"),
+        ({"clip_sample_range": 0}, "clip_sample_range=0 must be a finite number greater than 0"),
+        ({"clip_sample": "false"}, "clip_sample='false' must be true or false"),
+        ({"beta_start": math.nan}, "beta_start=nan must be a number in"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000 must be at most 1,000,000: the scheduler"),
+        ({"beta_start": 1e-17}, "the least beta, 1e-17, is too small: 1 - beta is 1 in float32"),
+        ({"num_train_timesteps": 100_000}, "100000 betas of up to 0.02 leave nothing of the image"),
+        ({"num_train_timesteps": 2, "trained_betas": [0.1, 1e-20]}, "the least beta, 1e-20, is too small"),
     ],
 )
 def test_invalid_settings(config, message):

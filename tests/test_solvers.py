@@ -135,12 +135,12 @@ def test_a_solver_for_one_call(digits_model):
 
 def test_invalid_solvers():
     pipeline = DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler())
-    with pytest.raises(ValueError, match="scheduler='dpm'; choose from ddpm, ddim, pndm, .*unipc"):
+    with pytest.raises(ValueError, match="scheduler='dpm' must be one of ddpm, ddim, pndm, .*unipc"):
         pipeline(scheduler="dpm")
     with pytest.raises(ValueError, match="clip_sample=False needs the name of a scheduler: ddpm, ddim, heun"):
         pipeline(clip_sample=False)
     with pytest.raises(ValueError, match=r"clip_sample=True is not supported by scheduler='dpm\+\+'; choose"):
         pipeline(clip_sample=True, scheduler="dpm++")
     for wrong in (5, diffusers.DDIMScheduler):
-        with pytest.raises(ValueError, match="scheduler=.*; choose from ddpm, ddim, .* or pass a scheduler object"):
+        with pytest.raises(ValueError, match="scheduler=.* must be one of ddpm, ddim, .* or a scheduler object"):
             pipeline(scheduler=wrong)

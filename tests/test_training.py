@@ -1198,7 +1198,7 @@ def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16' needs a CUDA device"),
         ({"unet": {"depth": 3}}, "unet={'depth': 3}: .*unexpected keyword argument 'depth'"),
         ({"scheduler": {"beta_schedul": "x"}}, "LinearNoiseScheduler has no beta_schedul"),
-        ({"scheduler": {"beta_schedule": "sigmoid"}}, "beta_schedule='sigmoid'; choose from"),
+        ({"scheduler": {"beta_schedule": "sigmoid"}}, "beta_schedule='sigmoid' must be one of"),
         (
             {"pretrained_model_name_or_path": "/nowhere", "unet": {}},
             "pretrained_model_name_or_path='/nowhere' can't be",

@@ -1,6 +1,8 @@
+import json
 from itertools import combinations
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,13 +160,13 @@ def test_layerwise_casting_and_regional_compilation():
     [
         ({"skip_connections": "all"}, "skip_connections='all' must be one of .*stage.*layer"),
         ({"attention": [True]}, r"attention=\[True\] must have 2 entries, one per entry of block_out_channels"),
-        ({"attention": None}, "attention=None must have 2 entries"),
+        ({"attention": None}, "attention=None must be true or false, or a list of them"),
         ({"downsample": [True, True, False]}, "downsample=.* must have 2 entries"),
-        ({"downsample": False}, "downsample=False must have 2 entries"),
+        ({"downsample": False}, "downsample=False must be a list of booleans, or None"),
         ({"up_block_out_channels": [16]}, "up_block_out_channels=.* must have 2 entries"),
-        ({"up_block_out_channels": []}, r"up_block_out_channels=\[\] must be a list of integers >= 1"),
-        ({"mid_block_out_channels": []}, r"mid_block_out_channels=\[\] must be a list of integers >= 1"),
-        ({"block_out_channels": 64}, "block_out_channels=64 must be a list of integers >= 1"),
+        ({"up_block_out_channels": []}, r"up_block_out_channels=\[\] must be a list of integers of at least 1"),
+        ({"mid_block_out_channels": []}, r"mid_block_out_channels=\[\] must be a list of integers of at least 1"),
+        ({"block_out_channels": 64}, "block_out_channels=64 must be a list of integers of at least 1"),
         ({"stem_channels": 12}, "stem_channels=12 must be multiples of norm_num_groups=8"),
         ({"stem_channels": "8"}, "stem_channels='8' must be an integer of at least 1"),
         (
@@ -182,12 +184,32 @@ def test_layerwise_casting_and_regional_compilation():
         ({"in_channels": 0}, "in_channels=0 must be an integer of at least 1"),
         ({"sample_size": 0}, "sample_size=0 must be a side or"),
         ({"sample_size": "x"}, "sample_size='x' must be a side or"),
-        ({"dropout": 1.5}, r"dropout=1.5 must be in \[0, 1\)"),
+        ({"dropout": 1.5}, r"dropout=1.5 must be a number in \[0, 1\)"),
+        ({"norm_eps": -1}, r"norm_eps=-1 must be a number in \(0, 1\]"),
+        ({"attention_norm": "false"}, "attention_norm='false' must be true or false"),
+        ({"layers_per_block": True}, "layers_per_block=True must be an integer of at least 1"),
+        ({"sample_size": 10**6}, r"sample_size=1000000 must be a side .* of 1 \.\.\. 65536"),
+        (
+            {"block_out_channels": [8 * 10**8, 16]},
+            r"a network of about 11,.* weights; the limit is 10,000,000,000: they take 40 GB",
+        ),
+        ({"layers_per_block": 10**9}, "layers_per_block=1000000000 must be at most 100: each is a part of the network"),
+        ({"norm_num_groups_out": 3}, "norm_num_groups_out=3 must divide the last entry of up_block_out_channels"),
     ],
 )
 def test_invalid_settings(config, message):
     with pytest.raises(ValueError, match=message):
         tiny_unet(**config)
+
+
+def test_numpy_numbers_and_tuples_are_saved_as_plain_ones(tmp_path):
+    unet = tiny_unet(in_channels=np.int64(1), block_out_channels=(16, np.int32(16)), attention=np.array([False, True]),
+                     dropout=np.float32(0.25), sample_size=torch.tensor(8))  # fmt: skip
+    unet.save_config(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    wanted = {"in_channels": 1, "block_out_channels": [16, 16], "attention": [False, True], "dropout": 0.25}
+    assert saved.items() >= {**wanted, "sample_size": 8}.items()
+    assert_close(unet(noisy(1, 1, 8, 8), 5).sample, tiny_unet().eval()(noisy(1, 1, 8, 8), 5).sample, rtol=0, atol=0)
 
 
 def test_invalid_calls():

@@ -19,9 +19,9 @@ IMPORT = re.compile(r"^( *)from ddpm_hf\.(?:\w+\.)*(\w+) import ", re.MULTILINE)
 def code_of(folder: Path) -> dict[str, bytes]:
     """The code files for the pipeline in `folder`, and its model_index.json with references to them.
 
-    The files are pipeline.py, every module of this package that it imports, and copies of the modules of the two
-    components in the folders of these. Only the imports between the modules differ from the installed code. File names
-    contain a checksum of the code, because diffusers copies the code of all repositories into one folder.
+    The files are pipeline.py, every module of this package that it imports, and in the folders of the two components
+    copies of the modules that each needs. Only the imports between the modules differ from the installed code. File
+    names contain a checksum of the code, because diffusers copies the code of all repositories into one folder.
     """
     sources = _sources(DDPMCustomPipeline.__module__)
     checksum = hashlib.sha256("".join(sources[module] for module in sorted(sources)).encode()).hexdigest()[:12]
@@ -37,7 +37,7 @@ def code_of(folder: Path) -> dict[str, bytes]:
     for component in ("unet", "scheduler"):
         if cls := OURS.get(index[component][1]):
             index[component][0] = name_of(cls.__module__)
-            files[f"{component}/{name_of(cls.__module__)}.py"] = code[cls.__module__]
+            files |= {f"{component}/{name_of(module)}.py": code[module] for module in _sources(cls.__module__)}
     index["_class_name"] = ["pipeline", DDPMCustomPipeline.__name__]
     return files | {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 

@@ -18,6 +18,21 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ddpm_hf.utils.arguments import (
+    any_of,
+    boolean,
+    check_all,
+    integer,
+    limit,
+    list_of,
+    number,
+    one_of,
+    optional,
+    require,
+    show,
+    text,
+)
+
 SKIP_CONNECTIONS = ("stage", "layer")
 
 
@@ -207,6 +222,99 @@ class UpStage(nn.Module):
         return x
 
 
+# ---------------------------------------------------------------- types and ranges of the arguments
+
+MOST_PARAMETERS, MOST_CLASSES, LARGEST_SIDE = 10**10, 10**6, 2**16
+_COUNT = integer(1)
+_LAYERS = integer(1, 100, "each is a part of the network")
+_WIDTHS = list_of(_COUNT, "integers of at least 1, one per stage, at most 10", most=10)
+_BOOLEANS = list_of(boolean, "booleans", most=10)
+_SIDE = integer(1, LARGEST_SIDE)
+ARGUMENTS = {
+    "sample_size": any_of(
+        f"must be a side or a (height, width), in integers of 1 ... {LARGEST_SIDE}", _SIDE, list_of(_SIDE, "", most=2)
+    ),
+    "in_channels": _COUNT,
+    "stem_channels": _COUNT,
+    "block_out_channels": _WIDTHS,
+    "downsample": optional(_BOOLEANS),
+    "attention": any_of("must be true or false, or a list of them, one per stage", boolean, _BOOLEANS),
+    "layers_per_block": _LAYERS,
+    "mid_block_out_channels": _WIDTHS,
+    "mid_layers_per_block": _LAYERS,
+    "up_block_out_channels": _WIDTHS,
+    "up_layers_per_block": optional(_LAYERS),
+    "skip_connections": one_of(*SKIP_CONNECTIONS),
+    "downsample_kernel_size": _COUNT,
+    "downsample_padding": integer(0),
+    "upsample_type": one_of(*UPSAMPLE_TYPES),
+    "project_every_shortcut": boolean,
+    "num_attention_heads": _COUNT,
+    "attention_head_dim": optional(_COUNT),
+    "attention_norm": boolean,
+    "time_sinusoid_dim": optional(_COUNT),
+    "time_embedding_dim": _COUNT,
+    "flip_sin_to_cos": boolean,
+    "freq_shift": number(),
+    "time_table_size": optional(integer(1, 10**6)),
+    "norm_num_groups": _COUNT,
+    "norm_num_groups_out": optional(_COUNT),
+    "norm_eps": number(above=0, most=1),
+    "dropout": number(0, below=1),
+    "dropout_channels": boolean,
+    "num_classes": optional(integer(1, MOST_CLASSES)),
+    "class_names": optional(list_of(text, "names", most=MOST_CLASSES)),
+    "out_channels": optional(_COUNT),
+}
+
+
+def _check(config) -> None:
+    """Raise ValueError for settings that contradict one another, with the first one's name and value."""
+
+    def holds(name, condition, words):
+        require(name, config[name], condition, words)
+
+    groups, stages = config.norm_num_groups, len(config.block_out_channels)
+    for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
+        widths = [config[name]] if name == "stem_channels" else config[name]
+        holds(name, not any(width % groups for width in widths), f"must be multiples of norm_num_groups={groups}")
+    one_each = f"must have {stages} entries, one per entry of block_out_channels"
+    for name in ("up_block_out_channels", "downsample", "attention"):
+        holds(name, not isinstance(config[name], list | tuple) or len(config[name]) == stages, one_each)
+    widths_out = (None, config.in_channels, 2 * config.in_channels)
+    holds("out_channels", config.out_channels in widths_out, f"must be None, or 1 or 2 times {config.in_channels}")
+    layers = (None, config.layers_per_block + 1)
+    by_layer = config.skip_connections == "stage" or config.up_layers_per_block in layers
+    holds("up_layers_per_block", by_layer, "must be None or layers_per_block + 1 with skip_connections='layer'")
+    kernel, padding = config.downsample_kernel_size, config.downsample_padding
+    rule = f"with downsample_kernel_size={kernel}: kernel and padding must be 4 and 1, 3 and 1, or 3 and 0"
+    holds("downsample_padding", (kernel, padding) in ((4, 1), (3, 1), (3, 0)), rule)
+    sinusoids_from = "time_embedding_dim" if config.time_sinusoid_dim is None else "time_sinusoid_dim"
+    half = config[sinusoids_from] / 2
+    holds(
+        sinusoids_from, half == int(half) and half > config.freq_shift, "must be even and greater than 2 * freq_shift"
+    )
+    last = config.up_block_out_channels[-1] % (config.norm_num_groups_out or groups)
+    holds("norm_num_groups_out", not last, "must divide the last entry of up_block_out_channels")
+    names = config.class_names
+    different = names is None or len(set(names)) == len(names) == config.num_classes
+    holds("class_names", different, f"must be num_classes={config.num_classes} different names")
+    what = "block_out_channels and the other settings give a network of about {} weights"
+    limit(what, _parameters(config), MOST_PARAMETERS, "they take 40 GB in float32")
+
+
+def _parameters(config) -> int:
+    """About how many weights the network has, before any is in memory: two convolutions in each layer, and tables."""
+    up = config.up_layers_per_block or config.layers_per_block
+    layers = [(config.block_out_channels, config.layers_per_block), (config.up_block_out_channels, up)]
+    layers.append((config.mid_block_out_channels, config.mid_layers_per_block + 1))
+    convolutions = sum(18 * number * width**2 for widths, number in layers for width in widths)
+    inputs, E = (config.in_channels + (config.out_channels or 0)) * 9 * config.stem_channels, config.time_embedding_dim
+    sinusoids = config.time_sinusoid_dim or E
+    tables = (config.num_classes or 0) * E + (config.time_table_size or 0) * sinusoids
+    return convolutions + inputs + tables + E * (E + sinusoids + sum(sum(widths) for widths, _ in layers))
+
+
 class DDPMUNet(ModelMixin, ConfigMixin):
     """The U-Net of a DDPM: noisy images (B, in_channels, H, W), timesteps and optional class labels -> a prediction.
 
@@ -303,11 +411,12 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         out_channels: int | None = None,
     ):
         super().__init__()
+        self.register_to_config(**check_all(self.config, ARGUMENTS))
         config = self.config
         _check(config)
         stages = len(block_out_channels)
-        downsample = [True] * (stages - 1) + [False] if downsample is None else downsample
-        attention = [attention] * stages if isinstance(attention, bool) else attention
+        downsample = config.downsample or [True] * (stages - 1) + [False]
+        attention = [config.attention] * stages if isinstance(config.attention, bool) else config.attention
         self.gradient_checkpointing = False
         self.size_factor = 2 ** sum(downsample)
 
@@ -370,7 +479,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         Returns:
             `DDPMUNetOutput` with `sample` (B, out_channels, H, W), or a tuple of it.
         """
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels or not sample.numel():
             raise ValueError(f"sample has shape {tuple(sample.shape)}; it must be (B, {self.config.in_channels}, H, W)")
         B, _, H, W = sample.shape
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
@@ -409,68 +518,14 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         if labels is None:
             raise ValueError(f"class_labels=None: this network is class-conditional and needs labels in {rule}")
         if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (batch_size,):
-            what = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else repr(labels)
+            what = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else show(labels)
             raise ValueError(f"class_labels={what} must be an int64 tensor of shape ({batch_size},)")
         if labels.device.type != "cpu" or torch.compiler.is_compiling():
             return  # reading the values would synchronise the GPU or break the graph
         if not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
-            raise ValueError(f"class_labels={labels.tolist()} must be in {rule}")
+            raise ValueError(f"class_labels={show(labels.tolist())} must be in {rule}")
 
     def _run(self, stage, *args):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(stage, *args)
         return stage(*args)
-
-
-def _check(config) -> None:
-    """Raise ValueError for the first invalid setting, with its name, its value and what is valid."""
-
-    def require(name, holds, rule):
-        if not holds:
-            raise ValueError(f"{name}={config[name]!r} {rule}")
-
-    def is_count(value):
-        return type(value) is int and value >= 1
-
-    def is_list_of(kind, value):
-        return isinstance(value, list | tuple) and len(value) > 0 and all(type(v) is kind for v in value)
-
-    counts = ["in_channels", "stem_channels", "layers_per_block", "mid_layers_per_block", "time_embedding_dim"]
-    counts += ["norm_num_groups", "num_attention_heads" if config.attention_head_dim is None else "attention_head_dim"]
-    for name in counts:
-        require(name, is_count(config[name]), "must be an integer of at least 1")
-    for name in ("up_layers_per_block", "num_classes"):
-        require(name, config[name] is None or is_count(config[name]), "must be an integer of at least 1, or None")
-    for name in ("block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
-        require(name, is_list_of(int, config[name]) and min(config[name]) >= 1, "must be a list of integers >= 1")
-    for name in ("stem_channels", "block_out_channels", "mid_block_out_channels", "up_block_out_channels"):
-        widths = [config[name]] if name == "stem_channels" else config[name]
-        holds = not any(width % config.norm_num_groups for width in widths)
-        require(name, holds, f"must be multiples of norm_num_groups={config.norm_num_groups}")
-    for name, choices in (("skip_connections", SKIP_CONNECTIONS), ("upsample_type", UPSAMPLE_TYPES)):
-        require(name, config[name] in choices, f"must be one of {', '.join(choices)}")
-
-    stages = len(config.block_out_channels)
-    one_each = f"must have {stages} entries, one per entry of block_out_channels"
-    require("up_block_out_channels", len(config.up_block_out_channels) == stages, one_each)
-    for name, for_all in (("downsample", config.downsample is None), ("attention", type(config.attention) is bool)):
-        require(name, for_all or (is_list_of(bool, config[name]) and len(config[name]) == stages), one_each)
-
-    holds = config.out_channels in (None, config.in_channels, 2 * config.in_channels)
-    require("out_channels", holds, f"must be None, or 1 or 2 times in_channels={config.in_channels}")
-    sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
-    holds = is_list_of(int, sides) and len(sides) <= 2 and min(sides) >= 1
-    require("sample_size", holds, "must be a side or a (height, width), in integers of at least 1")
-    holds = config.skip_connections == "stage" or config.up_layers_per_block in (None, config.layers_per_block + 1)
-    require("up_layers_per_block", holds, "must be None or layers_per_block + 1 with skip_connections='layer'")
-    kernel, padding = config.downsample_kernel_size, config.downsample_padding
-    rule = f"with downsample_kernel_size={kernel}: kernel and padding must be 4 and 1, 3 and 1, or 3 and 0"
-    require("downsample_padding", (kernel, padding) in ((4, 1), (3, 1), (3, 0)), rule)
-    sinusoids_from = "time_embedding_dim" if config.time_sinusoid_dim is None else "time_sinusoid_dim"
-    half = config[sinusoids_from] / 2
-    holds = half == int(half) and half > config.freq_shift
-    require(sinusoids_from, holds, "must be even and greater than 2 * freq_shift")
-    require("dropout", isinstance(config.dropout, int | float) and 0 <= config.dropout < 1, "must be in [0, 1)")
-    names = config.class_names
-    holds = names is None or (is_list_of(str, names) and len(set(names)) == len(names) == config.num_classes)
-    require("class_names", holds, f"must be num_classes={config.num_classes} different names")

@@ -10,8 +10,27 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ddpm_hf.schedulers.noise import draw_noise
+from ddpm_hf.pipelines.images import OUTPUT_TYPES
+from ddpm_hf.schedulers.noise import GENERATORS, draw_noise
 from ddpm_hf.schedulers.solvers import make_solver
+from ddpm_hf.utils.arguments import boolean, integer, matching, number, one_of, optional
+
+# Arguments of all methods of the pipeline that sample. Those that are not here depend on the network or the scheduler.
+CALL = {
+    "batch_size": optional(integer(1)),
+    "generator": GENERATORS,
+    "output_type": one_of(*OUTPUT_TYPES),
+    "return_dict": boolean,
+    "callback_on_step_end": optional(matching(callable, "must be a function")),
+    "guidance_scale": number(0),
+    "strength": optional(number(above=0, most=1)),
+    "clip_sample": optional(boolean),
+    "jump_length": integer(1),
+    "num_resamples": integer(1, 1000, "each is a pass over all timesteps"),
+    "iterations": integer(1, 1000, "each is a network evaluation at every step"),
+    "steps": integer(2),
+}
+MOST_VALUES = 2**31  # of the images of one call
 
 
 @dataclass

@@ -1,15 +1,15 @@
 """Image editing: `inpaint`, `interpolate` and `invert` of `DDPMCustomPipeline`."""
 
 from collections.abc import Callable
-from numbers import Integral
 
 import torch
 from diffusers import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ddpm_hf.pipelines.denoising import DenoisingLoop
+from ddpm_hf.pipelines.denoising import CALL, DenoisingLoop
 from ddpm_hf.pipelines.images import from_unit, to_mask, to_unit
 from ddpm_hf.schedulers.solvers import CLAMPING, make_solver
+from ddpm_hf.utils.arguments import check, checked, integer, one_of, show
 
 INTERPOLATIONS = ("mix", "slerp", "inversion")
 
@@ -17,6 +17,7 @@ INTERPOLATIONS = ("mix", "slerp", "inversion")
 class EditingMixin:
     """The methods of `DDPMCustomPipeline` that edit images."""
 
+    @checked(CALL)
     @torch.no_grad()
     def inpaint(
         self,
@@ -47,7 +48,6 @@ class EditingMixin:
         Returns:
             See `__call__`. The known pixels are exactly those of `image`.
         """
-        _check_counts(jump_length=jump_length, num_resamples=num_resamples)
         given = to_unit("image", image, self.unet.config.in_channels).to(self._execution_device)
         image = given.to(self._state_dtype) * 2 - 1  # (B, C, H, W) in [-1, 1]
         mask = to_mask(mask, image.shape).to(self._execution_device)
@@ -90,6 +90,7 @@ class EditingMixin:
                 break
         return sample
 
+    @checked(CALL)
     @torch.no_grad()
     def interpolate(
         self,
@@ -125,8 +126,8 @@ class EditingMixin:
         Returns:
             See `__call__`; `steps` images.
         """
-        ends = self._check_interpolation(method, steps, generator, t, image_a, image_b)
-        scheduler = scheduler or (None if method == "mix" else "ddim")
+        ends = self._check_interpolation(method, generator, t, image_a, image_b)
+        scheduler = "ddim" if scheduler is None and method != "mix" else scheduler
         loop = self._prepare(
             batch_size=steps,
             num_inference_steps=num_inference_steps,
@@ -159,22 +160,19 @@ class EditingMixin:
         loop.generator = [torch.Generator(loop.generator.device).set_state(state) for _ in range(steps)]
         return self._output(loop.run(sample), output_type, return_dict, solver)
 
-    def _check_interpolation(self, method, steps, generator, t, image_a, image_b) -> list[torch.Tensor]:
+    def _check_interpolation(self, method, generator, t, image_a, image_b) -> list[torch.Tensor]:
         """Check the arguments of `interpolate`; return the images given, each (1, C, H, W) in [-1, 1]."""
-        if method not in INTERPOLATIONS:
-            raise ValueError(f"method={method!r}; choose from {', '.join(INTERPOLATIONS)}")
-        _check_counts(2, steps=steps)
+        check("method", method, one_of(*INTERPOLATIONS))
         if isinstance(generator, list | tuple):
             raise ValueError("generator must be a single generator or None, not a list")
-        most = self.scheduler.config.num_train_timesteps - 1
-        if method == "mix" and (not isinstance(t, Integral) or not 0 <= t <= most):
-            raise ValueError(f"t={t!r} must be an integer in 0 ... {most}")
-        if method != "mix" and t is not None:
-            raise ValueError(f"t={t!r} must be None with method={method!r}; only method='mix' uses it")
         given = {name: image for name, image in (("image_a", image_a), ("image_b", image_b)) if image is not None}
         if len(given) != (0 if method == "slerp" else 2):
             rule = "takes neither image_a nor image_b" if method == "slerp" else "needs both image_a and image_b"
             raise ValueError(f"method={method!r} {rule}")
+        if method == "mix":
+            check("t", t, integer(0, self.scheduler.config.num_train_timesteps - 1))
+        elif t is not None:
+            raise ValueError(f"t={show(t)} must be None with method={method!r}; only method='mix' uses it")
         ends = [self._to_model_range(name, image) for name, image in given.items()]
         if ends and (ends[0].shape != ends[1].shape or len(ends[0]) != 1):
             shapes = " and ".join(str(tuple(end.shape)) for end in ends)
@@ -191,6 +189,7 @@ class EditingMixin:
         noise = loop.draw_noise(ends[0].shape)
         return [loop.solver.add_noise(end, noise, loop.timesteps[:1]) for end in ends]
 
+    @checked(CALL)
     @torch.no_grad()
     def invert(
         self,
@@ -213,7 +212,6 @@ class EditingMixin:
                 number of steps is 50, or T if that is less.
             callback_on_step_end: see `__call__`.
         """
-        _check_counts(iterations=iterations)
         image = self._to_model_range("image", image)
         loop = self._prepare(
             num_inference_steps=self._steps_or(50, num_inference_steps),
@@ -246,12 +244,6 @@ class EditingMixin:
     def _steps_or(self, default: int, num_inference_steps: int | None) -> int:
         most = min(default, self.scheduler.config.num_train_timesteps)
         return most if num_inference_steps is None else num_inference_steps
-
-
-def _check_counts(least: int = 1, **counts) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 def repaint_moves(length: int, jump_length: int, num_resamples: int) -> list[int]:

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddpm_hf.utils.arguments import require
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -29,10 +31,10 @@ def to_unit(name: str, images, channels: int) -> torch.Tensor:
         images = pixels.reshape(*pixels.shape[:3], channels)
     given = tuple(getattr(images, "shape", ()))
     wanted = f"(B, H, W, {channels})" if isinstance(images, np.ndarray) else f"(B, {channels}, H, W)"
-    if isinstance(images, np.ndarray):
+    if isinstance(images, np.ndarray) and images.dtype in (np.float16, np.float32, np.float64):
         images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        kind = getattr(images, "dtype", type(images).__name__)
+        kind = str(getattr(images, "dtype", type(images).__name__))[:100]
         raise ValueError(f"{name} is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
     images = images[None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] != channels or not images.numel():
@@ -46,7 +48,10 @@ def to_mask(mask, shape: tuple[int, ...]) -> torch.Tensor:
     """Mask (H, W), (B, H, W), (B, 1, H, W) or `PIL.Image`, for images of `shape` -> bool (B or 1, 1, H, W)."""
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L")) / 255.0
-    mask = torch.as_tensor(mask)
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or lists of different lengths
+        require("mask", mask, False, "must be an array or a tensor, or a PIL image")
     wanted = [shape[2:], (shape[0], *shape[2:]), (shape[0], 1, *shape[2:])]
     if mask.shape not in [torch.Size(each) for each in wanted]:
         sizes = ", ".join(str(tuple(each)) for each in wanted)

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator
+from os import PathLike
 from pathlib import Path, PurePosixPath
 
 import diffusers
@@ -15,8 +16,20 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ddpm_hf.models.unet import DDPMUNet
-from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
+from ddpm_hf.models.unet import ARGUMENTS, LARGEST_SIDE, DDPMUNet
+from ddpm_hf.schedulers.noise import MOST_TIMESTEPS, CosineNoiseScheduler, LinearNoiseScheduler
+from ddpm_hf.utils.arguments import (
+    any_of,
+    boolean,
+    check,
+    check_all,
+    checked,
+    did_you_mean,
+    matching,
+    optional,
+    show,
+    text,
+)
 
 INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
 OURS = {cls.__name__: cls for cls in (DDPMUNet, LinearNoiseScheduler, CosineNoiseScheduler)}
@@ -24,12 +37,23 @@ KINDS = {"unet": (DDPMUNet, diffusers.UNet2DModel), "scheduler": (SchedulerMixin
 MODEL_OPTIONS = ("device_map", "max_memory", "low_cpu_mem_usage", "offload_folder", "offload_state_dict",
                  "disable_mmap")  # fmt: skip
 # Limits above any real model, which protect the memory from a malicious file
-MOST_TIMESTEPS, LARGEST_SIDE, MOST_TENSORS, MOST_SHOWN = 10**6, 2**16, 10**5, 300
+MOST_TENSORS, MOST_SHOWN = 10**5, 240
 # Old names of the attention weights of UNet2DModel, which older files still have
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 FLOATS = ("F64", "F32", "F16", "BF16")
+_OPTIONAL_TEXT = optional(matching(lambda v: isinstance(v, str) and "\0" not in v, "must be a text"))
+_PATH = any_of("must be a folder, or user/model on the Hub", text, matching(lambda v: isinstance(v, PathLike), ""))
+LOADING = {
+    **dict.fromkeys(("subfolder", "revision", "variant"), _OPTIONAL_TEXT),
+    "use_safetensors": optional(boolean),
+    "token": optional(any_of("must be a text or a bool", text, boolean)),
+    "cache_dir": optional(_PATH),
+    "local_files_only": boolean,
+    "force_download": boolean,
+}
 
 
+@checked(LOADING)
 def load_components(
     source: str | Path,
     unet: ModelMixin | None = None,
@@ -60,6 +84,8 @@ def load_components(
     else:
         hub_options = {"token": token, "cache_dir": cache_dir, "revision": revision}
         hub_options |= {"local_files_only": local_files_only, "force_download": force_download}
+        if not is_hub_id(str(source)):
+            raise ValueError(f"{show(str(source))} is neither a local folder nor user/model on the Hub")
         folder = _download(str(source), subfolder, variant, hub_options)
     root, folder = root_of(folder), folder / subfolder
     index = _read_index(folder, root)
@@ -78,8 +104,7 @@ def load_components(
 
 
 def _check_options(source, use_safetensors, options: dict) -> None:
-    if not str(source):
-        raise ValueError("pretrained_model_name_or_path is empty; it must be a folder, or user/model on the Hub")
+    check("pretrained_model_name_or_path", source, _PATH)
     if use_safetensors is False:
         raise ValueError("use_safetensors=False is not supported: loading a pickle file can run any code")
     unknown = {name for name, v in options.items() if name not in MODEL_OPTIONS and v is not None and v is not False}
@@ -87,14 +112,14 @@ def _check_options(source, use_safetensors, options: dict) -> None:
         why = ""
         if {"trust_remote_code", "custom_pipeline"} & unknown:
             why = "; it never runs code of a repository (diffusers.DiffusionPipeline does, with trust_remote_code=True)"
-        raise ValueError(f"from_pretrained has no argument {', '.join(sorted(unknown))}{why}")
+        raise ValueError(f"from_pretrained has no argument {', '.join(sorted(unknown))[:MOST_SHOWN]}{why}")
 
 
 def _dtype_of_unet(dtype) -> torch.dtype | None:
     """The type of the network from `torch_dtype`, which may be a dict by component."""
     dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch_dtype={dtype!r} must be a torch.dtype, or a dict from component to torch.dtype")
+        raise ValueError(f"torch_dtype={show(dtype)} must be a torch.dtype, or a dict from component to torch.dtype")
     return dtype
 
 
@@ -131,7 +156,8 @@ def _download(source: str, subfolder: str, variant: str | None, options: dict) -
         try:
             return Path(snapshot_download(source, allow_patterns=patterns, **options))
         except Exception as error:  # no network, no such repository, no access, no space: many types
-            raise OSError(f"{source!r} is not a local folder, and downloading it failed: {error}") from error
+            reason = " ".join(str(error).split())[:MOST_SHOWN]
+            raise OSError(f"{show(source)} is not a local folder, and downloading it failed: {reason}") from None
 
     index, whole = _weight_names(variant)
     configs = [INDEX, "scheduler/scheduler_config.json", "unet/config.json", f"unet/{index}"]
@@ -237,17 +263,8 @@ def _check_keys(path: Path, config: dict, kind: type, others: Iterable[type] = (
     """Raise ValueError for keys that are arguments neither of `kind` nor of `others`."""
     known = set().union(*(_defaults(each) for each in (kind, *others)))
     if unknown := sorted(key for key in config.keys() - known if key[:1] != "_"):
-        raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; a newer version may have written them")
-
-
-def _check_types(path: Path, config: dict, kind: type) -> None:
-    """Raise ValueError for values whose type is not that of the argument's default."""
-    defaults = _defaults(kind)
-    for name, value in config.items():
-        wanted = {bool: "bool", int: "int", float: "number", str: "str"}.get(type(defaults.get(name)))
-        given = {bool: ("bool",), int: ("int", "number"), float: ("number",), str: ("str",)}.get(type(value), ())
-        if wanted and not isinstance(value, list) and wanted not in given:
-            raise ValueError(f"{path}: {name}={value!r} must be of type {wanted}")
+        hint = did_you_mean(unknown[0], known) or "; a newer version may have written them"
+        raise ValueError(f"{path}: unknown settings {', '.join(unknown)[:MOST_SHOWN]}{hint}")
 
 
 def _check_scheduler(path: Path, kind: type, root: Path) -> None:
@@ -261,7 +278,6 @@ def _check_scheduler(path: Path, kind: type, root: Path) -> None:
             raise ValueError(f"{path}: {name}={value!r} must be at most {MOST_TIMESTEPS:,}")
     if kind in OURS.values():
         _check_keys(path, config, kind, kind()._get_compatibles())  # `from_config` keeps settings of other solvers
-        _check_types(path, config, kind)
     kind.from_config(config)
 
 
@@ -274,7 +290,7 @@ def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> No
         tensors |= _header(file)
     _check_keys(path, config, kind)
     if kind is DDPMUNet:
-        _check_types(path, config, kind)
+        check_all(config, ARGUMENTS)
     else:  # in diffusers, the types of valid values differ from those of the defaults
         tensors = {_renamed(name): shape for name, shape in tensors.items()}
     _check_sizes(path, config, kind, tensors)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from os import PathLike
 from typing import Self
 
@@ -13,12 +12,18 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import logging
 
 from ddpm_hf.models.unet import DDPMUNet
-from ddpm_hf.pipelines.denoising import DenoisingLoop
+from ddpm_hf.pipelines.denoising import CALL, MOST_VALUES, DenoisingLoop
 from ddpm_hf.pipelines.editing import EditingMixin
-from ddpm_hf.pipelines.images import OUTPUT_TYPES, PIL_MODES, NotFiniteError, to_output, to_unit
+from ddpm_hf.pipelines.images import PIL_MODES, NotFiniteError, to_output, to_unit
 from ddpm_hf.pipelines.loading import load_components
 from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
 from ddpm_hf.schedulers.solvers import make_solver, set_timesteps_checked
+from ddpm_hf.utils.arguments import check, check_all, checked, integer, limit, matching, show
+
+COMPONENTS = {
+    "unet": matching(lambda v: isinstance(v, torch.nn.Module), "must be a network"),
+    "scheduler": matching(lambda v: isinstance(v, SchedulerMixin), "must be a scheduler"),
+}
 
 
 class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
@@ -41,6 +46,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         scheduler: LinearNoiseScheduler | CosineNoiseScheduler | KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
+        check_all({"unet": unet, "scheduler": scheduler}, COMPONENTS)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.interrupt = False
         self.num_timesteps = 0
@@ -72,6 +78,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
 
+    @checked(CALL)
     @torch.no_grad()
     def __call__(
         self,
@@ -124,10 +131,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         if image is not None and latents is not None:
             raise ValueError("image and latents can't both be given")
         if image is None and strength is not None:
-            raise ValueError(f"strength={strength!r} needs image")
+            raise ValueError(f"strength={strength} needs image")
         strength = 0.8 if strength is None else strength
-        if not isinstance(strength, Real) or not 0 < strength <= 1:
-            raise ValueError(f"strength={strength!r} must be in (0, 1]")
         start = self._check_latents(latents) if image is None else self._to_model_range("image", image)
         loop = self._prepare(
             batch_size=batch_size,
@@ -149,6 +154,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             sample = loop.draw_noise((loop.batch_size, *self.image_shape)) * loop.solver.init_noise_sigma
         return self._output(loop.run(sample), output_type, return_dict, loop.solver)
 
+    @checked(CALL)
     def check_call(
         self, class_labels=None, guidance_scale=1.0, scheduler=None, num_inference_steps=None, clip_sample=None
     ) -> None:
@@ -177,13 +183,21 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
     ) -> DenoisingLoop:
         """Check the arguments of a call and set the solver's timesteps; `start` (N, ...): images or latents."""
         solver = make_solver(scheduler, self.scheduler, clip_sample)
-        self._check_inputs(batch_size, num_inference_steps, output_type)
+        self._check_inputs(num_inference_steps, output_type)
         given = 1 if start is None else len(start)
         if given > 1 and batch_size not in (None, given):
             raise ValueError(f"batch_size={batch_size} must be the number of images or latents, {given}, or None")
         labels = self._labels(class_labels, batch_size or (given if given > 1 else None), guidance_scale)
         if batch_size is None:
             batch_size = given if labels is None else len(labels)
+        shape = tuple(self.image_shape if start is None else start.shape[1:])
+        what = f"batch_size={batch_size}: images of shape {shape} are {{}} values together"
+        limit(
+            what,
+            batch_size * math.prod(shape),
+            MOST_VALUES,
+            "they take 8 GB in float32; generate them in several calls",
+        )
         set_timesteps_checked(solver, num_inference_steps, self._execution_device)
         self.interrupt, self.num_timesteps = False, len(solver.timesteps)
         return DenoisingLoop(self, solver, batch_size, labels, guidance_scale, generator, callback)
@@ -225,7 +239,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         classes = num_classes(self.unet)
         if classes is None:
             if class_labels is not None:
-                raise ValueError(f"class_labels={class_labels!r}: this model is unconditional, so it must be None")
+                raise ValueError(f"class_labels={show(class_labels)}: this model is unconditional, so it must be None")
             if guidance_scale != 1:
                 raise ValueError(f"guidance_scale={guidance_scale!r}: this model is unconditional, so it must be 1")
             return None
@@ -235,8 +249,6 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             choices += f" or names {', '.join(names[:10])}{' ...' if classes > 10 else ''}"
         if class_labels is None:
             raise ValueError(f"class_labels=None: this model is class-conditional; choose from {choices}")
-        if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale={guidance_scale!r} must be a number of at least 0; 1 disables guidance")
         if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
         several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
@@ -247,9 +259,11 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         labels = []
         for label in given:
             number = names.index(label) if isinstance(label, str) and label in names else label
-            if isinstance(number, bool | str | float) or not 0 <= number < classes:
-                raise ValueError(f"class_labels={class_labels!r}: {label!r} is not a class; choose from {choices}")
-            labels.append(int(number))
+            try:
+                labels.append(integer(0, classes - 1)(number))
+            except ValueError:
+                what = f"class_labels={show(class_labels)}: {show(label, 40)}"
+                raise ValueError(f"{what} is not a class; choose from {choices}") from None
         return torch.tensor(labels, dtype=torch.int64, device=self._execution_device)
 
     def _to_model_range(self, name: str, images) -> torch.Tensor:
@@ -261,22 +275,17 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         if latents is None:
             return None
         channels = self.unet.config.in_channels
-        if not isinstance(latents, torch.Tensor) or latents.ndim != 4 or latents.shape[1] != channels:
+        floats = isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.numel()
+        if not floats or latents.ndim != 4 or latents.shape[1] != channels:
             what = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"latents is {what}; it must be a tensor of shape (B, {channels}, H, W)")
+            raise ValueError(f"latents is {what}; it must be a tensor of floats of shape (B, {channels}, H, W)")
         if not latents.isfinite().all():
             raise ValueError("latents contains NaN or infinities; it must be finite")
         return latents.to(self._execution_device, self._state_dtype)
 
-    def _check_inputs(self, batch_size, num_inference_steps, output_type) -> None:
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+    def _check_inputs(self, num_inference_steps, output_type) -> None:
         most = self.scheduler.config.num_train_timesteps  # with more, some of diffusers' solvers return noise
-        steps = most if num_inference_steps is None else num_inference_steps
-        if not isinstance(steps, Integral) or not 1 <= steps <= most:
-            raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer in 1 ... {most}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}; choose from {', '.join(OUTPUT_TYPES)}")
+        check("num_inference_steps", most if num_inference_steps is None else num_inference_steps, integer(1, most))
         channels = self.unet.config.in_channels
         if output_type == "pil" and channels not in PIL_MODES:
             raise ValueError(f"output_type='pil' needs 1 to 4 channels, not {channels}; choose np, pt or latent")

@@ -14,13 +14,27 @@ t = 0.
 """
 
 import math
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+
+from ddpm_hf.utils.arguments import (
+    any_of,
+    boolean,
+    check,
+    check_all,
+    explained,
+    integer,
+    list_of,
+    matching,
+    number,
+    one_of,
+    optional,
+    require,
+)
 
 BETA_SCHEDULES = ("linear", "scaled_linear")
 COSINE_SCHEDULE = "squaredcos_cap_v2"
@@ -29,6 +43,45 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 # Settings of diffusers' schedulers that ours do not implement: any value but this default raises ValueError.
 INTERCHANGE_ONLY = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+MOST_TIMESTEPS = 10**6
+
+
+def _only(default):
+    return matching(lambda value: value == default, f"is not supported; it must be {default!r}")
+
+
+_BETA = number(above=0, below=1)
+SETTINGS = {
+    "num_train_timesteps": integer(1, MOST_TIMESTEPS, "the scheduler keeps tables of this length"),
+    "beta_start": _BETA,
+    "beta_end": _BETA,
+    "beta_schedule": one_of(*BETA_SCHEDULES, hint=f"; CosineNoiseScheduler has {COSINE_SCHEDULE}"),
+    "trained_betas": optional(list_of(_BETA, "betas", most=MOST_TIMESTEPS)),
+    "variance_type": one_of(*VARIANCE_TYPES),
+    "clip_sample": boolean,
+    "clip_sample_range": number(above=0),
+    "prediction_type": one_of(*PREDICTION_TYPES),
+    "timestep_spacing": one_of(*TIMESTEP_SPACINGS),
+    "steps_offset": integer(0),
+    **{name: _only(default) for name, default in INTERCHANGE_ONLY.items()},
+    "rescale_betas_zero_snr": boolean,
+}
+_GENERATOR = matching(lambda v: isinstance(v, torch.Generator), "must be a torch.Generator")
+GENERATORS = optional(any_of(
+    "must be a torch.Generator, or a list with one per image", _GENERATOR, list_of(_GENERATOR, "generators")
+))  # fmt: skip
+_TENSOR = matching(lambda v: v.is_floating_point(), "must be a tensor of floating-point numbers")
+_TIMESTEPS = matching(
+    lambda v: not torch.as_tensor(v).is_floating_point() and torch.as_tensor(v).numel() > 0,
+    "must be an integer, or a tensor of integers with one entry per image",
+)
+_CALL = {
+    **dict.fromkeys(("model_output", "original_samples", "sample", "noise", "prev_sample"), _TENSOR),
+    **dict.fromkeys(("timesteps", "timestep", "to_timestep"), _TIMESTEPS),
+    "gamma": number(above=0),
+    "generator": GENERATORS,
+    "device": optional(matching(lambda v: torch.device(v) is not None, "must be the name of a device of PyTorch")),
+}
 
 
 def draw_noise(shape, generator=None, device="cpu", dtype=torch.float32, std: float = 1.0) -> torch.Tensor:
@@ -104,15 +157,17 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _settings = SETTINGS
     order = 1  # network evaluations per step
 
     def _set_up(self) -> None:
         """Check the registered settings and compute the tables."""
         # When diffusers builds another scheduler from a config, it drops the settings that were left at their default.
         # The other class may have another default, as Heun's has for the betas, so every setting counts as given.
-        self.register_to_config(_use_default_values=[])
-        _check_config(self.config)
+        self.register_to_config(**check_all(self.config, self._settings), _use_default_values=[])
+        _check_relations(self.config)
         betas = self._make_betas()
+        _check_betas(betas)
         if self.config.rescale_betas_zero_snr:
             betas = _with_zero_terminal_snr(betas)
         self.alphas_cumprod_float64 = abar = torch.cumprod(1 - betas, dim=0)
@@ -132,6 +187,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ forward process
 
+    @explained(_CALL)
     def add_noise(self, original_samples, noise, timesteps) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (equation 4).
 
@@ -144,6 +200,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         noisy = image.add_(noise) if image.shape == noise.shape else image + noise
         return noisy.to(original_samples.dtype)
 
+    @explained(_CALL)
     def get_velocity(self, sample, noise, timesteps) -> torch.Tensor:
         """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
 
@@ -152,6 +209,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         signal, sigma = self._rows_at(self._signal_and_noise, timesteps, sample)
         return (signal * noise - sigma * sample).to(sample.dtype)
 
+    @explained(_CALL)
     def target(self, original_samples, noise, timesteps) -> torch.Tensor:
         """The training target: the noise, x_0 or v, by `prediction_type`. The arguments are those of `add_noise`."""
         if self.config.prediction_type == "epsilon":
@@ -160,6 +218,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             return original_samples
         return self.get_velocity(original_samples, noise, timesteps)
 
+    @explained(_CALL)
     def min_snr_weight(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         """Min-SNR-gamma weight of the squared error at `timesteps` (B,): float32 (B,).
 
@@ -171,6 +230,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
         return to_device((snr.clamp(max=gamma) / per).float(), timesteps.device)[timesteps]
 
+    @explained(_CALL)
     def posterior(self, original_samples, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (B, ...) and log variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (equation 7).
 
@@ -181,6 +241,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         coefficients = StepCoefficients(*self._rows_at(self._all_steps, timesteps, sample))
         return coefficients.mean(original_samples, sample), coefficients.log_variance_min
 
+    @explained(_CALL)
     def reverse(self, model_output, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean and log variance of p(x_{t-1} | x_t) in the process of all T timesteps, and the predicted x_0.
 
@@ -234,7 +295,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         if timesteps.device.type == "cpu" and (  # on a GPU, reading the values would synchronise
             timesteps.is_floating_point() or timesteps.min() < 0 or timesteps.max() >= len(self)
         ):
-            raise ValueError(f"timesteps={timesteps.tolist()} must be integers in 0 ... {len(self) - 1}")
+            require("timesteps", timesteps, False, f"must be integers in 0 ... {len(self) - 1}")
         # Half precision is computed in float32: in bfloat16, the rounding of x_t would exceed the least noise.
         dtype = torch.promote_types(sample.dtype, torch.float32)
         rows = to_device(table.to(dtype), sample.device)[to_device(timesteps.reshape(-1), sample.device)]
@@ -242,10 +303,12 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ between timesteps
 
+    @explained(_CALL)
     def predicted_original(self, model_output, timestep, sample) -> torch.Tensor:
         """The predicted x_0 (B, ...), not clamped, of `model_output` for `sample` at `timestep`, an int or (B,)."""
         return StepCoefficients(*self._rows_at(self._all_steps, timestep, sample)).original(model_output, sample)
 
+    @explained(_CALL)
     def renoise(self, sample, timestep: int, to_timestep: int, noise) -> torch.Tensor:
         """A draw from q(x_to | x_timestep), with to_timestep > timestep; timestep -1 is the image (equation 2)."""
         if not -1 <= timestep < to_timestep < len(self):
@@ -255,6 +318,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         alpha = self.alphas_cumprod_float64[to_timestep].item() / before
         return math.sqrt(alpha) * sample + math.sqrt(1 - alpha) * noise
 
+    @explained(_CALL)
     def ddim_inverse_step(self, model_output, timestep: int, to_timestep: int, sample, prev_sample) -> torch.Tensor:
         """The x_t that one DDIM step maps to `prev_sample` at `to_timestep`; timestep -1 is the image.
 
@@ -268,6 +332,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ reverse process
 
+    @explained(_CALL)
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         """Choose the timesteps that sampling visits: `timesteps`, int64 (num_inference_steps,), descending.
 
@@ -275,9 +340,8 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         abar (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 19). The network sees the original timesteps. The
         settings `clip_sample` and `clip_sample_range` are read here.
         """
-        T, n = len(self), num_inference_steps
-        if not isinstance(n, Integral) or not 1 <= n <= T:
-            raise ValueError(f"num_inference_steps={n!r} must be an integer in 1 ... {T}")
+        T = len(self)
+        n = check("num_inference_steps", num_inference_steps, integer(1, T))
         i = torch.arange(n, dtype=torch.float64)
         if self.config.timestep_spacing == "leading":
             ascending = i * (T // n) + self.config.steps_offset
@@ -333,6 +397,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """Return `sample`: a variance-preserving process needs no scaling."""
         return sample
 
+    @explained(_CALL)
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         """Draw x_{t-1} from p(x_{t-1} | x_t) (algorithm 2, with x_0 predicted and clamped first).
 
@@ -384,7 +449,8 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, torch.Tensor):
             timestep = (timestep.reshape(()) if timestep.ndim else timestep).tolist()
         if timestep not in self._steps:
-            raise ValueError(f"timestep={timestep!r} must be one of scheduler.timesteps, {self.timesteps}")
+            visited = f"{self.timesteps[0]} ... {self.timesteps[-1]} ({len(self.timesteps)} steps)"
+            require("timestep", timestep, False, f"must be one of scheduler.timesteps, {visited}")
         return self._steps[timestep]
 
 
@@ -433,27 +499,18 @@ class LinearNoiseScheduler(NoiseScheduler):
         sample_max_value: float = 1.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES, f"; CosineNoiseScheduler has {COSINE_SCHEDULE}")
         self._set_up()
 
     def _make_betas(self) -> torch.Tensor:
-        config = self.config
+        config, steps = self.config, self.config.num_train_timesteps
         if config.trained_betas is not None:
-            betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
-            if betas.shape != (config.num_train_timesteps,):
-                rule = f"it must have num_train_timesteps={config.num_train_timesteps} entries"
-                raise ValueError(f"trained_betas has shape {tuple(betas.shape)}; {rule}")
-        else:
-            power = 1.0 if config.beta_schedule == "linear" else 0.5
-            ends = config.beta_start, config.beta_end
-            if not 0 < ends[0] <= ends[1] < 1:
-                rule = "they must satisfy 0 < beta_start <= beta_end < 1"
-                raise ValueError(f"beta_start={ends[0]!r}, beta_end={ends[1]!r}: {rule}")
-            steps = config.num_train_timesteps
-            betas = torch.linspace(ends[0] ** power, ends[1] ** power, steps, dtype=torch.float64) ** (1 / power)
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError("trained_betas: every beta must be greater than 0 and less than 1")
-        return betas
+            holds = len(config.trained_betas) == steps
+            require("trained_betas", config.trained_betas, holds, f"must have num_train_timesteps={steps} entries")
+            return torch.tensor(config.trained_betas, dtype=torch.float64)
+        require("beta_start", config.beta_start, config.beta_start <= config.beta_end, "must be at most beta_end")
+        power = 1.0 if config.beta_schedule == "linear" else 0.5
+        ends = config.beta_start**power, config.beta_end**power
+        return torch.linspace(*ends, steps, dtype=torch.float64) ** (1 / power)
 
 
 class CosineNoiseScheduler(NoiseScheduler):
@@ -466,6 +523,12 @@ class CosineNoiseScheduler(NoiseScheduler):
         trained_betas: not supported, accepted for interchange with diffusers; it must be `None`.
         num_train_timesteps and all others: see `LinearNoiseScheduler`.
     """
+
+    _settings = {
+        **SETTINGS,
+        "beta_schedule": one_of(COSINE_SCHEDULE),
+        "trained_betas": matching(lambda v: v is None, "must be None; LinearNoiseScheduler takes trained_betas"),
+    }
 
     @register_to_config
     def __init__(
@@ -484,9 +547,6 @@ class CosineNoiseScheduler(NoiseScheduler):
         sample_max_value: float = 1.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        _check_choice("beta_schedule", beta_schedule, (COSINE_SCHEDULE,))
-        if trained_betas is not None:
-            raise ValueError("trained_betas must be None; LinearNoiseScheduler takes trained_betas")
         self._set_up()
 
     def _make_betas(self) -> torch.Tensor:
@@ -502,30 +562,28 @@ def _plus(total: torch.Tensor, a, x: torch.Tensor) -> torch.Tensor:
     return total + a * x
 
 
-def _check_choice(name: str, value, choices, hint: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; choose from {', '.join(choices)}{hint}")
-
-
-def _check_config(config) -> None:
-    """Raise ValueError for the first invalid setting that both schedulers have."""
-    _check_choice("variance_type", config.variance_type, VARIANCE_TYPES)
-    _check_choice("prediction_type", config.prediction_type, PREDICTION_TYPES)
-    _check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
-    for key, default in INTERCHANGE_ONLY.items():
-        if config[key] != default:
-            raise ValueError(f"{key}={config[key]!r} is not supported; it must be {default!r}")
-    for key, least in (("steps_offset", 0), ("num_train_timesteps", 1)):
-        if not isinstance(config[key], Integral) or config[key] < least:
-            raise ValueError(f"{key}={config[key]!r} must be an integer of at least {least}")
-    if not config.clip_sample_range > 0:
-        raise ValueError(f"clip_sample_range={config.clip_sample_range!r} must be greater than 0")
+def _check_relations(config) -> None:
+    """Raise ValueError for settings that contradict one another."""
     if config.rescale_betas_zero_snr and config.num_train_timesteps == 1:
         raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps of at least 2")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         raise ValueError(
             "rescale_betas_zero_snr=True needs prediction_type='v_prediction' or 'sample': x_{T-1} is pure noise, so "
             "with prediction_type='epsilon' the prediction at T-1 says nothing about the image"
+        )
+
+
+def _check_betas(betas: torch.Tensor) -> None:
+    """Raise ValueError for betas that float32 can't represent: a timestep without noise, or one without the image."""
+    if (1 - betas).float().max() == 1:
+        raise ValueError(
+            f"the least beta, {betas.min().item():.3g}, is too small: 1 - beta is 1 in float32; use betas above 6e-8"
+        )
+    if torch.cumprod(1 - betas, dim=0)[-1] < torch.finfo(torch.float32).tiny:
+        T, largest = len(betas), betas.max().item()
+        raise ValueError(
+            f"{T} betas of up to {largest:.3g} leave nothing of the image: abar_{T - 1}, the product of all 1 - beta, "
+            "is below 1.2e-38, the smallest float32; use fewer timesteps or smaller betas"
         )
 
 

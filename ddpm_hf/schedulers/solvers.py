@@ -8,6 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_hf.schedulers.noise import COSINE_SCHEDULE, CosineNoiseScheduler, LinearNoiseScheduler, NoiseScheduler
+from ddpm_hf.utils.arguments import check, one_of
 
 SOLVERS = {  # name in papers and other programs -> class in diffusers
     "ddim": "DDIMScheduler",
@@ -53,8 +54,7 @@ def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: boo
         if clip_sample is not None:
             raise ValueError(f"clip_sample={clip_sample} needs the name of a scheduler: {', '.join(CLAMPING)}")
         return scheduler if solver is None else solver
-    if solver != "ddpm" and solver not in SOLVERS:
-        raise ValueError(f"scheduler={solver!r}; choose from ddpm, {', '.join(SOLVERS)}, or pass a scheduler object")
+    check("scheduler", solver, one_of("ddpm", *SOLVERS, hint=", or a scheduler object"))
     if clip_sample is not None and solver not in CLAMPING:
         choices = ", ".join(CLAMPING)
         raise ValueError(f"clip_sample={clip_sample} is not supported by scheduler={solver!r}; choose from {choices}")

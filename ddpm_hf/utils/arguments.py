@@ -5,7 +5,10 @@ too. It raises ValueError with what would be right; `check` puts the name and th
 self-contained repository carries this module, so it imports only the standard library.
 """
 
+import contextlib
 import difflib
+import functools
+import inspect
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -38,9 +41,9 @@ def require(name: str, value, holds: bool, words: str) -> None:
 
 
 def limit(what: str, size: int, most: int, why: str) -> None:
-    """Raise ValueError if `what` is larger than any real use, before memory or time is spent on it."""
+    """Raise ValueError if a size is beyond any real use, before memory or time is spent. `what` has {} for the size."""
     if size > most:
-        raise ValueError(f"{what} {_count(size)}; the limit is {_count(most)}, {why}")
+        raise ValueError(f"{what.format(_count(size))}; the limit is {_count(most)}: {why}")
 
 
 def check_names(what: str, given: Iterable, known: Iterable[str]) -> None:
@@ -56,15 +59,60 @@ def did_you_mean(name, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def checked(rules: Mapping[str, Rule]):
+    """Decorator: a call gets the arguments that have a rule as the rules read them."""
+
+    def decorate(function):
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            given = signature.bind(*args, **kwargs)
+            given.arguments.update(check_all(given.arguments, rules))
+            return function(*given.args, **given.kwargs)
+
+        return call
+
+    return decorate
+
+
+def explained(rules: Mapping[str, Rule]):
+    """Decorator: if a call fails, check its arguments, and raise ValueError about them. Other calls take no more time.
+
+    PyTorch raises RuntimeError for shapes, types and devices that do not fit together.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+                given = inspect.signature(function).bind(*args, **kwargs).arguments
+                check_all(given, rules)
+                if not isinstance(error, RuntimeError) or "memory" in str(error):
+                    raise
+                shown = ", ".join(f"{name}={show(given[name], 60)}" for name in rules if name in given)
+                reason = str(error).split("\n")[0][:150]
+                raise ValueError(
+                    f"{function.__name__}({shown}): the arguments do not fit together: {reason}"
+                ) from error
+
+        return call
+
+    return decorate
+
+
 def show(value, most: int = 100) -> str:
     """`repr(value)` in one line of at most `most` characters; of an array or a tensor its type and shape."""
-    if getattr(value, "ndim", 0) and hasattr(value, "dtype"):
-        text = f"<{type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}>"
-    else:
-        try:
-            text = _short.repr(value)
-        except Exception:  # an integer of more than 4,300 digits, or a class whose __repr__ fails
-            text = f"<{type(value).__name__}>"
+    try:
+        is_array = getattr(value, "ndim", 0) and hasattr(value, "dtype")
+        if is_array and math.prod(value.shape) > 8:
+            text = f"<{type(value).__name__} of {value.dtype} and shape {tuple(value.shape)}>"
+        else:
+            text = _short.repr(value.tolist() if is_array else value)
+    except Exception:  # an integer of more than 4,300 digits, or a class whose __repr__ fails
+        text = f"<{type(value).__name__}>"
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 25]} ... {text[-20:]}"
 
@@ -81,8 +129,8 @@ def integer(least: int = 0, most: int = LARGEST_INT, why: str = "") -> Rule:
         if is_int and least <= value <= most:
             return int(value)
         if is_int and value > most and (why or most == LARGEST_INT):
-            raise ValueError(f"must be at most {most:,}{': ' if why else ''}{why}")
-        among = f"of at least {least:,}" if why or most == LARGEST_INT else f"in {least:,} ... {most:,}"
+            raise ValueError(f"must be at most {_count(most)}{': ' if why else ''}{why}")
+        among = f"of at least {least}" if why or most == LARGEST_INT else f"in {least} ... {_count(most)}"
         raise ValueError(f"must be an integer {among}")
 
     return read
@@ -103,7 +151,7 @@ def number(least: float = -LARGEST_FLOAT, most: float = LARGEST_FLOAT, above=Non
             raise ValueError(words)
         if (above is not None and value <= above) or (below is not None and value >= below):
             raise ValueError(words)
-        return float(value)
+        return value
 
     return read
 
@@ -151,6 +199,18 @@ def optional(rule: Rule, none: str = "None") -> Rule:
     return read
 
 
+def any_of(words: str, *rules: Rule) -> Rule:
+    """What the first of `rules` reads that accepts the value."""
+
+    def read(value):
+        for rule in rules:
+            with contextlib.suppress(ValueError):
+                return rule(value)
+        raise ValueError(words)
+
+    return read
+
+
 def list_of(rule: Rule, what: str, least: int = 1, most: int = 10**6) -> Rule:
     """A list, a tuple or an array of one dimension, whose entries `rule` reads. `what` names the entries."""
 
@@ -178,4 +238,6 @@ def _scalar(value):
 
 
 def _count(size: int) -> str:
-    return f"{size:,}" if size < 10**15 else f"{size:.1e}" if math.log2(size) < 1000 else "more than 1e300"
+    if size >= 10**20:
+        return f"{size:.1e}" if size < 10**300 else "more than 1e300"
+    return f"{size:,}" if size >= 10**5 else f"{size}"
