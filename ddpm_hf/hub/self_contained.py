@@ -19,9 +19,10 @@ IMPORT = re.compile(r"^( *)from ddpm_hf\.(?:\w+\.)*(\w+) import ", re.MULTILINE)
 def code_of(folder: Path) -> dict[str, bytes]:
     """The code files for the pipeline in `folder`, and its model_index.json with references to them.
 
-    The files are pipeline.py, every module of this package that it imports, and in the folders of the two components
-    copies of the modules that each needs. Only the imports between the modules differ from the installed code. File
-    names contain a checksum of the code, because diffusers copies the code of all repositories into one folder.
+    The files are pipeline.py, every module of this package that it imports, and one file for each of the two components
+    in its folder, with all that it needs, because diffusers downloads no other. Only the imports between the modules
+    differ from the installed code. File names contain a checksum of the code, because diffusers copies the code of all
+    repositories into one folder.
     """
     sources = _sources(DDPMCustomPipeline.__module__)
     checksum = hashlib.sha256("".join(sources[module] for module in sorted(sources)).encode()).hexdigest()[:12]
@@ -37,9 +38,18 @@ def code_of(folder: Path) -> dict[str, bytes]:
     for component in ("unet", "scheduler"):
         if cls := OURS.get(index[component][1]):
             index[component][0] = name_of(cls.__module__)
-            files |= {f"{component}/{name_of(module)}.py": code[module] for module in _sources(cls.__module__)}
+            files[f"{component}/{name_of(cls.__module__)}.py"] = _in_one_file(cls.__module__, sources).encode()
     index["_class_name"] = ["pipeline", DDPMCustomPipeline.__name__]
     return files | {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
+
+
+def _in_one_file(module: str, sources: dict[str, str]) -> str:
+    """The source code of a module, in which the modules of this package that it imports replace the imports."""
+    lines = sources[module].splitlines()
+    for node in reversed(ast.parse(sources[module]).body):
+        if isinstance(node, ast.ImportFrom) and (node.module or "") in sources:
+            lines[node.lineno - 1 : node.end_lineno] = _in_one_file(node.module, sources).splitlines()
+    return "\n".join(lines) + "\n"
 
 
 def _sources(module: str) -> dict[str, str]:
