@@ -65,6 +65,13 @@ def test_the_readmes_first_line_in_few_steps(tmp_path):
     [
         ([], "the following arguments are required: <command>"),
         (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "; did you mean 'train'?"),
+        (
+            ["train", "--unet", '{"block_out_chanels": [32]}'],
+            "setting 'block_out_chanels'; did you mean 'block_out_channels'?",
+        ),
+        (["train", "--unet", '{"norm_eps": -1}'], "norm_eps=-1 must be a number in (0, 1]"),
+        (["train", "--output_dir", ""], "output_dir='' must be a text that is not empty"),
         (["train", "--config", "nothing"], "config='nothing' is neither a file nor one of the recipes"),
         (["train", "--train_data_dir", "nowhere"], "train_data_dir='nowhere' is not a folder"),
         (["train", "--max_train_steps", "0"], "max_train_steps=0 must be an integer of at least 1"),
@@ -91,7 +98,7 @@ def test_flags_of_diffusers_script_that_are_something_else_here(capfd):
         "--use_ema": "leave it out: EMA weights are always computed and saved",
         "--ddpm_num_steps=500": "use --scheduler '{\"num_train_timesteps\": 1000}'",
         "--save-images-epochs": "use --checkpointing_steps, in updates",
-        "--learning_rat": "did you mean --learning_rate?",
+        "--learning_rat": "did you mean '--learning_rate'?",
     }.items():
         for command in ("train", "plan"):
             assert main([command, flag]) == 2

@@ -265,7 +265,7 @@ def test_more_images_need_more_memory_than_there_is(capsys):
         (["--num_images", "0"], "num_images=0 must be at least 1"),
         (["--gpu", "2"], "unknown flag '--gpu'"),
         (["--device", "cpu", "--mixed_precision", "fp16"], "mixed_precision='fp16' needs a CUDA device"),
-        (["--unet", '{"width": 3}'], "unexpected keyword argument 'width'"),
+        (["--unet", '{"width": 3}'], "unet: there is no setting 'width'"),
         (["--unet", '{"in_channels": 3}'], "unet has 3 input channels and the images have 1"),
         (
             ["--class_conditional", "true", "--train_data_dir", "my", "--resolution", "8", "--channels", "1"],

@@ -1196,8 +1196,11 @@ def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
     [
         ({"train_data_dir": "/nowhere"}, "train_data_dir='/nowhere' is not a folder"),
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16' needs a CUDA device"),
-        ({"unet": {"depth": 3}}, "unet={'depth': 3}: .*unexpected keyword argument 'depth'"),
-        ({"scheduler": {"beta_schedul": "x"}}, "LinearNoiseScheduler has no beta_schedul"),
+        ({"unet": {"depth": 3}}, "unet: there is no setting 'depth'"),
+        (
+            {"scheduler": {"beta_schedul": "x"}},
+            "scheduler: there is no setting 'beta_schedul'; did you mean 'beta_schedule'",
+        ),
         ({"scheduler": {"beta_schedule": "sigmoid"}}, "beta_schedule='sigmoid' must be one of"),
         (
             {"pretrained_model_name_or_path": "/nowhere", "unet": {}},

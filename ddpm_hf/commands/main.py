@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 import ddpm_hf
 from ddpm_hf.commands.parsing import Parser
+from ddpm_hf.utils.arguments import shorten
 from ddpm_hf.utils.memory import is_out_of_memory
 
 # Name of a command and of its module here -> (help, the extra that it needs). A module is imported only to run its
@@ -92,4 +93,4 @@ def _in_one_line(error: BaseException) -> str:
         message = f"out of memory{': ' if message else ''}{message}"
     if isinstance(error, RecursionError):
         message = f"a file or argument is nested too deeply: {message}"
-    return message or type(error).__name__
+    return shorten(message, 480) or type(error).__name__

@@ -1,9 +1,11 @@
 """Parsing of command lines: help with defaults, former spellings of flags, and hints for unknown flags."""
 
 import argparse
-import difflib
+import re
 import sys
 from typing import NoReturn
+
+from ddpm_hf.utils.arguments import did_you_mean, shorten, show
 
 
 def add_setting(group, flag: str, default, **options) -> None:
@@ -41,7 +43,9 @@ class Parser(argparse.ArgumentParser):
         self.old_flags, self.hints = old_flags or {}, hints or {}
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        hint = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""
+        raise ValueError(shorten(message + hint))
 
     def parse_args(self, args: list[str]) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args([self._renamed(arg) for arg in args])
@@ -49,11 +53,10 @@ class Parser(argparse.ArgumentParser):
             return namespace
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):
-            self.error(f"unexpected argument {flag!r}")
+            self.error(f"unexpected argument {show(flag)}")
         hint = self.hints.get(_with_underscores(flag))
-        if hint is None and (close := difflib.get_close_matches(flag, self._option_string_actions, n=1)):
-            hint = f"did you mean {close[0]}?"
-        self.error(f"unknown flag {flag!r}" + (f"; {hint}" if hint else ""))
+        similar = did_you_mean(flag, self._option_string_actions)
+        self.error(f"unknown flag {show(flag)}" + (f"; {hint}" if hint else similar))
 
     def _renamed(self, arg: str) -> str:
         """Replace a former spelling of a flag by its name, with a warning on stderr."""

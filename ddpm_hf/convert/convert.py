@@ -16,6 +16,7 @@ from ddpm_hf.convert.weights import first_line, load_checked, load_weights
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.schedulers.noise import LinearNoiseScheduler
+from ddpm_hf.utils.arguments import checked, optional, path
 from ddpm_hf.utils.files import part_of, sync, write, writing_tree
 from ddpm_hf.utils.yaml_files import read_yaml
 
@@ -32,6 +33,10 @@ SCHEDULER_KEYS = {"beta_start": "beta_start", "beta_end": "beta_end"}
 SCHEDULER_KEYS |= dict.fromkeys(("num_train_timesteps", "num_timesteps", "n_steps"), "num_train_timesteps")
 
 
+PATHS = {"source": path, "output": path, "source_config": optional(path)}
+
+
+@checked(PATHS)
 def convert(source, output, kind: str | None = None, source_config=None) -> list[str]:
     """Convert a checkpoint of another project to the pipeline folder `output`.
 
@@ -70,6 +75,7 @@ def convert(source, output, kind: str | None = None, source_config=None) -> list
     return [f"{kind}: {sum(p.numel() for p in unet.parameters()):,} parameters -> {output}", *notes]
 
 
+@checked(PATHS)
 def convert_back(source, output) -> list[str]:
     """Convert a pipeline folder of this package to a `DDPMPipeline` of diffusers.
 

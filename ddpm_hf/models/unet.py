@@ -22,9 +22,11 @@ from ddpm_hf.utils.arguments import (
     any_of,
     boolean,
     check_all,
+    explained,
     integer,
     limit,
     list_of,
+    matching,
     number,
     one_of,
     optional,
@@ -268,6 +270,12 @@ ARGUMENTS = {
 }
 
 
+_CALL = {
+    "sample": matching(lambda v: v.is_floating_point() and not v.is_meta, "must be a tensor of floating-point numbers"),
+    "timestep": matching(lambda v: torch.as_tensor(v).numel() > 0, "must be a number, or a tensor with one per image"),
+}
+
+
 def _check(config) -> None:
     """Raise ValueError for settings that contradict one another, with the first one's name and value."""
 
@@ -467,6 +475,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
                 tensor.data = tensor.data.clone()
         return loaded
 
+    @explained(_CALL)
     def forward(self, sample: torch.Tensor, timestep, class_labels=None, return_dict: bool = True):
         """Predict the noise (or x_0 or v, by the scheduler's `prediction_type`) in noisy images.
 

@@ -33,7 +33,7 @@ def to_unit(name: str, images, channels: int) -> torch.Tensor:
     wanted = f"(B, H, W, {channels})" if isinstance(images, np.ndarray) else f"(B, {channels}, H, W)"
     if isinstance(images, np.ndarray) and images.dtype in (np.float16, np.float32, np.float64):
         images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.is_meta:
         kind = str(getattr(images, "dtype", type(images).__name__))[:100]
         raise ValueError(f"{name} is {kind}; it must be PIL images, or an array or tensor of floats in [0, 1]")
     images = images[None] if images.ndim == 3 else images

@@ -5,7 +5,6 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator
-from os import PathLike
 from pathlib import Path, PurePosixPath
 
 import diffusers
@@ -27,9 +26,11 @@ from ddpm_hf.utils.arguments import (
     did_you_mean,
     matching,
     optional,
+    shorten,
     show,
     text,
 )
+from ddpm_hf.utils.arguments import path as path_rule
 
 INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
 OURS = {cls.__name__: cls for cls in (DDPMUNet, LinearNoiseScheduler, CosineNoiseScheduler)}
@@ -42,12 +43,12 @@ MOST_TENSORS, MOST_SHOWN = 10**5, 240
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 FLOATS = ("F64", "F32", "F16", "BF16")
 _OPTIONAL_TEXT = optional(matching(lambda v: isinstance(v, str) and "\0" not in v, "must be a text"))
-_PATH = any_of("must be a folder, or user/model on the Hub", text, matching(lambda v: isinstance(v, PathLike), ""))
+_PATH = any_of("must be a folder, or user/model on the Hub", path_rule)
 LOADING = {
     **dict.fromkeys(("subfolder", "revision", "variant"), _OPTIONAL_TEXT),
     "use_safetensors": optional(boolean),
     "token": optional(any_of("must be a text or a bool", text, boolean)),
-    "cache_dir": optional(_PATH),
+    "cache_dir": optional(path_rule),
     "local_files_only": boolean,
     "force_download": boolean,
 }
@@ -143,9 +144,7 @@ def _naming(path: Path) -> Iterator[None]:
     except Exception as error:
         message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        if len(message) > 2 * MOST_SHOWN:
-            message = f"{message[:MOST_SHOWN]} ... {message[-MOST_SHOWN:]}"
-        raise ValueError(message if str(path.parent) in message else f"{path}: {message}") from error
+        raise ValueError(shorten(message if str(path.parent) in message else f"{path}: {message}")) from error
 
 
 def _download(source: str, subfolder: str, variant: str | None, options: dict) -> Path:

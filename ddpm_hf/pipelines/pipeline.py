@@ -275,7 +275,12 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         if latents is None:
             return None
         channels = self.unet.config.in_channels
-        floats = isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.numel()
+        floats = (
+            isinstance(latents, torch.Tensor)
+            and latents.is_floating_point()
+            and not latents.is_meta
+            and latents.numel()
+        )
         if not floats or latents.ndim != 4 or latents.shape[1] != channels:
             what = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise ValueError(f"latents is {what}; it must be a tensor of floats of shape (B, {channels}, H, W)")

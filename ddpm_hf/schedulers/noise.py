@@ -71,8 +71,9 @@ GENERATORS = optional(any_of(
     "must be a torch.Generator, or a list with one per image", _GENERATOR, list_of(_GENERATOR, "generators")
 ))  # fmt: skip
 _TENSOR = matching(lambda v: v.is_floating_point(), "must be a tensor of floating-point numbers")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _TIMESTEPS = matching(
-    lambda v: not torch.as_tensor(v).is_floating_point() and torch.as_tensor(v).numel() > 0,
+    lambda v: torch.as_tensor(v).dtype in _INTEGERS and torch.as_tensor(v).numel() > 0,
     "must be an integer, or a tensor of integers with one entry per image",
 )
 _CALL = {
@@ -157,14 +158,14 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
-    _settings = SETTINGS
+    settings = SETTINGS
     order = 1  # network evaluations per step
 
     def _set_up(self) -> None:
         """Check the registered settings and compute the tables."""
         # When diffusers builds another scheduler from a config, it drops the settings that were left at their default.
         # The other class may have another default, as Heun's has for the betas, so every setting counts as given.
-        self.register_to_config(**check_all(self.config, self._settings), _use_default_values=[])
+        self.register_to_config(**check_all(self.config, self.settings), _use_default_values=[])
         _check_relations(self.config)
         betas = self._make_betas()
         _check_betas(betas)
@@ -293,7 +294,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """The n columns of `table` (T, n) at `timesteps` () or (B,), each (B, 1, ...) to broadcast with `sample`."""
         timesteps = torch.as_tensor(timesteps)
         if timesteps.device.type == "cpu" and (  # on a GPU, reading the values would synchronise
-            timesteps.is_floating_point() or timesteps.min() < 0 or timesteps.max() >= len(self)
+            timesteps.dtype not in _INTEGERS or timesteps.min() < 0 or timesteps.max() >= len(self)
         ):
             require("timesteps", timesteps, False, f"must be integers in 0 ... {len(self) - 1}")
         # Half precision is computed in float32: in bfloat16, the rounding of x_t would exceed the least noise.
@@ -524,7 +525,7 @@ class CosineNoiseScheduler(NoiseScheduler):
         num_train_timesteps and all others: see `LinearNoiseScheduler`.
     """
 
-    _settings = {
+    settings = {
         **SETTINGS,
         "beta_schedule": one_of(COSINE_SCHEDULE),
         "trained_betas": matching(lambda v: v is None, "must be None; LinearNoiseScheduler takes trained_betas"),

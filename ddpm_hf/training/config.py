@@ -9,9 +9,11 @@ from importlib import resources
 from pathlib import Path
 
 from ddpm_hf.data.config import BELOW_1, EMBEDDED_DIGITS, DataConfig, setting
-from ddpm_hf.schedulers.noise import PREDICTION_TYPES
+from ddpm_hf.models.unet import ARGUMENTS
+from ddpm_hf.schedulers.noise import PREDICTION_TYPES, SETTINGS
+from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.utils import files
-from ddpm_hf.utils.arguments import check, check_names, integer, matching, number, one_of, show
+from ddpm_hf.utils.arguments import check, check_all, check_names, integer, matching, number, one_of, show
 from ddpm_hf.utils.yaml_files import read_yaml
 
 AT_LEAST_1, POSITIVE = integer(1), number(above=0)
@@ -120,6 +122,10 @@ class TrainConfig(DataConfig):
         if self.mixed_precision is False:
             self.mixed_precision = "no"  # YAML 1.1 reads `no` as false
         super().__post_init__()
+        check_names("unet", self.unet, ARGUMENTS)
+        check_names("scheduler", self.scheduler, SETTINGS)
+        check_all(self.unet, ARGUMENTS)
+        check_all(self.scheduler, scheduler_class(self.scheduler).settings)
         if self.output_dir is None:
             data = self.train_data_dir or self.dataset_name
             name = Path(os.path.abspath(data)).name if data else ""  # resolves `.` and `photos/`

@@ -42,10 +42,7 @@ def _build_scheduler(config: TrainConfig, pretrained: dict):
     unknown = sorted(settings.keys() - inspect.signature(kind.__init__).parameters.keys())
     if unknown:
         raise ValueError(f"scheduler={config.scheduler!r}: {kind.__name__} has no {', '.join(unknown)}")
-    try:
-        scheduler = kind.from_config({**pretrained, **settings})
-    except TypeError as error:  # a value of the wrong type
-        raise ValueError(f"scheduler={config.scheduler!r}: {error}") from error
+    scheduler = kind.from_config({**pretrained, **settings})
     if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
         raise ValueError(
             f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the first timestep of sampling "
@@ -78,10 +75,7 @@ def build_network(
             settings["out_channels"] = 2 * channels
         if config.class_conditional and class_names:
             settings |= {"num_classes": len(class_names), "class_names": class_names}
-        try:
-            unet = DDPMUNet(**settings | config.unet)
-        except TypeError as error:  # an unknown argument or a value of the wrong type
-            raise ValueError(f"unet={config.unet!r}: {error}") from error
+        unet = DDPMUNet(**settings | config.unet)
     else:
         unet = pretrained
     if unet.config.in_channels != channels:

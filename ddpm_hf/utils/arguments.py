@@ -12,6 +12,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 
 Rule = Callable[[object], object]
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 1e30  # in any rule that names no limit; float32 ends at 3e38
@@ -113,8 +114,14 @@ def show(value, most: int = 100) -> str:
             text = _short.repr(value.tolist() if is_array else value)
     except Exception:  # an integer of more than 4,300 digits, or a class whose __repr__ fails
         text = f"<{type(value).__name__}>"
-    text = " ".join(text.split())
+    text = " ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 10**4]).split())
     return text if len(text) <= most else f"{text[: most - 25]} ... {text[-20:]}"
+
+
+def shorten(message: str, most: int = 500) -> str:
+    """A message in one line, without the middle of a long one: its beginning and its end tell enough."""
+    message = " ".join(message.split())
+    return message if len(message) <= most else f"{message[: most - 155]} ... {message[-150:]}"
 
 
 # ---------------------------------------------------------------- rules
@@ -168,6 +175,13 @@ def text(value) -> str:
     return str(value)
 
 
+def path(value):
+    """A text or an `os.PathLike`; not empty."""
+    if not isinstance(value, PathLike):
+        return text(value)
+    return value
+
+
 def one_of(*choices: str, hint: str = "") -> Rule:
     return matching(lambda v: isinstance(v, str) and v in choices, f"must be one of {', '.join(choices)}{hint}")
 
@@ -177,7 +191,7 @@ def matching(test: Callable[[object], bool], words: str) -> Rule:
 
     def read(value):
         try:
-            holds = test(value)
+            holds = bool(test(value))
         except Exception:  # a value of a type for which the test makes no sense
             holds = False
         if not holds:
