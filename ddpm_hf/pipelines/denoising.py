@@ -16,8 +16,9 @@ from ddpm_hf.schedulers.solvers import make_solver
 from ddpm_hf.utils.arguments import boolean, integer, matching, number, one_of, optional
 
 # Arguments of all methods of the pipeline that sample. Those that are not here depend on the network or the scheduler.
+BATCH = integer(1, 2**16, "a batch is in memory at once; sample in several calls")
 CALL = {
-    "batch_size": optional(integer(1)),
+    "batch_size": optional(BATCH),
     "generator": GENERATORS,
     "output_type": one_of(*OUTPUT_TYPES),
     "return_dict": boolean,
@@ -28,7 +29,7 @@ CALL = {
     "jump_length": integer(1),
     "num_resamples": integer(1, 1000, "each is a pass over all timesteps"),
     "iterations": integer(1, 1000, "each is a network evaluation at every step"),
-    "steps": integer(2),
+    "steps": integer(2, 2**16, "all images are in memory at once"),
 }
 MOST_VALUES = 2**31  # of the images of one call
 

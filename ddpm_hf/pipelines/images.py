@@ -31,7 +31,7 @@ def to_unit(name: str, images, channels: int) -> torch.Tensor:
         images = pixels.reshape(*pixels.shape[:3], channels)
     given = tuple(getattr(images, "shape", ()))
     wanted = f"(B, H, W, {channels})" if isinstance(images, np.ndarray) else f"(B, {channels}, H, W)"
-    if isinstance(images, np.ndarray) and images.dtype in (np.float16, np.float32, np.float64):
+    if isinstance(images, np.ndarray) and images.ndim > 1 and images.dtype in (np.float16, np.float32, np.float64):
         images = torch.from_numpy(images[None] if images.ndim == 3 else images).movedim(-1, 1)
     if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.is_meta:
         kind = str(getattr(images, "dtype", type(images).__name__))[:100]

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import logging
 
 from ddpm_hf.models.unet import DDPMUNet
-from ddpm_hf.pipelines.denoising import CALL, MOST_VALUES, DenoisingLoop
+from ddpm_hf.pipelines.denoising import BATCH, CALL, MOST_VALUES, DenoisingLoop
 from ddpm_hf.pipelines.editing import EditingMixin
 from ddpm_hf.pipelines.images import PIL_MODES, NotFiniteError, to_output, to_unit
 from ddpm_hf.pipelines.loading import load_components
@@ -190,6 +190,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         labels = self._labels(class_labels, batch_size or (given if given > 1 else None), guidance_scale)
         if batch_size is None:
             batch_size = given if labels is None else len(labels)
+        check("batch_size", batch_size, BATCH)
         shape = tuple(self.image_shape if start is None else start.shape[1:])
         what = f"batch_size={batch_size}: images of shape {shape} are {{}} values together"
         limit(

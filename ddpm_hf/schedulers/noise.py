@@ -78,7 +78,7 @@ _TIMESTEPS = matching(
 )
 _CALL = {
     **dict.fromkeys(("model_output", "original_samples", "sample", "noise", "prev_sample"), _TENSOR),
-    **dict.fromkeys(("timesteps", "timestep", "to_timestep"), _TIMESTEPS),
+    **dict.fromkeys(("timesteps", "timestep"), _TIMESTEPS),
     "gamma": number(above=0),
     "generator": GENERATORS,
     "device": optional(matching(lambda v: torch.device(v) is not None, "must be the name of a device of PyTorch")),
@@ -219,7 +219,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             return original_samples
         return self.get_velocity(original_samples, noise, timesteps)
 
-    @explained(_CALL)
+    @explained({**_CALL, "timesteps": matching(lambda v: v.dtype in _INTEGERS, "must be a tensor of integers")})
     def min_snr_weight(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         """Min-SNR-gamma weight of the squared error at `timesteps` (B,): float32 (B,).
 
@@ -309,7 +309,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """The predicted x_0 (B, ...), not clamped, of `model_output` for `sample` at `timestep`, an int or (B,)."""
         return StepCoefficients(*self._rows_at(self._all_steps, timestep, sample)).original(model_output, sample)
 
-    @explained(_CALL)
+    @explained({**_CALL, "timestep": integer(-1), "to_timestep": integer()})
     def renoise(self, sample, timestep: int, to_timestep: int, noise) -> torch.Tensor:
         """A draw from q(x_to | x_timestep), with to_timestep > timestep; timestep -1 is the image (equation 2)."""
         if not -1 <= timestep < to_timestep < len(self):

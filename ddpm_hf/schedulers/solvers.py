@@ -8,7 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_hf.schedulers.noise import COSINE_SCHEDULE, CosineNoiseScheduler, LinearNoiseScheduler, NoiseScheduler
-from ddpm_hf.utils.arguments import check, one_of
+from ddpm_hf.utils.arguments import boolean, check, one_of, optional
 
 SOLVERS = {  # name in papers and other programs -> class in diffusers
     "ddim": "DDIMScheduler",
@@ -50,6 +50,7 @@ def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: boo
     Raises:
         ValueError: an unknown name, or a solver that does not support `clip_sample` or the betas of `scheduler`.
     """
+    check("clip_sample", clip_sample, optional(boolean))
     if solver is None or isinstance(solver, SchedulerMixin):
         if clip_sample is not None:
             raise ValueError(f"clip_sample={clip_sample} needs the name of a scheduler: {', '.join(CLAMPING)}")

@@ -158,7 +158,7 @@ def number(least: float = -LARGEST_FLOAT, most: float = LARGEST_FLOAT, above=Non
             raise ValueError(words)
         if (above is not None and value <= above) or (below is not None and value >= below):
             raise ValueError(words)
-        return value
+        return value if abs(value) < 2**53 else float(value)  # tensors take no larger integers
 
     return read
 
