@@ -90,7 +90,9 @@ def run(package: Path, command: list[str], work: Path) -> tuple[float, float]:
         _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - began
     if status:
-        raise SystemExit(f"{package}: {' '.join(command)} failed:\n{(work / 'log').read_text()[-2000:]}")
+        raise SystemExit(
+            f"{package}: {' '.join(command)} failed:\n{(work / 'log').read_text(encoding='utf-8')[-2000:]}"
+        )
     return seconds, usage.ru_maxrss / 1024
 
 
@@ -145,7 +147,7 @@ def compare(name: str, command: Callable[[str], list[str]], before: Path, work: 
             shutil.rmtree(work / side, ignore_errors=True)
             seconds, memory = run(packages[side], command(side), work)
             if name in CALLS:
-                seconds = float((work / "log").read_text().split()[-1])
+                seconds = float((work / "log").read_text(encoding="utf-8").split()[-1])
             found[side].append((seconds, memory))
     seconds, memory = ({side: [turn[what] for turn in found[side]] for side in packages} for what in (0, 1))
     ratios = [now / then for then, now in zip(seconds["before"], seconds["now"], strict=True)]
@@ -171,7 +173,10 @@ def main() -> None:
         parser.error(f"{args.checkout} is no checkout of this project: it has no ddpm_hf/__init__.py")
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    with tempfile.TemporaryDirectory() as folder, (args.out / "before.csv").open("w", newline="") as file:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (args.out / "before.csv").open("w", newline="", encoding="utf-8") as file,
+    ):
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         prepare(before, Path(folder))

@@ -31,7 +31,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 
 def main() -> None:
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
+    with open(Path(__file__).with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         names = ("at_rest_mib", "counted_mib", "measured_mib", "measured_tensor_by_tensor_mib")
         rows.writerow(["config", "mixed_precision", "batch", *names])
@@ -75,7 +75,7 @@ def _network(config: str):
 
 
 def _status(name: str) -> int:
-    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = [row for prediction_type in PREDICTION_TYPES for row in measured_run(prediction_type, out)]
-    with open(out / "objectives.csv", "w", newline="") as file:
+    with open(out / "objectives.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -77,7 +77,7 @@ def main(model: str, early: str, features: str, out: Path) -> None:
         ends = [[row[key] + sign * 1.96 * row[f"{key}_stderr"] for sign in (-1, 1)] for row in rows]
         apart = [a[1] < b[0] for a, b in pairwise(ends)]
         print(f"{key}: {'in order, intervals disjoint' if all(apart) else f'NOT all disjoint: {apart}'}")
-    with open(out / "orderings.csv", "w", newline="") as file:
+    with open(out / "orderings.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -218,7 +218,7 @@ def train_theirs(name: str, config: TrainConfig, record: Record, ready: Callable
 
 
 def compete(name: str, recipe: str, seed: int, seconds: float, folder: Path, barrier) -> None:
-    with open(folder / "log.txt", "w") as log:
+    with open(folder / "log.txt", "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
@@ -226,7 +226,9 @@ def compete(name: str, recipe: str, seed: int, seconds: float, folder: Path, bar
     record, ready = Record(folder, [seconds * mark for mark in MARKS[recipe]]), barrier.wait
     with contextlib.suppress(BudgetSpent):
         train_ours(config, record, ready) if name == OURS else train_theirs(name, config, record, ready)
-    (folder / "done.json").write_text(json.dumps({"updates": record.update, "seconds": round(record.now, 1)}))
+    (folder / "done.json").write_text(
+        json.dumps({"updates": record.update, "seconds": round(record.now, 1)}), encoding="utf-8"
+    )
 
 
 def race(jobs: list[tuple]) -> None:
@@ -387,8 +389,8 @@ def main(args: argparse.Namespace) -> None:
                 for file in folders[name, seed].glob("*.safetensors"):
                     file.unlink()
             race([(name, recipe, seed, args.seconds, folders[name, seed]) for name in names])
-        print(f"seed {seed}: ", {name: json.loads((folders[name, seed] / "done.json").read_text()) for name in names},
-              flush=True)  # fmt: skip
+        done = {name: (folders[name, seed] / "done.json").read_text(encoding="utf-8") for name in names}
+        print(f"seed {seed}: ", {name: json.loads(text) for name, text in done.items()}, flush=True)
     jobs = []
     for (name, seed), folder in folders.items():
         paths = sorted(folder.glob("*.safetensors"))
@@ -400,7 +402,7 @@ def main(args: argparse.Namespace) -> None:
             rows.append(row)
             print(row, flush=True)
         baseline = real.result()
-    with open(out / f"quality-{recipe}.csv", "w", newline="") as file:
+    with open(out / f"quality-{recipe}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows([*rows, {"contestant": "held-out images", **baseline}])

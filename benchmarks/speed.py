@@ -175,7 +175,7 @@ class Worker:
         environment = os.environ | {"PYTHONPATH": checkout or str(WORKER.parents[1])}
         pipe, silent = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(
-            [python, str(script)], stdin=pipe, stdout=pipe, stderr=silent, text=True, env=environment
+            [python, str(script)], stdin=pipe, stdout=pipe, stderr=silent, encoding="utf-8", env=environment
         )
 
     def tell(self, **message) -> None:
@@ -303,7 +303,9 @@ def check_outputs(python: str) -> list[str]:
 
 def machine() -> str:
     names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if "model name" in line
     ]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU (CUDA: not measured)"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -321,7 +323,7 @@ def told(row: dict) -> str:
 
 
 def write(rows: list[dict], path: Path) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -518,7 +518,7 @@ def synchronize() -> None:
 
 def status(field: str) -> int:
     """MiB, of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) // 1024
 
 
@@ -537,7 +537,7 @@ def forget_peak() -> None:
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (proc(5))
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew (proc(5))
 
 
 def peak(before: int) -> int:
@@ -554,7 +554,7 @@ def keep_output(contestant: str, name: str, path: str) -> None:
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed
     this, before = None, 0
     for line in sys.stdin:

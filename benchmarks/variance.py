@@ -42,7 +42,7 @@ def main(fixed: Path, learned: Path, out: Path) -> None:
             row |= {f"fd_{steps}": found["fd_train"]["value"], f"fd_{steps}_stderr": found["fd_train"]["stderr"]}
         print(row, flush=True)
         rows.append(row)
-    with open(out / "variance.csv", "w", newline="") as file:
+    with open(out / "variance.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

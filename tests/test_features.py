@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation.context import Context
 from ddpm_hf.evaluation.features import choose as features
 from ddpm_hf.evaluation.features.choose import make_extractor
 from ddpm_hf.evaluation.features.extractor import Extractor
@@ -91,6 +93,35 @@ def test_invalid_images_raise(given, message):
 def test_invalid_features_raise(network, message):
     with pytest.raises(ValueError, match=f"'mine' .*{message}"):
         Extractor("mine", "0", "none", network)(images())
+
+
+class WithoutFloat64(torch.Tensor):
+    """A tensor of a device without float64, such as Apple's."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("the device has no float64")
+
+
+def test_float64_is_made_on_the_cpu():
+    def network(x):
+        part = x.flatten(1).as_subclass(WithoutFloat64)
+        return part, part
+
+    for part in Extractor("mine", "0", "none", network, classifies=True)(images()):
+        assert type(part) is torch.Tensor
+        assert part.dtype == torch.float64
+
+    class Unet:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def __call__(self, sample, timestep):
+            return SimpleNamespace(sample=sample.as_subclass(WithoutFloat64))
+
+    context = SimpleNamespace(pipeline=SimpleNamespace(unet=Unet()))
+    assert Context.predict(context, images().double(), torch.zeros(3), None).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

@@ -64,4 +64,4 @@ class Extractor:
                 raise ValueError(f"the features {self.name!r} must be a tensor of shape ({len(images)}, D), not {kind}")
             if not part.isfinite().all():
                 raise ValueError(f"the features {self.name!r} are not finite")
-        return features.double().cpu(), logits.double().cpu() if self.classifies else None
+        return features.cpu().double(), logits.cpu().double() if self.classifies else None
