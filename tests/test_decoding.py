@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from ddpm_hf.data import decoding
 from ddpm_hf.data.decoding import ORIENTED, BadImage, Decoder, read_image
 
 HEIGHT, WIDTH = 5, 7
@@ -345,7 +346,21 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 def test_a_large_array_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = array_file(tmp_path, np.zeros((100, 100), np.uint8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9999)
-    for content in (path, tiff(np.zeros((100, 100), np.uint16))):
-        with pytest.raises(BadImage, match="is too large: 100x100 pixels are more than the limit of 9,999"):
-            read_image(content, None)
+    monkeypatch.setattr(decoding, "MOST_BYTES", 9999)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some users set it: ours still holds
+    pages = tiff(np.zeros((3, 50, 50), np.uint16), photometric="minisblack")
+    contents = [path, pages, *(tiff(np.zeros((100, 100), kind)) for kind in (np.uint8, np.uint16))]
+    contents += [encoded(Image.new("L", (100, 100)), "PNG"), png16(np.zeros((50, 50, 3), np.uint16))]
+    for content in contents:
+        with pytest.raises(
+            BadImage, match=r"is too large: .* bytes when decoded, more than the limit of 9,999; cut or"
+        ):
+            read_image(content, 3)
+
+
+def test_a_sparse_array_is_refused(tmp_path):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (400, 8000, 8000)})
+        file.truncate(400 * 8000 * 8000 + 200)  # no block on the disk
+    with pytest.raises(BadImage, match="is too large: 400x8000x8000 values are 25,600,000,000 bytes"):
+        read_image(tmp_path / "a.npy", None)

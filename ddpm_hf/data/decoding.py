@@ -21,6 +21,7 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
 EIGHT_BITS = (0.0, 255.0)  # black and white of 8-bit images
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MOST_BYTES = 2**28  # of a decoded image: Pillow's limit of 89,478,485 pixels in RGB; small files can decode to far more
 NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of machine or network
 ORIENTED = {  # EXIF orientation -> the upright array
     2: lambda a: a[:, ::-1],
@@ -216,12 +217,15 @@ def _read(source, channels) -> tuple[np.ndarray, bool]:
         if deep is not None:
             return deep
     image = Image.open(io.BytesIO(content))
+    deep_png = image.format == "PNG" and content[24] == 16
+    each = 4 if image.mode in DEEP_MODES else 1 + deep_png
+    _check_size(image.width * image.height * len(image.getbands()) * each, image.size)
     if image.format == "PNG":
         image.verify()  # checks all checksums; the image must be opened again
         image = Image.open(io.BytesIO(content))
-        if content[24] == 16 and "transparency" in image.info:
+        if deep_png and "transparency" in image.info:
             raise BadImage("has 16 bits and a transparent colour (a tRNS chunk), which is not supported")
-        if content[24] == 16 and image.mode not in DEEP_MODES:  # Pillow keeps 8 of the 16 bits
+        if deep_png and image.mode not in DEEP_MODES:  # Pillow keeps 8 of the 16 bits
             import imagecodecs
 
             pixels = imagecodecs.png_decode(content)
@@ -247,7 +251,7 @@ def _read_array(path) -> np.ndarray:
     if not head.startswith(np.lib.format.MAGIC_PREFIX):  # np.load would suggest allow_pickle
         raise BadImage(f"is not a .npy file: it begins with {head!r}")
     array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false header allocates nothing
-    _check_size(*(sorted(array.shape)[-2:] if array.ndim > 1 else (array.size, 1)))
+    _check_size(array.nbytes, array.shape)
     return np.array(array)
 
 
@@ -259,8 +263,7 @@ def _read_tiff(content: bytes, channels) -> tuple[np.ndarray, bool] | None:
         page, pages = file.pages[0], len(file.pages)
         samples, extra = page.samplesperpixel, page.extrasamples
         if pages > 1 and samples == 1 and pages == channels:
-            for each in file.pages:
-                _check_size(each.imagewidth, each.imagelength)
+            _check_size(sum(each.nbytes for each in file.pages), (pages, *page.shape))
             return np.stack([each.asarray() for each in file.pages], axis=-1), False
         alpha = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
         has_opacity = len(extra) == 1 and extra[0] in alpha
@@ -271,7 +274,7 @@ def _read_tiff(content: bytes, channels) -> tuple[np.ndarray, bool] | None:
             return None
         if kind not in ("MINISBLACK", "RGB"):
             raise BadImage(f"is a TIFF file of {samples} {kind} channels of {page.bitspersample} bits")
-        _check_size(page.imagewidth, page.imagelength)
+        _check_size(page.nbytes, page.shape)
         pixels = page.asarray()
         if page.axes.startswith("S"):
             pixels = np.moveaxis(pixels, 0, -1)
@@ -297,6 +300,10 @@ def _channels_last(array: np.ndarray, channels) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(array, 0, -1)) if is_first else array
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"is too large: {width}x{height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS:,}")
+def _check_size(size: int, shape) -> None:
+    """Raise BadImage, before an image is decoded, if that would take too much memory."""
+    if size > MOST_BYTES:
+        raise BadImage(
+            f"is too large: {'x'.join(map(str, shape))} values are {size:,} bytes when decoded, more than the limit of "
+            f"{MOST_BYTES:,}; cut or scale it into smaller images"
+        )
