@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, convert
 from ddpm_hf.commands.main import main
 from ddpm_hf.convert.unet2d import settings_from, to_diffusers, weights_from
-from ddpm_hf.convert.weights import load_checked
+from ddpm_hf.convert.weights import load_checked, load_weights
 
 TUTORIALS = {
     "explainingai_gray28": "explainingai",
@@ -437,3 +437,9 @@ def test_a_source_is_one_file(tmp_path, monkeypatch):
     found = runpy.run_module("ddpm_hf.convert.convert")
     assert found["KINDS"] == ("explainingai", "labml", "learnopencv", "mysource", "diffusers")
     assert found["SOURCES"]["mysource"].signature == "mine.weight"
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    torch.save({"conv.weight": torch.ones(1).expand(2**30)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"conv.weight has shape \(1073741824,\) but only 4 bytes in the file"):
+        load_weights(tmp_path / "a.pt")

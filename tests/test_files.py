@@ -24,6 +24,7 @@ from ddpm_hf.utils.files import (
     write,
     writing_tree,
 )
+from ddpm_hf.utils.yaml_files import read_yaml
 
 PACKAGE = Path(files.__file__).parents[1]
 WRITERS = {
@@ -207,3 +208,18 @@ def test_one_process_holds_a_lock_until_it_ends_however_it_ends(tmp_path):
     with locked(tmp_path / "kill/run", "train"):
         (tmp_path / "kill/run/kept").touch()
     assert os.listdir(tmp_path / "kill/run") == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "has aliases"),
+        ("a: " + "[" * 20_000, "nested too deeply"),
+        ("a: " + "x" * 300_000, "300,003 bytes, more than the limit of 262,144"),
+    ],
+)
+def test_hostile_settings_end_in_one_short_sentence(tmp_path, content, reason):
+    (tmp_path / "a.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_yaml(tmp_path / "a.yaml", "config")
+    assert len(str(caught.value)) <= 500

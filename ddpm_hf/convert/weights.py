@@ -30,9 +30,19 @@ def load_weights(path: Path) -> Weights:
     except Exception as error:  # damaged files raise various exceptions
         raise ValueError(f"{path} cannot be read as weights: {first_line(error)}") from error
     weights = _unwrapped(content)
+    if weights is not None:
+        _check_memory(weights, path)
     if weights is None:
         raise ValueError(f"{path} has no named weights")
     return weights
+
+
+def _check_memory(weights: Weights, path: Path) -> None:
+    """Raise ValueError for tensors larger than their storage (a stride of 0), which a copy would write out."""
+    for key, value in weights.items():
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            stored = f"{value.untyped_storage().nbytes():,} bytes in the file; save it with .contiguous()"
+            raise ValueError(f"{path}: {key[:100]} has shape {tuple(value.shape)} but only {stored}")
 
 
 def _unwrapped(content) -> Weights | None:
