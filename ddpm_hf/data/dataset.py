@@ -245,7 +245,10 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
             raise_if_stopped()
             yield from zip(chunk, results.result())
     except BrokenProcessPool as error:
-        raise ValueError(f"dataloader_num_workers={workers}: a worker died, perhaps because memory ran out") from error
+        raise ValueError(
+            f"dataloader_num_workers={workers}: a worker died, perhaps because memory ran out, or because the script "
+            'lacks `if __name__ == "__main__":` around its code, which each worker then runs again'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
