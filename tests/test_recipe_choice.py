@@ -107,7 +107,13 @@ def test_a_stream_chooses_by_its_first_image(tmp_path, monkeypatch, capsys):
     features = Features({"image": ImageFeature(), "k": Value("int64")})
     rows = {"image": [Image.fromarray(p) for p in pixels], "k": [0, 1, 2]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train-0.parquet")
-    monkeypatch.delattr(Dataset, "from_parquet")  # which would keep all of it on the disk
+    read = Dataset.from_parquet
+
+    def streamed(files, streaming=False):
+        assert streaming, "otherwise all of it is kept on the disk"
+        return read(files, streaming=streaming)
+
+    monkeypatch.setattr(Dataset, "from_parquet", streamed)
     config = for_training({"train_data_dir": str(tmp_path), "streaming": True})
     assert (config.config, config.max_train_steps) == ("mnist", 9375)
     assert "images of 1x20x20" in capsys.readouterr().out

@@ -221,7 +221,7 @@ def test_an_objective_of_ones_own_is_trained_and_belongs_to_its_checkpoint(tmp_p
 
 def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(tiny_config(tmp_path / name, seed=seed, unet={**tiny_config("").unet, "dropout": 0.1}))
+        train(tiny_config(tmp_path / name, seed=seed, unet={**tiny_config(tmp_path).unet, "dropout": 0.1}))
     files = [(tmp_path / n / "unet/diffusion_pytorch_model.safetensors").read_bytes() for n in "abc"]
     assert files[0] == files[1] != files[2]
     assert quietly(tmp_path / "a") == quietly(tmp_path / "b")

@@ -71,7 +71,7 @@ class DataConfig:
             value = check(f.name, getattr(self, f.name), optional(rule, "null") if types.NoneType in options else rule)
             if type(value) is int and float in options:
                 value = float(value)
-            setattr(self, f.name, [float(v) for v in value] if isinstance(value, list | tuple) else value)
+            setattr(self, f.name, list(value) if isinstance(value, tuple) else value)
         ordered = self.value_range is None or self.value_range[0] < self.value_range[1]
         self._check("value_range", ordered, "must be two numbers, the value of black and the greater value of white")
 
