@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from ddpm_hf.commands.device import add_device, pop_device
 from ddpm_hf.commands.parsing import add_setting
 
 
@@ -22,6 +23,7 @@ def add_arguments(parser) -> None:
     evaluation = parser.add_argument_group("evaluation")
     add(evaluation, "output", "JSON file to write, next to report.html", default="evaluation.json beside the model")
     add(evaluation, "seed", "sample k depends only on the seed and k", int)
+    add_device(evaluation)
     data = parser.add_argument_group("data")
     add(data, "dataset_name", "digits, or a data set of the Hub", default="the model's training data")
     add(data, "train_data_dir", "folder of images, instead of --dataset_name")
@@ -46,6 +48,7 @@ def run(args) -> None:
     from ddpm_hf.evaluation import evaluate as evaluation
     from ddpm_hf.utils.memory import keep_freed_memory
 
+    pop_device(args)
     given = {name: value for name, value in vars(args).items() if value is not None}
     across = given.pop("across", [])
     if "compare" in given:

@@ -16,7 +16,7 @@ def add_arguments(parser) -> None:
     add_setting(hardware, "--gpus", 1, type=int, help="number of devices")
     add_setting(hardware, "--device", "h100", help=f"device: {', '.join(DEVICES)}")
     add_setting(hardware, "--num_images", "those of the recipe's data set", type=int, help="number of training images")
-    train.add_arguments(parser)
+    train.add_settings(parser)
 
 
 def run(args) -> None:

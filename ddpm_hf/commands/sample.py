@@ -2,6 +2,7 @@
 
 import os
 
+from ddpm_hf.commands.device import add_device
 from ddpm_hf.commands.parsing import add_setting
 
 OLD_FLAGS = {"--output": "--output_dir"}
@@ -20,6 +21,7 @@ def add_arguments(parser) -> None:
     both.add_argument("--seed", type=int, default=0, help="image k depends only on the seed and k")
     both.add_argument("--class_labels", nargs="+", help="names or numbers of classes, which the images take in turn")
     both.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 disables it")
+    add_device(both)
     folder = parser.add_argument_group("folder of images")
     add_setting(folder, "--num_images", 16, type=int, help="number of images in the folder at the end")
     add_setting(folder, "--batch_size", 64, type=int, help="images per batch; it does not change the images")
@@ -35,19 +37,17 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    import torch
-
     from ddpm_hf.pipelines.pipeline import load_pipeline
+    from ddpm_hf.utils.devices import choose_device
     from ddpm_hf.utils.memory import keep_freed_memory
 
     for name in FOR_FOLDER if args.compare else FOR_COMPARISON:
         if hasattr(args, name):
             raise ValueError(f"--{name} {'cannot be combined with' if args.compare else 'requires'} --compare")
     keep_freed_memory()
-    pipeline = load_pipeline(args.model, "model")
+    device = choose_device(args.device)
+    pipeline = load_pipeline(args.model, "model").to(device)
     pipeline.set_progress_bar_config(disable=True)
-    if torch.cuda.is_available():
-        pipeline.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     names = pipeline.unet.config.get("class_names") or []
     labels = args.class_labels and [int(x) if x.isdigit() and x not in names else x for x in args.class_labels]
     (_compare if args.compare else _fill)(pipeline, labels, args)

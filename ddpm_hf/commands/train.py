@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import typing
 
+from ddpm_hf.commands.device import add_device, pop_device
 from ddpm_hf.commands.parsing import add_setting
 
 # Flags of diffusers' training scripts that have another name here, or no equivalent.
@@ -29,6 +30,11 @@ HINTS = {
 
 
 def add_arguments(parser) -> None:
+    add_settings(parser)
+    add_device(parser.add_argument_group("device"))
+
+
+def add_settings(parser) -> None:
     """Add a flag for each field of `TrainConfig`, under the heading of the field."""
     from ddpm_hf.training.config import HEADINGS, TrainConfig
 
@@ -75,6 +81,7 @@ def run(args) -> int:
     from ddpm_hf.training.recipes import for_training
     from ddpm_hf.utils.memory import tune_process
 
+    pop_device(args)
     config = for_training(vars(args))
     callbacks, pushing = [Previews(draw_pictures), Report()], PushInBackground()
     if config.push_to_hub:

@@ -88,7 +88,8 @@ class Context:
         """The network's output: (B, C, H, W), (B,), (B,) or None -> (B, C or 2 C, H, W), float64 on the CPU."""
         unet = self.pipeline.unet
         classes = {} if labels is None else {"class_labels": labels.to(unet.device)}
-        return unet(sample.to(unet.device, unet.dtype), timesteps.to(unet.device), **classes).sample.cpu().double()
+        sample = sample.to(unet.dtype).to(unet.device)  # in this order, because MPS has no float64
+        return unet(sample, timesteps.to(unet.device), **classes).sample.cpu().double()
 
     def subset(self, images: ImageData, most: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """At most `most` evenly spread images (N, C, H, W), and their labels (N,), or None without classes.

@@ -77,4 +77,6 @@ class Batches:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`, to which the host does not wait for it to come."""
+    if device.type == "mps":  # has no float64; `uniform` must stay below 1
+        batch = batch._replace(uniform=batch.uniform.float().clamp(max=1 - 2**-24))
     return Batch(*(None if part is None else to_device(part, device) for part in batch))
