@@ -16,7 +16,7 @@ def run(args) -> None:
     from ddpm_hf.pipelines.pipeline import load_pipeline
     from ddpm_hf.utils.devices import choose_device
 
-    device = choose_device(args.device)
+    device = choose_device(getattr(args, "device", None))
     pipeline = load_pipeline(args.model, "model").to(device)
     pipeline.set_progress_bar_config(disable=True)
     page = build_demo(pipeline)

@@ -5,7 +5,7 @@ import argparse
 
 def add_device(group) -> None:
     help = "cpu, cuda or mps (default: the accelerator of this machine, or else the CPU)"
-    group.add_argument("--device", help=help)
+    group.add_argument("--device", default=argparse.SUPPRESS, help=help)
 
 
 def pop_device(args: argparse.Namespace) -> None:
@@ -20,6 +20,6 @@ def pop_device(args: argparse.Namespace) -> None:
 
     from ddpm_hf.utils.devices import choose_device
 
-    name = vars(args).pop("device")
+    name = vars(args).pop("device", None)
     if name is not None:
         PartialState(cpu=choose_device(name).type == "cpu")

@@ -45,7 +45,7 @@ def run(args) -> None:
         if hasattr(args, name):
             raise ValueError(f"--{name} {'cannot be combined with' if args.compare else 'requires'} --compare")
     keep_freed_memory()
-    device = choose_device(args.device)
+    device = choose_device(getattr(args, "device", None))
     pipeline = load_pipeline(args.model, "model").to(device)
     pipeline.set_progress_bar_config(disable=True)
     names = pipeline.unet.config.get("class_names") or []
