@@ -38,7 +38,7 @@ def measured_run(prediction_type: str, out: Path) -> list[dict]:
         print(rows[-1], flush=True)
         if run.finished:
             images = run.pipeline(64, torch.Generator().manual_seed(1), STEPS, output_type="np").images
-            grid(images, 8, 8).save(out / f"objectives-{prediction_type}.png")
+            grid(images, 8, title=f"{prediction_type}, 64 samples").save(out / f"objectives-{prediction_type}.png")
         clock["measuring"] += time.monotonic() - now
 
     config = resolve({"config": "digits", "prediction_type": prediction_type, "checkpointing_steps": EVERY,

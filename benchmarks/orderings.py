@@ -23,7 +23,7 @@ from ddpm_hf.evaluation.metrics.fidelity import frechet_estimate, kernel_distanc
 from ddpm_hf.evaluation.reference import data_config
 from ddpm_hf.pipelines.images import from_unit
 from ddpm_hf.pipelines.pipeline import load_pipeline
-from ddpm_hf.utils.pictures import grid, with_row_names
+from ddpm_hf.utils.pictures import grid
 from ddpm_hf.utils.seeds import image_generators
 
 N, BATCH, SIGMA, SHOWN = 2000, 100, 1.5, 16
@@ -82,8 +82,8 @@ def main(model: str, early: str, features: str, out: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     shown = torch.cat([images[:: N // SHOWN][:SHOWN] for images in sets.values()])
-    picture = grid(from_unit(shown, "np"), SHOWN, 2)
-    with_row_names(picture, list(sets)).save(out / "orderings.png")
+    title = "images of each set, from the best to the worst"
+    grid(from_unit(shown, "np"), SHOWN, title=title, row_names=list(sets)).save(out / "orderings.png")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def judge(recipe: str, name: str, seed: int, path: Path, n: int, picture: Path |
         images.append(pipeline(len(numbers), image_generators(1, numbers.tolist()), **walk).images)
     images = torch.cat(images)
     if picture:
-        grid(images[:64].movedim(1, -1).numpy(), 8, 4 if recipe == "digits" else 2).save(picture)
+        grid(images[:64].movedim(1, -1).numpy(), 8).save(picture)
     with safe_open(path, "pt") as file:
         told = file.metadata()
     row = {"contestant": name, "seed": seed, "seconds": float(told["seconds"]), "updates": int(told["update"])}

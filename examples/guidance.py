@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ddpm_hf import DDPMCustomPipeline
-from ddpm_hf.utils.pictures import grid, with_caption, with_row_names
+from ddpm_hf.utils.pictures import grid
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", help="folder or Hub id of a class-conditional model")
@@ -36,6 +36,10 @@ for scale in args.scales:
     columns.append(images)
 
 rows = np.stack(columns, axis=1)  # (classes, scales, H, W, C)
-picture = grid(rows.reshape(-1, *rows.shape[2:]), len(columns), max(1, 64 // rows.shape[2]))
-caption = f"guidance {', '.join(f'{scale:g}' for scale in args.scales)}"
-with_caption(with_row_names(picture, names), [caption]).save(args.output)
+grid(
+    rows.reshape(-1, *rows.shape[2:]),
+    len(columns),
+    title="samples by class (rows) and guidance scale (columns)",
+    column_names=[f"{scale:g}" for scale in args.scales],
+    row_names=names,
+).save(args.output)

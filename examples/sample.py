@@ -23,30 +23,33 @@ classes = {"class_labels": args.class_label} if args.class_label else {}
 settings = {"output_type": "pt", "num_inference_steps": args.steps, **classes}
 
 
-def save(rows, path):
-    """Rows of images (columns, C, H, W) in [0, 1]."""
-    images = torch.cat(rows).permute(0, 2, 3, 1).cpu().numpy()
-    grid(images, len(rows[0]), max(1, 64 // images.shape[1])).save(path)
+def save(rows, path, title):
+    """`rows`: {name: images (columns, C, H, W) in [0, 1]}."""
+    images = torch.cat(list(rows.values())).permute(0, 2, 3, 1).cpu().numpy()
+    grid(images, len(images) // len(rows), title=title, row_names=list(rows)).save(path)
 
 
 film = Film({*range(0, args.steps, max(1, args.steps // 10)), args.steps - 1})
 images = pipe(9, image_generators(0, range(9)), callback_on_step_end=film, **settings).images
-film.save("film.gif", of="pred_original_samples", scale=8)
-film.contact_sheet(scale=4).save("trajectory.png")
+film.save("film.gif", of="pred_original_samples")
+film.contact_sheet().save("trajectory.png")
 
-# Rows: mixtures at a timestep; an arc of noise; an arc between the noises that both images come from
 a, b, T = images[0], images[1], pipe.scheduler.config.num_train_timesteps
 between = [pipe.interpolate(a, b, T // 2, generator=torch.Generator().manual_seed(0), **settings).images]
 between += [pipe.interpolate(method="slerp", generator=torch.Generator().manual_seed(0), **settings).images]
 between += [pipe.interpolate(a, b, method="inversion", **settings).images]
-save(between, "interpolation.png")
+names = [f"mixed at t = {T // 2}", "arc of noise", "arc of inverted noise"]
+save(dict(zip(names, between)), "interpolation.png", "from one image to another, by three methods")
 
-rows = [
-    pipe(image=images, strength=s, generator=image_generators(1, range(9)), **settings).images for s in (0.2, 0.4, 0.6)
-]
-save([images, *rows], "variations.png")  # rows: the images, and ever less of them
+rows = {"image": images}
+for strength in (0.2, 0.4, 0.6):
+    again = pipe(image=images, strength=strength, generator=image_generators(1, range(9)), **settings).images
+    rows[f"strength {strength:g}"] = again
+save(rows, "variations.png", "images, and samples that keep ever less of them")
 
 mask = torch.zeros(images.shape[2:], dtype=torch.bool)
 mask[:, images.shape[3] // 2 :] = True  # the right half is to be painted
 repaired = [pipe.inpaint(images, mask, jump_length=5, num_resamples=5, **settings).images for _ in range(3)]
-save([images, torch.where(mask, 0.5, images), *repaired], "inpainting.png")
+rows = {"image": images, "right half removed": torch.where(mask, 0.5, images)}
+rows |= {f"repair {k + 1}": each for k, each in enumerate(repaired)}
+save(rows, "inpainting.png", "images whose right half is painted anew")

@@ -51,14 +51,15 @@ def test_every_solver_tells_the_x0_that_it_assumed(solver):
     assert_close(film.pred_original_samples[-1].clamp(-1, 1), images.clamp(-1, 1), rtol=0, atol=0.2)
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA"), (5, "L")])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB"), (5, "L")])
 def test_contact_sheets_and_films_of_any_channels(tmp_path, channels, mode):
     film, _, _ = filmed(channels)
     sheet = film.contact_sheet(scale=2)
-    width = 12 * (5 if channels == 5 else 1)  # band beside band
-    assert (sheet.mode, sheet.size) == (mode, (5 * (2 * width + 1) - 1, 3 * 17 - 1))
-    last = np.asarray(film.contact_sheet("pred_original_samples"))
-    assert last.shape[:2] == (3 * 9 - 1, 5 * (width + 1) - 1)
+    assert sheet.mode == mode
+    assert sheet.width > 5 * 24 * (5 if channels == 5 else 1)  # band beside band
+    assert sheet.height > 3 * 16
+    large = film.contact_sheet("pred_original_samples")
+    assert large.width > 5 * 60 * (5 if channels == 5 else 1)
     for suffix in ("gif", "webp"):
         film.save(tmp_path / f"film.{suffix}", scale=2)
         assert Image.open(tmp_path / f"film.{suffix}").n_frames == 5
@@ -71,10 +72,15 @@ def test_mp4(tmp_path):
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "film.mp4"))
     size = next(reader)["size"]
     frames = [np.frombuffer(frame, np.uint8).reshape(size[1], size[0], 3) for frame in reader]
-    assert size == (74, 50)  # 2 x 2 images of 37 x 25, the odd 73 x 49 made even
+    assert size == (
+        2 * 36 + 3 * 6,
+        2 * 24 + 3 * 6 + 17 + 6 + 1,
+    )  # 2 x 2 images with gaps of 6, a line of text, an even height
     assert len(frames) == 5 + 5  # and two seconds on the last
-    first = np.asarray(film.contact_sheet(scale=3))
-    assert abs(frames[0][:24, :36].astype(float) - first[:24, :36]).mean() < 40  # compressed, but this
+    first = film.samples[0, 0].clamp(-1, 1).add(1).mul(127.5).movedim(0, -1).numpy().repeat(3, 0).repeat(3, 1)
+    assert (
+        abs(frames[0][-24 - 6 - 24 - 6 - 1 : -24 - 6 - 6 - 1, 6 : 6 + 36].astype(float) - first).mean() < 40
+    )  # compressed
 
 
 def test_betas_that_ours_cannot_have_are_filmed_too():

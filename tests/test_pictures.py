@@ -10,33 +10,76 @@ from torch.testing import assert_close
 from ddpm_hf import LinearNoiseScheduler
 from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.data.neighbours import nearest_images
-from ddpm_hf.training.drawing import forward_process, loss_curve, side_by_side
+from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.log import TrainingLog
-from ddpm_hf.training.pictures import nearness
+from ddpm_hf.training.pictures import FILM_BYTES, _film, nearness
 from ddpm_hf.utils.pictures import grid, save_film
 
 
 def test_grid_places_each_image():
-    images = np.zeros((5, 2, 3, 1), np.float32)
-    images[4, 1, 2] = 0.6
-    picture = np.asarray(grid(images, columns=3, scale=2))
-    assert picture.shape == (2 * 5 - 1, 3 * 7 - 1)
-    assert (picture[4] == 255).all()  # between the rows
-    assert (picture[7:9, 11:13] == 153).all()  # image 4 is the second of the second row; its last pixel, twice as large
-    assert (picture[5:7, 7:13] == 0).all()
-    assert (picture[5:, 14:] == 255).all()  # no sixth image
+    """12 pixels are the longer side, so gaps and margins have 2 pixels of mid-gray."""
+    images = np.zeros((5, 8, 12, 1), np.float32)
+    images[4, 7, 11] = 0.6
+    picture = np.asarray(grid(images, columns=3, scale=1))
+    assert picture.shape == (2 * 10 + 2, 3 * 14 + 2)
+    expected = np.full(picture.shape, 128)
+    for k in range(5):
+        expected[2 + k // 3 * 10 :, 2 + k % 3 * 14 :][:8, :12] = 0
+    expected[2 + 10 + 7, 2 + 14 + 11] = 153
+    assert (picture == expected).all()
+
+
+@pytest.mark.parametrize(("side", "scale", "gap"), [(8, 8, 11), (28, 3, 14), (32, 2, 11), (64, 1, 11), (128, 1, 21)])
+def test_small_images_are_enlarged_by_whole_factors(side, scale, gap):
+    pattern = np.random.default_rng(0).random((1, side, side, 3))
+    picture = np.asarray(grid(pattern, 1))
+    assert picture.shape == (side * scale + 2 * gap, side * scale + 2 * gap, 3)
+    inner = picture[gap:-gap, gap:-gap]
+    assert (inner == (pattern[0] * 255).round().repeat(scale, 0).repeat(scale, 1)).all()
+    assert (np.delete(picture, np.s_[gap:-gap], axis=0) == 128).all()
 
 
 def test_grid_of_any_channels():
-    for channels, mode in ((1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA"), (5, "L")):
+    for channels, mode in ((1, "L"), (2, "L"), (3, "RGB"), (4, "RGB"), (5, "L")):
         assert grid(np.zeros((2, 4, 4, channels)), 2).mode == mode
-    five = np.stack([np.full((4, 3), k / 5) for k in range(5)], axis=-1)[None]
-    assert np.asarray(grid(five, 1))[0].tolist() == [51 * (k // 3) for k in range(15)]  # band beside band
+    five = np.stack([np.full((60, 60), k / 5) for k in range(5)], axis=-1)[None]
+    row = np.asarray(grid(five, 1))[-40, 10:-10].tolist()
+    expected = [each for k in range(5) for each in [51 * k] * 60 + [128] * 5]  # band beside band
+    assert row == expected[:-5]
+    assert grid(five, 1).height > grid(five[..., :3], 1).height + 13  # and says so
+
+
+def test_alpha_is_shown_by_a_checkerboard():
+    image = np.zeros((1, 64, 64, 4))
+    image[0, :32, :, 3] = 1
+    inner = np.asarray(grid(image, 1))[11:-11, 11:-11]
+    assert (inner[:32] == 0).all()
+    assert inner[32, ::8, 0].tolist() == [178, 230] * 4
+    assert (inner[32::16] == inner[32]).all()
+    assert (inner[40] == inner[32, ::-1]).all()
+
+
+def test_texts_of_a_grid_are_drawn_beside_its_images():
+    """Each text adds ink, and only where it belongs; the images stay as they are, in the same order."""
+    images = [*np.ones((3, 60, 60, 1)), None]
+    texts = {"title": "words", "notes": "a\nb", "column_names": ["t = 1", "t = 2"], "row_names": ["x", "y"]}
+    plain = np.asarray(grid(images, 2))
+    assert not (plain < 128).any()
+    for name, text in (texts | {"captions": ["0.1", "0.2", "0.3", "0.4"]}).items():
+        picture = np.asarray(grid(images, 2, **{name: text}))
+        assert (picture < 64).sum() > 5, name
+        assert (picture == 255).sum() == 3 * 60 * 60, name
+        assert picture.size > plain.size
+    wide = grid(images, 2, column_names=["a name as long as this one", "b"])
+    assert wide.width > 2 * 150  # the columns move apart
+    assert grid(images, 2, gaps={1: 4}).width == grid(images, 2).width + 3 * 10
 
 
 def test_forward_process_goes_from_the_image_to_noise():
     images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    shown = forward_process(images, LinearNoiseScheduler(), columns=5).reshape(2, 5, 64, 64)
+    shown, timesteps = forward_process(images, LinearNoiseScheduler(), columns=5)
+    shown = shown.reshape(2, 5, 64, 64)
+    assert timesteps == [0, 333, 666, 999]
     assert_close(torch.from_numpy(shown[:, 0]), images[:, 0] / 2 + 0.5)
     similar = [[np.corrcoef(row[0].ravel(), x.ravel())[0, 1] for x in row] for row in shown]
     for row in similar:
@@ -61,14 +104,18 @@ def test_loss_curve(tmp_path):
     assert Image.open(tmp_path / "loss.png").size == (1200, 480)
 
 
-def test_pictures_side_by_side():
-    black, gray = Image.new("L", (3, 5)), Image.new("RGB", (2, 4), (128, 128, 128))
-    pixels = np.asarray(side_by_side([black, gray], gap=2))
-    assert pixels.shape == (5, 7, 3)
-    assert (pixels[:, :3] == 0).all()
-    assert (pixels[:, 3:5] == 255).all()
-    assert (pixels[:4, 5:] == 128).all()
-    assert (pixels[4, 5:] == 255).all()
+@pytest.mark.parametrize(("number", "shape"), [(64, (8, 8, 1)), (64, (28, 28, 3)), (16, (64, 64, 4))])
+def test_the_film_of_a_run_is_small(tmp_path, number, shape):
+    """Even if all frames are noise, which no file format makes smaller."""
+    frames = np.random.default_rng(0).random((40, number, *shape), np.float32)
+    columns = round(number**0.5)
+    film = _film(frames, [f"step {k}" for k in range(40)], columns, ())
+    save_film(film, tmp_path / "film.gif", most_bytes=FILM_BYTES)
+    assert (tmp_path / "film.gif").stat().st_size < 500_000
+    saved = Image.open(tmp_path / "film.gif")
+    assert saved.n_frames >= 5
+    saved.seek(saved.n_frames - 1)
+    assert abs(np.asarray(saved.convert("RGB"))[-5:].astype(int) - 128).max() < 12  # the margin is still gray
 
 
 def test_nearness_shows_models_that_repeat_their_data(tmp_path):

@@ -122,7 +122,7 @@ def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_sca
 
 def _picture(images: np.ndarray, columns: int, width: int = 780, height: int = 560) -> Image.Image:
     """A `grid` of images (N, H, W, C) in [0, 1], enlarged by the largest integer that fits `width` x `height`."""
-    least = grid(images, columns)
+    least = grid(images, columns, 1)
     return grid(images, columns, max(1, min(width // least.width, height // least.height)))
 
 

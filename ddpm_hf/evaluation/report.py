@@ -12,6 +12,7 @@ from PIL import Image
 from ddpm_hf.evaluation.charts import BITS, DISTANCES, DRIFTS, LOSSES, QUALITIES, draw_charts, has
 from ddpm_hf.evaluation.comparison import few_samples_warning
 from ddpm_hf.utils.files import write
+from ddpm_hf.utils.pictures import channel_names
 from ddpm_hf.utils.results import number
 
 SETS = {"train": "training images", "held_out": "held-out images"}
@@ -63,9 +64,8 @@ def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image],
 
 
 def _png(picture: Image.Image) -> bytes:
-    """The picture as PNG; a small picture is enlarged by a whole factor."""
-    scale, buffer = max(1, 700 // picture.width), io.BytesIO()
-    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(buffer, "PNG")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -168,7 +168,3 @@ def _summary(protocol: dict) -> str:
     words = {"num_samples": "{:,} samples", "solver": "{}", "num_inference_steps": "{} steps"}
     words |= {"guidance_scale": "guidance {:g}", "weights": "{} weights", "dtype": "{}", "seed": "seed {}"}
     return " · ".join(text.format(protocol[key]) for key, text in words.items() if key in protocol)
-
-
-def channel_names(channels: int) -> list[str]:
-    return {1: ["gray"], 3: ["red", "green", "blue"]}.get(channels, [f"channel {c}" for c in range(channels)])

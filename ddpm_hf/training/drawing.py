@@ -1,21 +1,24 @@
-"""Draws the forward process, loss curves and pictures side by side."""
+"""The forward process, and loss curves."""
 
 import math
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.utils.files import writing
 
 
-def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1] -> (B * columns, H, W, C) in [0, 1]: each without noise, then at 0 ... T-1."""
+def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> tuple[np.ndarray, list[int]]:
+    """Images (B, C, H, W) in [-1, 1] at timesteps 0 ... T-1.
+
+    Returns:
+        (B * columns, H, W, C) in [0, 1]: each image without noise, then with the noise of each timestep; the timesteps.
+    """
     timesteps = torch.linspace(0, len(scheduler) - 1, columns - 1).round().long()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = [scheduler.add_noise(images, noise, t) for t in timesteps]
-    return to_output(torch.stack([images, *noisy], dim=1).flatten(0, 1), "np")
+    return to_output(torch.stack([images, *noisy], dim=1).flatten(0, 1), "np"), timesteps.tolist()
 
 
 def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
@@ -48,13 +51,3 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
         each.grid(alpha=0.3, which="both")
     with writing(path) as beside:
         figure.savefig(beside, dpi=120)
-
-
-def side_by_side(pictures: list[Image.Image], gap: int) -> Image.Image:
-    """Place pictures from left to right on white, `gap` pixels apart."""
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    canvas, left = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white"), 0
-    for picture in pictures:
-        canvas.paste(picture, (left, 0))
-        left += picture.width + gap
-    return canvas

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from ddpm_hf.data.neighbours import nearest_images
 from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.training.batch import draw_random
-from ddpm_hf.training.drawing import forward_process, loss_curve, side_by_side
+from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.previews import sample_together
 from ddpm_hf.training.run import Run
 from ddpm_hf.utils.files import save_picture
-from ddpm_hf.utils.pictures import grid, save_film, with_caption, with_row_names
+from ddpm_hf.utils.pictures import channel_names, grid, save_film
 
-FILM_FRAMES = 40
+FILM_FRAMES, FILM_IMAGES, FILM_PIXELS = 40, 20, 2**15  # of these images without enlarging them
+FILM_BYTES = 500_000  # pages of the Hub load the film
 FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 MOST_ROWS = 100  # classes
@@ -33,8 +35,6 @@ def draw_data(run: Run) -> None:
     shown = images.first(64, run.config.seed)
     flips = draw_random(run.config, 0, torch.arange(len(shown)), len(shown), images.shape).flips
     shown = torch.where(flips[:, None, None, None], shown.flip(3), shown)
-    columns = math.ceil(math.sqrt(len(shown)))
-    picture = grid(to_output(shown, "np"), columns, _scale(run), modes=(1, 3))  # shows opacity as a channel
     count = "a stream of" if images.num_images is None else f"{images.num_images:,}"
     lines = [f"{count} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}; {len(shown)} shown"]
     if isinstance(images, ImageData):
@@ -46,13 +46,17 @@ def draw_data(run: Run) -> None:
         measured = images.batch(batch_indices(run.config.seed, 0, number, len(images)))
     else:
         measured = shown
-    for c, x in enumerate(measured.transpose(0, 1)):
+    for name, x in zip(channel_names(channels), measured.transpose(0, 1)):
         std, mean = torch.std_mean(x, correction=0)
         numbers = f"{x.min():.3f} ... {x.max():.3f}, mean {mean:.3f}, std {std:.3f}"
-        lines.append(f"channel {c} of {len(measured):,}: {numbers}")
+        lines.append(f"{name}, over {len(measured):,} images: {numbers}")
     if not run.step:
         (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of an earlier run
-    save_picture(with_caption(picture, lines), run.output_dir / "data.png")
+    columns = math.ceil(math.sqrt(len(shown)))
+    picture = grid(
+        to_output(shown, "np"), columns, title="training images, as the network sees them", notes="\n".join(lines)
+    )
+    save_picture(picture, run.output_dir / "data.png")
 
 
 def draw_pictures(run: Run) -> list[dict]:
@@ -76,31 +80,25 @@ def draw_pictures(run: Run) -> list[dict]:
     if not run.accelerator.is_main_process:
         return []
 
-    def arranged(images: np.ndarray) -> Image.Image:
-        picture = grid(images, columns, _scale(run))
-        if labels is None:
-            return picture
-        return with_row_names(picture, [run.images.label_names[label] for label in labels[::columns]])
-
-    save_picture(arranged(samples), folder / "samples.png")
-    show(run, "samples", arranged(samples))
+    rows = () if labels is None else [run.images.label_names[label] for label in labels[::columns]]
+    picture = grid(samples, columns, title=f"samples at update {run.step:,}", row_names=rows)
+    save_picture(picture, folder / "samples.png")
+    show(run, "samples", picture)
     loss_curve(run.log_history, folder / "loss.png", config.snr_gamma is not None)
     if is_first:
-        both = {"EMA": samples, "training": of_training_weights}
-        halves = [with_caption(arranged(x), [f"{name} weights, update {run.step}"]) for name, x in both.items()]
-        save_picture(side_by_side(halves, gap=8), folder / FIRST_SAMPLES)
+        save_picture(_first_samples(run, [samples, of_training_weights], columns, rows), folder / FIRST_SAMPLES)
     if not run.finished:
         return []
-    save_film([arranged(frame) for frame in [*frames, samples]], folder / "denoising.gif")
-    shown = run.images.first(4, config.seed)
-    noisy = forward_process(shown, run.pipeline.scheduler)
-    save_picture(grid(noisy, len(noisy) // len(shown), _scale(run)), folder / "forward.png")
+    titles = [f"step {step + 1} of {steps}" for step in (*frame_steps, steps - 1)]
+    film = _film(np.stack([*frames, samples]), titles, columns, rows)
+    save_film(film, folder / "denoising.gif", most_bytes=FILM_BYTES)
+    save_picture(_forward(run), folder / "forward.png")
     if not isinstance(run.images, ImageData):
         return []
     x = torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1
     found, distances = nearest_images(x, run.images, NEIGHBOURS)
     some = np.linspace(0, number - 1, min(number, NEIGHBOURS_SHOWN)).astype(int)
-    save_picture(_neighbours(x[some], found[some], _scale(run)), folder / "neighbours.png")
+    save_picture(_neighbours(x[some], found[some], distances[some]), folder / "neighbours.png")
     return nearness(run, distances[:, 0])
 
 
@@ -165,13 +163,65 @@ def nearness(run: Run, of_samples: torch.Tensor) -> list[dict]:
     ]
 
 
-def _neighbours(samples: torch.Tensor, found: torch.Tensor, scale: int) -> Image.Image:
-    """A picture in two columns of samples (B, C, H, W), each with its nearest training images (B, k, C, H, W)."""
-    rows = torch.cat([samples[:, None], found], dim=1)
-    halves = [to_output(half.flatten(0, 1), "np") for half in rows.split(-(-len(rows) // 2))]
-    picture = side_by_side([grid(half, rows.shape[1], scale) for half in halves], gap=4 * scale)
-    caption = f"first image of each row: a sample; the others: its {found.shape[1]} nearest training images"
-    return with_caption(picture, [caption])
+def _first_samples(run: Run, halves: list[np.ndarray], columns: int, row_names: Sequence[str]) -> Image.Image:
+    """A picture of samples (B, H, W, C) of the EMA weights on the left, and of the training weights on the right."""
+    rows = []
+    for start in range(0, len(halves[0]), columns):
+        for half in halves:
+            row = list(half[start : start + columns])
+            rows += row + [None] * (columns - len(row))
+    return grid(
+        rows,
+        2 * columns,
+        title=f"samples of the same noise at update {run.step:,}",
+        column_names=["EMA weights", "training weights"],
+        row_names=row_names,
+        gaps={columns: 3},
+    )
+
+
+def _film(frames: np.ndarray, titles: list[str], columns: int, row_names: Sequence[str]) -> list[Image.Image]:
+    """Pictures of the frames (F, B, H, W, C), of no more images than a small file can show."""
+    number, height, width, channels = frames.shape[1:]
+    rows, shown_channels = -(-number // columns), channels if channels > 4 else 1
+    most = max(1, min(FILM_IMAGES, FILM_PIXELS // (height * width * shown_channels)))
+    wide = min(columns, max(1, most // rows) if row_names else math.isqrt(most))
+    chosen = [k for k in range(number) if k % columns < wide and k // columns < most // wide]
+    return [
+        grid(frame[chosen], wide, title=title, row_names=row_names[: most // wide])
+        for frame, title in zip(frames, titles)
+    ]
+
+
+def _forward(run: Run) -> Image.Image:
+    """A picture of training images with ever more noise."""
+    noisy, timesteps = forward_process(run.images.first(4, run.config.seed), run.pipeline.scheduler)
+    names = ["image", *(f"t = {t}" for t in timesteps)]
+    return grid(
+        noisy, len(names), title="training images with the noise of timestep t", column_names=names, gaps={1: 2}
+    )
+
+
+def _neighbours(samples: torch.Tensor, found: torch.Tensor, distances: torch.Tensor) -> Image.Image:
+    """A picture, in two halves, of samples (B, C, H, W) and their nearest training images (B, k, C, H, W).
+
+    Args:
+        distances: Euclidean, (B, k).
+    """
+    images, k = to_output(torch.cat([samples[:, None], found], dim=1).flatten(0, 1), "np"), found.shape[1]
+    rms = distances / math.prod(samples.shape[1:]) ** 0.5
+    captions = [text for row in rms.tolist() for text in ("", *(f"{distance:.3f}" for distance in row))]
+    halves = min(2, len(samples))
+    names = ["sample", "nearest", *("2nd", "3rd", *(f"{n}th" for n in range(4, k + 1)))[: k - 1]]
+    return grid(
+        images,
+        halves * (k + 1),
+        title="samples, each with the training images that are most similar to it",
+        column_names=names * halves,
+        captions=captions,
+        notes="below: the root mean square difference of their pixels in [-1, 1] from the sample's",
+        gaps={1: 2, k + 1: 5, k + 2: 2} if halves == 2 else {1: 2},
+    )
 
 
 def show(run: Run, name: str, picture: Image.Image) -> None:
@@ -181,8 +231,3 @@ def show(run: Run, name: str, picture: Image.Image) -> None:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: image}, step=run.step, **layout)
-
-
-def _scale(run: Run) -> int:
-    """The factor that enlarges small images."""
-    return max(1, 64 // max(run.images.shape[1:]))

@@ -1,18 +1,24 @@
-"""Pictures of several images: grids, captions, contact sheets and films."""
+"""Pictures of several images: grids with titles and names, contact sheets and films."""
 
 import importlib.util
+import io
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm_hf.utils.files import writing
+from ddpm_hf.utils.files import write, writing
 
+CELL = 60  # pixels, the least that the longer side of an image has in a picture
+GRAY = "#808080"  # between images, where white would prolong white strokes and black would prolong black ones
+CHECKERBOARD = 0.9, 0.7  # behind transparent pixels
+NAMES = {1: ["gray"], 2: ["gray", "alpha"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "alpha"]}
 LONGEST_NAME = 24  # letters
 FILMS = (".gif", ".webp", ".mp4")
+FILMED = {"samples": "x after the step", "pred_original_samples": "prediction of x_0"}
 
 
 def to_unit_range(images: torch.Tensor) -> np.ndarray:
@@ -27,53 +33,121 @@ def to_unit_range(images: torch.Tensor) -> np.ndarray:
     return (images / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def grid(images: np.ndarray, columns: int, scale: int = 1, modes=(1, 2, 3, 4)) -> Image.Image:
-    """Draw images (N, H, W, C) in [0, 1] row by row, one pixel apart, each enlarged `scale` times.
+def channel_names(channels: int) -> list[str]:
+    """What each channel of an image is: a colour, alpha (opacity) or a numbered band."""
+    return NAMES.get(channels) or [f"band {k + 1}" for k in range(channels)]
 
-    Images whose number of channels is not in `modes` are drawn as their channels side by side, in gray.
+
+def grid(
+    images: Sequence[np.ndarray | None] | np.ndarray,
+    columns: int,
+    scale: int | None = None,
+    *,
+    title: str = "",
+    column_names: Sequence[str] = (),
+    row_names: Sequence[str] = (),
+    captions: Sequence[str] = (),
+    notes: str = "",
+    gaps: Mapping[int, int] | None = None,
+) -> Image.Image:
+    """Draw images row by row on gray, so that no stroke of an image meets a stroke of its neighbour.
+
+    Gaps and margins are a sixth of an image wide. Alpha, the last of 2 or 4 channels, is shown by a checkerboard.
+    Images of 5 or more channels are drawn as one gray image per channel. The picture has the mode L or RGB.
+
+    Args:
+        images: (N, H, W, C) in [0, 1], or a list of (H, W, C) and `None`, which leaves its place empty.
+        columns: images per row.
+        scale: how many times an image is enlarged; by default until its longer side has `CELL` pixels or more.
+        title, notes: lines above and below all images.
+        column_names, captions: texts above the columns and below the images. If there are fewer texts than columns or
+            images, each belongs to equally many of them.
+        row_names: texts to the left of the rows.
+        gaps: {column: width of the gap before it, as a multiple of the others}.
     """
-    if images.shape[-1] not in modes:
-        images = np.concatenate(np.split(images, images.shape[-1], axis=-1), axis=2)
-    n, height, width, _ = images.shape
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    rows = -(-n // columns)
-    cell_h, cell_w = height * scale + 1, width * scale + 1
-    canvas = np.ones((rows * cell_h - 1, columns * cell_w - 1, images.shape[-1]))
-    for k, image in enumerate(images):
-        top, left = k // columns * cell_h, k % columns * cell_w
-        canvas[top : top + cell_h - 1, left : left + cell_w - 1] = image
-    pixels = (canvas * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def with_caption(picture: Image.Image, lines: list[str]) -> Image.Image:
-    """The picture with lines of text below it."""
-    font = ImageFont.load_default(size=13)
-    width = max(picture.width, *(math.ceil(font.getlength(line)) + 12 for line in lines))
-    canvas = Image.new("RGB", (width, picture.height + 17 * len(lines) + 8), "white")
-    canvas.paste(picture.convert("RGB"), (0, 0))
+    height, width, channels = next(image.shape for image in images if image is not None)
+    scale = scale or max(1, -(-CELL // max(height, width)))
+    gutter = max(1, round(scale * max(height, width) / 6))
+    cells = [None if image is None else _cell(image, scale, gutter // 2) for image in images]
+    mode, (width, height) = next((cell.mode, cell.size) for cell in cells if cell is not None)
+    row_names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in row_names]
+    font = ImageFont.load_default(size=max(13, round(1.2 * gutter)))
+    line = round(1.3 * font.size)
+    of_name, of_caption = (n // max(1, len(texts)) for n, texts in ((columns, column_names), (len(cells), captions)))
+    # Texts that are wider than their images move the columns apart.
+    pitch = max(width + gutter, *(
+        -(-(_longest(texts, font) + gutter) // of) for texts, of in ((column_names, of_name), (captions, of_caption))
+    ))  # fmt: skip
+    left = gutter + (_longest(row_names, font) + gutter if row_names else 0) + (pitch - gutter - width) // 2
+    wider = [gutter * sum(n - 1 for at, n in (gaps or {}).items() if at <= k) for k in range(columns)]
+    lefts = [left + k * pitch + wider[k] for k in range(columns)]
+    top, below = gutter + (line if column_names else 0), height + gutter + (line if captions else 0)
+    size = lefts[-1] + (pitch + width + gutter) // 2, top + -(-len(cells) // columns) * below
+    canvas = Image.new(mode, size, GRAY)
     pen = ImageDraw.Draw(canvas)
-    for k, line in enumerate(lines):
-        pen.text((6, picture.height + 4 + 17 * k), line, "black", font)
+    for k, cell in enumerate(cells):
+        if cell is not None:
+            canvas.paste(cell, (lefts[k % columns], top + k // columns * below))
+    texts = [(name, k * of_name, of_name, gutter // 2) for k, name in enumerate(column_names)]
+    texts += [
+        (caption, k * of_caption % columns, of_caption, top + k * of_caption // columns * below + height + gutter // 4)
+        for k, caption in enumerate(captions)
+    ]
+    for text, first, number, y in texts:
+        pen.text(((lefts[first] + lefts[first + number - 1] + width) / 2, y), text, "black", font, anchor="ma")
+    for k, name in enumerate(row_names):
+        pen.text((gutter, top + k * below + height / 2), name, "black", font, anchor="lm")
+    if channels not in NAMES:
+        title = f"{title}\neach image: its {channels} bands from left to right".strip()
+    return _with_lines(canvas, title, notes, font, gutter)
+
+
+def _cell(image: np.ndarray, scale: int, gap: int) -> Image.Image:
+    """One enlarged image (H, W, C) in [0, 1], of mode L or RGB; bands are `gap` pixels apart."""
+    image = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    height, width, channels = image.shape
+    if channels in (2, 4):
+        square = max(1, round(max(height, width) / 8))
+        rows, columns = np.arange(height)[:, None, None] // square, np.arange(width)[:, None] // square
+        image, opacity = image[..., :-1], image[..., -1:]
+        image = opacity * image + (1 - opacity) * np.where((rows + columns) % 2, *CHECKERBOARD)
+    pixels = (image * 255).round().astype(np.uint8)
+    if channels in NAMES:
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    bands = Image.new("L", (channels * (width + gap) - gap, height), GRAY)
+    for k in range(channels):
+        bands.paste(Image.fromarray(pixels[..., k]), (k * (width + gap), 0))
+    return bands
+
+
+def _longest(texts: Sequence[str], font) -> int:
+    """The width of the longest text in pixels."""
+    return max((math.ceil(font.getlength(text)) for text in texts), default=0)
+
+
+def _with_lines(picture: Image.Image, above: str, below: str, font, margin: int) -> Image.Image:
+    """The picture with lines of text above and below it."""
+    line = round(1.3 * font.size)
+    upper, lower = (text.split("\n") if text else [] for text in (above, below))
+    top = margin + line * len(upper) if upper else 0
+    width = max(picture.width, _longest([*upper, *lower], font) + 2 * margin)
+    height = top + picture.height + (line * len(lower) + margin if lower else 0)
+    canvas = Image.new(picture.mode, (width, height), GRAY)
+    canvas.paste(picture, (0, top))
+    pen = ImageDraw.Draw(canvas)
+    for first, texts in ((margin, upper), (top + picture.height, lower)):
+        for k, text in enumerate(texts):
+            pen.text((margin, first + line * k), text, "black", font)
     return canvas
 
 
-def with_row_names(picture: Image.Image, names: list[str]) -> Image.Image:
-    """The picture with a name to the left of each of its rows, which have equal heights."""
-    font = ImageFont.load_default(size=13)
-    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in names]
-    margin = max(math.ceil(font.getlength(name)) for name in names) + 12
-    mode = "RGBA" if picture.mode in ("LA", "RGBA") else "RGB"
-    canvas = Image.new(mode, (margin + picture.width, picture.height), "white")
-    canvas.paste(picture.convert(mode), (margin, 0))
-    pen, height = ImageDraw.Draw(canvas), picture.height / len(names)
-    for k, name in enumerate(names):
-        pen.text((6, (k + 0.5) * height), name, "black", font, anchor="lm")
-    return canvas
-
-
-def save_film(frames: list[Image.Image], path, seconds: float = 4.0, hold: float = 2.0) -> None:
+def save_film(
+    frames: list[Image.Image], path, seconds: float = 4.0, hold: float = 2.0, most_bytes: int | None = None
+) -> None:
     """Save a film that lasts `seconds` and shows its last frame for `hold` seconds more; .gif and .webp repeat.
+
+    Args:
+        most_bytes: a .gif that is larger has fewer colours, then fewer frames; `None` keeps them all.
 
     Raises:
         ValueError: the suffix is not .gif, .webp or .mp4, or it is .mp4 without imageio-ffmpeg.
@@ -81,14 +155,39 @@ def save_film(frames: list[Image.Image], path, seconds: float = 4.0, hold: float
     suffix = Path(path).suffix.lower()
     if suffix not in FILMS:
         raise ValueError(f"{str(path)!r} must be the name of a film, with one of the suffixes {', '.join(FILMS)}")
+    width, height = (max(frame.size[axis] for frame in frames) for axis in (0, 1))
     if suffix == ".mp4":
+        width, height = width + width % 2, height + height % 2  # the encoder needs even sides
         with writing(path) as beside:
-            return _save_mp4(frames, beside, seconds, hold)
-    durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
-    durations[-1] += round(1000 * hold)
+            return _save_mp4([_padded(frame, width, height) for frame in frames], beside, seconds, hold)
+    frames = [_padded(frame, width, height) for frame in frames]
     exact = {"lossless": True} if suffix == ".webp" else {}
-    with writing(path) as beside:
-        frames[0].save(beside, save_all=True, append_images=frames[1:], duration=durations, loop=0, **exact)
+    for kept in [frames] if most_bytes is None or suffix != ".gif" else _ever_smaller(frames):
+        durations = [max(20, round(1000 * seconds / len(kept)))] * len(kept)
+        durations[-1] += round(1000 * hold)
+        file = io.BytesIO()
+        kept[0].save(file, suffix[1:], save_all=True, append_images=kept[1:], duration=durations, loop=0, **exact)
+        if most_bytes is None or file.tell() <= most_bytes:
+            break
+    write(path, file.getvalue())
+
+
+def _padded(frame: Image.Image, width: int, height: int) -> Image.Image:
+    if frame.size == (width, height):
+        return frame
+    canvas = Image.new(frame.mode, (width, height), GRAY)
+    canvas.paste(frame, (0, 0))
+    return canvas
+
+
+def _ever_smaller(frames: list[Image.Image]) -> Iterator[list[Image.Image]]:
+    """The frames, then versions with fewer colours and frames; the last frame is in all of them."""
+    yield frames
+    frames = [frame.convert("RGB") for frame in frames]
+    pixels = np.concatenate([np.asarray(frame)[::3, ::3].reshape(-1, 3) for frame in frames])
+    for colours, every in ((64, 1), (32, 1), (32, 2), (16, 2), (16, 3), (16, 4), (16, 6), (16, 8)):
+        palette = Image.fromarray(pixels[None]).quantize(colours)  # one for all frames, which then do not flicker
+        yield [each.quantize(palette=palette, dither=Image.Dither.NONE) for each in frames[::-every][::-1]]
 
 
 def _save_mp4(frames: list[Image.Image], path, seconds: float, hold: float) -> None:
@@ -97,13 +196,10 @@ def _save_mp4(frames: list[Image.Image], path, seconds: float, hold: float) -> N
     import imageio_ffmpeg
 
     fps = len(frames) / seconds
-    width, height = (-(-side // 2) * 2 for side in frames[0].size)  # the encoder needs even sides
-    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2, quality=8)
+    writer = imageio_ffmpeg.write_frames(str(path), frames[0].size, fps=fps, macro_block_size=2, quality=8)
     writer.send(None)
     for frame in [*frames, *frames[-1:] * round(hold * fps)]:
-        canvas = Image.new("RGB", (width, height), "white")
-        canvas.paste(frame.convert("RGB"), (0, 0))
-        writer.send(np.ascontiguousarray(canvas))
+        writer.send(np.ascontiguousarray(frame.convert("RGB")))
     writer.close()
 
 
@@ -144,18 +240,26 @@ class Film:
             raise ValueError("pred_original_samples: the film has no frames yet, or the scheduler does not predict x_0")
         return torch.stack(self._originals)
 
-    def contact_sheet(self, of: str = "samples", scale: int = 1) -> Image.Image:
-        """A picture with one row per image and one column per frame. `of`: "samples" or "pred_original_samples"."""
-        frames = self._frames(of)
-        return grid(np.stack(frames, axis=1).reshape(-1, *frames[0].shape[1:]), len(frames), scale)
+    def contact_sheet(self, of: str = "samples", scale: int | None = None) -> Image.Image:
+        """A picture with one row per image and one column per frame.
 
-    def save(self, path, of: str = "samples", scale: int = 1, seconds: float = 4.0) -> None:
-        """Save the images side by side as .gif, .webp or .mp4."""
+        Args:
+            of: "samples" or "pred_original_samples".
+            scale: see `grid`.
+        """
+        frames = self._frames(of)
+        images = np.stack(frames, axis=1).reshape(-1, *frames[0].shape[1:])
+        title = f"{FILMED[of]} at timestep t"
+        return grid(images, len(frames), scale, title=title, column_names=[f"t = {t:.0f}" for t in self.timesteps])
+
+    def save(self, path, of: str = "samples", scale: int | None = None, seconds: float = 4.0) -> None:
+        """Save the images side by side as .gif, .webp or .mp4. The arguments are those of `contact_sheet`."""
         frames = self._frames(of)
         columns = math.ceil(math.sqrt(len(frames[0])))
-        save_film([grid(frame, columns, scale) for frame in frames], path, seconds)
+        titles = [f"t = {t:.0f}" for t in self.timesteps]
+        save_film([grid(frame, columns, scale, title=title) for frame, title in zip(frames, titles)], path, seconds)
 
     def _frames(self, of: str) -> list[np.ndarray]:
-        if of not in ("samples", "pred_original_samples"):
-            raise ValueError(f"of={of!r}; choose from samples, pred_original_samples")
+        if of not in FILMED:
+            raise ValueError(f"of={of!r}; choose from {', '.join(FILMED)}")
         return [to_unit_range(frame) for frame in getattr(self, of)]

@@ -8,7 +8,6 @@ from scipy.stats import norm, rankdata, tiecorrect
 from ddpm_hf.data.neighbours import nearest, nearest_images
 from ddpm_hf.evaluation.context import Context, evenly_spread
 from ddpm_hf.evaluation.registry import Estimate, Findings, metric, record
-from ddpm_hf.utils.pictures import with_caption
 
 COPY = 1 / 3
 MOST_COMPARED = 1_000  # samples and held-out images whose neighbours are searched
@@ -58,11 +57,14 @@ def memorization(context: Context) -> Findings:
     found, distances = nearest_images(pixels, context.train, 2)
     closest = distances[:, 0].argsort()[:24]
     pairs = torch.stack([pixels[closest], found[closest, 0]], dim=1).flatten(0, 1)
-    caption = [
-        f"Of {len(pixels):,} samples the {len(closest)} that are nearest to a training image, by pixels:",
-        "sample, its nearest training image, next sample ...",
-    ]
-    pictures = {"memorization": with_caption(context.picture(pairs), caption)}
+    picture = context.picture(
+        pairs,
+        title=f"of {len(pixels):,} samples the {len(closest)} that are nearest to a training image",
+        column_names=["sample", "nearest"] * 4,
+        captions=[f"{distance:.3f}" for distance in distances[closest, 0] / math.prod(pixels.shape[1:]) ** 0.5],
+        notes="below each pair: the root mean square difference of their pixels in [-1, 1]",
+        gaps=dict.fromkeys((2, 4, 6), 3),
+    )
     compared, rows = {}, {}
     if context.has_held_out:
         unseen, _ = context.subset(context.held_out, MOST_COMPARED)
@@ -77,4 +79,4 @@ def memorization(context: Context) -> Findings:
         copies = {"copies": share_of_copies(of_samples), "copies_held_out": share_of_copies(of_unseen)}
         words = f"Are samples nearer to training images than unseen images are? z, in {name}"
         rows[f"memorization_{name}"] = record(words, z, **test, **copies, n_held_out=len(of_unseen))
-    return Findings(rows, {"most_images": MOST_COMPARED}, pictures)
+    return Findings(rows, {"most_images": MOST_COMPARED}, {"memorization": picture})
