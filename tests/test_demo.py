@@ -1,5 +1,6 @@
 """The page of `ddpm-hf demo`: what is behind it, and the page itself in a browser."""
 
+import asyncio
 import errno
 import functools
 import json
@@ -12,7 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from io import BytesIO
 from pathlib import Path
@@ -32,16 +37,19 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
-from ddpm_hf.commands.demo_page import (
+from ddpm_hf.commands import demo_drawing, demo_server
+from ddpm_hf.commands.demo import free_port
+from ddpm_hf.commands.demo_drawing import (
     EACH,
-    LAUNCH,
     OWN,
-    build_demo,
+    Pace,
     draw_film,
     draw_interpolation,
     draw_samples,
-    with_messages,
+    open_with_samples,
 )
+from ddpm_hf.commands.demo_page import build_demo, serve
+from ddpm_hf.commands.demo_server import LONGEST_BODY, WAITING, Drawings
 from ddpm_hf.commands.main import main
 from ddpm_hf.hub.space import space_files
 from ddpm_hf.utils.seeds import image_generators, seeded_generator
@@ -72,7 +80,9 @@ def cells(picture, columns, height=8, width=8):
     scale = next(scale for scale in range(1, 200) if taken(scale) == pixels.shape[1])
     gap = round(scale * side / 6)
     found = []
-    for top in range(gap, pixels.shape[0] - gap, height * scale + gap):
+    pitch = height * scale + gap
+    first = (pixels.shape[0] - gap) % pitch + gap  # below the names of the columns, if there are any
+    for top in range(first, pixels.shape[0] - gap, pitch):
         for left in range(gap, pixels.shape[1] - gap, width * scale + gap):
             image = pixels[top : top + height * scale, left : left + width * scale]
             blocks = image.reshape(height, scale, width, scale)
@@ -180,6 +190,20 @@ def test_any_channels_are_shown(folder, channels, mode):
     assert draw_interpolation(pipeline, "mix", 3, 4, 500, 0, 1, None, None, 1)[0].mode == mode
 
 
+def presses(page):
+    """The handlers of the three buttons that draw."""
+    return [each for each in page.fns.values() if each.concurrency_id == "drawings"]
+
+
+def answers(handle, *settings, session="nobody"):
+    """All that a handler sends to the page."""
+
+    async def collect():
+        return [answer async for answer in handle(SimpleNamespace(session_hash=session), *settings)]
+
+    return asyncio.run(collect())
+
+
 def components(page):
     return [component["props"] for component in page.get_config_file()["components"]]
 
@@ -193,9 +217,8 @@ def test_the_page_tells_the_model_and_asks_for_what_it_can_be_asked(digits, digi
         visible = [p["visible"] for p in components(made) if p.get("label") in ("Class", "First class", "Guidance")]
         assert visible == [asked] * 6
     assert not page.analytics_enabled
-    presses = list(page.fns.values())
-    assert len(presses) == 3
-    assert {(press.concurrency_id, press.concurrency_limit) for press in presses} == {("pipeline", 1)}
+    assert len(presses(page)) == 3
+    assert {press.concurrency_limit for press in presses(page)} == {4}
 
 
 @pytest.mark.parametrize(
@@ -210,9 +233,8 @@ def test_the_page_tells_the_model_and_asks_for_what_it_can_be_asked(digits, digi
 def test_a_mistake_is_a_message_on_the_page(digits, settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         draw_samples(digits, *settings)
-    draw = next(iter(build_demo(digits).fns.values())).fn
     with pytest.raises(gr.Error) as error:
-        draw(*settings, gr.Progress())
+        answers(presses(build_demo(digits))[0].fn, *settings)
     assert message in error.value.message
     assert not error.value.print_exception
 
@@ -221,21 +243,176 @@ def test_weights_that_are_not_finite_are_told_on_the_page(folder):
     pipeline = pipeline_of()
     pipeline.unet.stem.weight.data[0] = torch.nan
     for draw in (
-        functools.partial(draw_samples, pipeline, 2, OWN, 2, 0, EACH, 1.0, progress=print),
-        functools.partial(draw_interpolation, pipeline, "mix", 2, 2, 500, 0, 1, 0, 0, 1.0, progress=print),
-        functools.partial(draw_interpolation, pipeline, "slerp", 2, 2, 500, 0, 1, 0, 0, 1.0, progress=print),
-        functools.partial(draw_film, folder, pipeline, 2, OWN, 2, 0, EACH, 1.0, "samples", progress=print),
+        functools.partial(draw_samples, pipeline, 2, OWN, 2, 0, EACH, 1.0),
+        functools.partial(draw_interpolation, pipeline, "mix", 2, 2, 500, 0, 1, 0, 0, 1.0),
+        functools.partial(draw_interpolation, pipeline, "slerp", 2, 2, 500, 0, 1, 0, 0, 1.0),
+        functools.partial(draw_film, folder, pipeline, 2, OWN, 2, 0, EACH, 1.0, "samples"),
     ):
         with pytest.raises(gr.Error, match="the samples are not finite: 2 of 2 .* weight stem.weight .* is not finite"):
-            with_messages(draw)()
+            answers(Drawings().handler(draw, lambda: "soon", 2))
     assert not list(Path(folder.name).iterdir())
+
+
+def test_the_page_opens_with_samples(digits, capfd):
+    page = build_demo(digits)
+    assert "Drawing 20 samples to open the page with: 100%" in capfd.readouterr().err
+    (first,) = [p["value"] for p in components(page) if p.get("label") == "Samples" and p.get("value")]
+    expected, _ = draw_samples(digits, 20, OWN, 50, 0, EACH, 1)
+    assert_alike(cells(Image.open(first["path"]), 10), cells(expected, 10))
+    assert any("ddpm-hf sample" in str(p.get("value")) for p in components(page))
+
+
+@pytest.mark.parametrize(("seconds", "number", "steps"), [(0.0, 16, 50), (0.14, 4, 50), (0.55, 1, 50), (9.0, 1, 10)])
+def test_a_slow_model_opens_with_fewer_samples(monkeypatch, seconds, number, steps):
+    clock, drawn = [0.0], []
+
+    def draw(pipeline, number, solver, steps, *others):
+        clock[0] += steps * number * seconds + 1e-6
+        drawn.append((number, steps))
+        return "picture", "text"
+
+    monkeypatch.setattr(demo_drawing, "draw_samples", draw)
+    monkeypatch.setattr(demo_drawing.time, "perf_counter", lambda: clock[0])
+    found = open_with_samples(pipeline_of())
+    assert found[:2] == drawn[-1] == (number, steps)
+    assert found[2].seconds(4, 10) == pytest.approx(40 * seconds, abs=1e-3)
+
+
+def test_the_expected_time_is_told_and_limited():
+    pace = Pace(step=0.01, image=0.002)
+    assert pace.seconds(5, 100) == pytest.approx(2.0)
+    assert pace.seconds(5, 100, guidance_scale=2) == pytest.approx(3.0)
+    assert pace.seconds(5, 100, "heun") == pytest.approx(4.0)
+    assert pace.sentence(5, 100, "ddim") == "5 images in 100 steps: about 2.0 s."
+    with pytest.raises(ValueError, match="64 images in 1000 steps would take about 138 s here, .* at most 60 s"):
+        pace.sentence(64, 1000)
+
+
+def test_too_long_a_drawing_is_refused_before_it_starts():
+    def expected():
+        return Pace(step=1, image=1).sentence(64, 1000)
+
+    with pytest.raises(gr.Error, match="choose fewer images or steps"):
+        answers(Drawings().handler(pytest.fail, expected, 2))
+
+
+class Slow:
+    """A drawing of 600 steps of 10 ms, which counts them."""
+
+    def __init__(self):
+        self.steps, self.ended = 0, threading.Event()
+
+    def __call__(self, progress):
+        try:
+            for self.steps in range(1, 601):
+                time.sleep(0.01)
+                progress((self.steps, 600))
+            return "picture", "text"
+        finally:
+            self.ended.set()
+
+
+def test_a_drawing_ends_between_steps_where_its_visitor_stops_or_leaves():
+    slow = Slow()
+
+    async def leave():
+        handle = Drawings().handler(slow, lambda: "About 6 s.", 2)(SimpleNamespace(session_hash="someone"))
+        told = [(await anext(handle))[-1] for _ in range(3)]
+        await handle.aclose()  # as Gradio does for both
+        return told
+
+    told = asyncio.run(leave())
+    assert told[0] == "About 6 s."
+    assert re.fullmatch(r"Step \d+ of 600, \d s\. About 6 s\.", told[2])
+    assert slow.ended.wait(1)
+    assert slow.steps < 300
+
+
+def test_a_drawing_ends_where_nobody_listens(monkeypatch):
+    monkeypatch.setattr(demo_server, "PATIENCE", 0.5)
+    slow = Slow()
+    assert all(answer[0] != "picture" for answer in answers(Drawings().handler(slow, lambda: "About 6 s.", 2)))
+    assert slow.ended.wait(1)
+    assert slow.steps < 300
+
+
+def test_a_short_drawing_does_not_wait_for_a_long_one():
+    slow, drawings = Slow(), Drawings()
+
+    async def both():
+        long = drawings.handler(slow, lambda: "About 6 s.", 2)(SimpleNamespace(session_hash="someone"))
+        await anext(long), await anext(long)
+        short = drawings.handler(lambda progress: ("picture", "text"), lambda: "Soon.", 2)
+        found = [answer async for answer in short(SimpleNamespace(session_hash="another"))]
+        running = not slow.ended.is_set()
+        await long.aclose()
+        return found[-1], running
+
+    assert asyncio.run(both()) == (("picture", "text", "Soon."), True)
+
+
+def test_drawings_side_by_side_are_those_of_one_after_another(digits):
+    handles = [presses(build_demo(digits))[0].fn] * 3
+    settings = [(5, solver, 20, seed, EACH, 2.0) for seed, solver in enumerate((OWN, OWN, "ddim"))]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda handle, each: answers(handle, *each)[-1][0], handles, settings))
+    for picture, each in zip(found, settings, strict=True):
+        assert_alike(cells(picture, 3), cells(draw_samples(digits, *each)[0], 3))
+
+
+@pytest.fixture(scope="module")
+def server(digits):
+    page = build_demo(digits)
+    yield serve(page, port=free_port("127.0.0.1", 0)) + "gradio_api/"
+    page.close()
+
+
+def post(url, data, kind="application/json"):
+    """Status and text of the answer."""
+    request = urllib.request.Request(url, data, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_files_and_long_requests_are_refused(server):
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--x--\r\n'
+    for path in ("upload", "process_recording", "component_server"):
+        assert post(server + path, part % b"0" * 10, "multipart/form-data; boundary=x") == (
+            413,
+            "This page takes no files.",
+        )
+    assert post(server + "upload", b"0", "text/plain")[0] == 413
+    long = json.dumps({"session_hash": "s", "fn_index": 0, "data": ["0" * LONGEST_BODY]}).encode()
+    code, text = post(server + "queue/join", long)
+    assert (code, f"at most {LONGEST_BODY} bytes" in text) == (413, True)
+
+
+def test_malformed_requests_leave_no_traceback(server, capfd):
+    for data in (b"{", b"[]", b"{}", b"\xff", b'{"session_hash": "s", "fn_index": 99, "data": []}'):
+        code, text = post(server + "queue/join", data)
+        assert 400 <= code < 500
+        assert text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_queue_has_a_limit(server, digits):
+    settings = [1, OWN, 1000, 0, EACH, 1]
+    codes = []
+    for k in range(WAITING + 40):
+        body = {"session_hash": f"s{k}", "fn_index": 1, "data": settings}
+        codes.append(post(server + "queue/join", json.dumps(body).encode())[0])
+    assert set(codes) == {200, 503}
+    assert codes[:WAITING] == [200] * WAITING
 
 
 def test_what_the_command_refuses(digits_model, monkeypatch, capfd):
     def refused(*words):
         assert main(["demo", *words]) == 2
-        error = capfd.readouterr().err
-        assert error.count("\n") == 1
+        *before, error = capfd.readouterr().err.splitlines()
+        assert before in ([], [f"Loading {words[0]}"])
         return error
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -268,9 +445,12 @@ def test_a_space_of_the_hub_shows_the_same_page(digits_model, tmp_path, monkeypa
     Path("someone").mkdir()
     Path("someone/digits").symlink_to(digits_model)
     launched = []
-    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **settings: launched.append((len(page.fns), settings)))
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **settings: launched.append((page, settings)) or ("", "", ""))
     runpy.run_path("app.py")
-    assert launched == [(3, LAUNCH)]
+    ((page, settings),) = launched
+    assert len(presses(page)) == 3
+    assert settings["app_kwargs"]["middleware"][0].cls is demo_server.Limits
+    assert not settings["share"]
     with pytest.raises(ValueError, match="Repo id must"):
         space_files("some one/digits")
 

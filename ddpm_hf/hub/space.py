@@ -32,9 +32,9 @@ def space_files(repo_id: str) -> dict[str, str]:
     return {
         "app.py": (
             "from ddpm_hf import DDPMCustomPipeline\n"
-            "from ddpm_hf.commands.demo_page import LAUNCH, build_demo\n\n"
+            "from ddpm_hf.commands.demo_page import build_demo, launch\n\n"
             f"pipeline = DDPMCustomPipeline.from_pretrained({repo_id!r})\n"
-            "build_demo(pipeline).launch(**LAUNCH)\n"
+            "launch(build_demo(pipeline))\n"
         ),
         "requirements.txt": f"ddpm-hf[demo]=={ddpm_hf.__version__}\n",
         "README.md": "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in card.items()) + "---\n",
