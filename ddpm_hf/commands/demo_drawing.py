@@ -120,7 +120,9 @@ def draw_samples(pipeline, number, solver, steps, seed, label, guidance_scale, p
     in_columns = label == EACH and 1 < len(names) <= min(number, 10)
     columns = len(names) if in_columns else math.ceil(math.sqrt(number))
     command = shlex.join(map(str, words))
-    return _picture(images, columns, names if in_columns else ()), f"{took:.2f} s. The same images as files:\n```\n{command}\n```"
+    return _picture(
+        images, columns, names if in_columns else ()
+    ), f"{took:.2f} s. The same images as files:\n```\n{command}\n```"
 
 
 def draw_interpolation(
