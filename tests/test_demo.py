@@ -589,6 +589,37 @@ def test_the_page_in_a_browser(served, digits, digits_model, browser, tmp_path):
     assert page.hosts() == {"127.0.0.1"}
 
 
+# The texts whose contrast with their background (WCAG 2, 1.4.3) is less than 4.5
+TOO_FAINT = """
+const light = c => c.slice(0, 3).reduce((sum, v, k) => sum + [0.2126, 0.7152, 0.0722][k] *
+    ((v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4), 0.05)
+const colour = text => { const c = text.match(/[0-9.]+/g).map(Number); return c.length < 4 ? [...c, 1] : c }
+const behind = e => { for (; e; e = e.parentElement) {
+    const c = colour(getComputedStyle(e).backgroundColor); if (c[3] == 1) return c } return [255, 255, 255] }
+const words = e => e.type == 'number' ? e.value :
+    [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.data).join('')
+return [...document.querySelectorAll('body *')].filter(e => e.getClientRects().length && words(e).trim()).filter(e => {
+    const [a, b] = [light(colour(getComputedStyle(e).color)), light(behind(e))]
+    return Math.max(a, b) / Math.min(a, b) < 4.5 }).map(words)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_can_be_read_on_a_telephone(served, browser, theme):
+    page = Page(browser)
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(f"{served}?__theme={theme}")
+    for tab, button in (("Samples", "Draw samples"), ("Interpolation", "Interpolate"), ("Film", "Make a film")):
+        page.click("button[role=tab]", tab)
+        shown = page.one("button.primary", button)
+        assert shown.rect["x"] + shown.rect["width"] <= 390
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        assert browser.execute_script(TOO_FAINT) == []
+        assert all(image.get_attribute("alt") for image in page.seen("img"))
+
+
 def test_without_a_browser_it_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None if name == "chromedriver" else f"/usr/bin/{name}")
     with pytest.raises(pytest.fail.Exception, match="no chromedriver: `apt-get install chromium chromium-driver`"):

@@ -23,7 +23,10 @@ from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.schedulers.solvers import SOLVERS
 
 # The margin keeps the picture below the label and the buttons, which would cover it.
-CSS = ".picture img {image-rendering: pixelated; margin: 40px auto 8px} pre code {white-space: pre-wrap}"
+CSS = """
+.picture img {image-rendering: pixelated; margin: 40px auto 8px} pre code {white-space: pre-wrap}
+.dark button[role=tab].selected {color: var(--primary-300)}
+"""
 
 
 def _describe(pipeline) -> tuple[str, str]:
@@ -152,10 +155,20 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
     return page.queue(max_size=WAITING, api_open=False)
 
 
+def _theme() -> gr.themes.Base:
+    """Gradio's theme with texts of a contrast of 4.5 or more, and without fonts of other hosts."""
+    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
+    theme = gr.themes.Default(primary_hue="indigo", **fonts)
+    fill = {"button_primary_background_fill": "*primary_600", "button_primary_background_fill_hover": "*primary_700"}
+    light = dict.fromkeys(("body_text_color_subdued", "block_info_text_color"), "*neutral_600")
+    dark = {f"{name}_dark": "*neutral_300" for name in light} | {f"{name}_dark": fill[name] for name in fill}
+    return theme.set(color_accent="*primary_600", **fill, **light, **dark)
+
+
 def launch(page: gr.Blocks, **where) -> str:
     """Serve the page, which makes no request to other hosts; `where`: arguments of `gr.Blocks.launch`."""
     return page.launch(
-        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+        theme=_theme(),
         css=CSS,
         footer_links=[],
         run_history=False,
