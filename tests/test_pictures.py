@@ -1,9 +1,11 @@
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.testing import assert_close
 
@@ -14,6 +16,7 @@ from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.pictures import FILM_BYTES, _film, nearness
 from ddpm_hf.utils.pictures import grid, save_film
+from ddpm_hf.utils.ticks import plain_ticks
 
 
 def test_grid_places_each_image():
@@ -102,6 +105,31 @@ def test_loss_curve(tmp_path):
     log = [{"step": k, "loss": 1 / (k + 1), "held_out_loss": 0.5 if k == 4 else None, **parts} for k in range(5)]
     loss_curve(log, tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size == (1200, 480)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "labels"),
+    [
+        ((0.031, 0.042), "log", {"0.032", "0.04"}),
+        ((0.15, 0.9), "log", {"0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"}),
+        ((0.011, 0.9), "log", {"0.02", "0.05", "0.1", "0.2", "0.5"}),
+        ((1e-6, 1), "log", {"0.00001", "0.1"}),
+        ((1_000_000, 1_000_004), "linear", {"1000001", "1000004"}),
+        ((0, 2e-5), "linear", {"0", "0.00002"}),
+    ],
+)
+def test_ticks_are_plain_numbers(values, scale, labels):
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot(values, values)
+    axes.set(xscale=scale, yscale=scale)
+    plain_ticks(axes.xaxis, axes.yaxis)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    shown = {label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high}
+    assert labels <= shown
+    assert all(re.fullmatch(r"-?\d+(\.\d+)?", text) for text in shown)
+    assert axes.yaxis.get_offset_text().get_text() == ""
 
 
 @pytest.mark.parametrize(("number", "shape"), [(64, (8, 8, 1)), (64, (28, 28, 3)), (16, (64, 64, 4))])

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import ddpm_hf.evaluation.report
+from ddpm_hf.evaluation.charts import CURVES, UNITS, draw_charts
 from ddpm_hf.evaluation.report import KNOWN, verdict, write_report
 from ddpm_hf.utils.results import number
 
@@ -75,7 +76,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.text, self.addresses = [], "", []
+        self.html, self.tags, self.text, self.addresses = html, [], "", []
         self.feed(html)
         self.close()
 
@@ -129,6 +130,21 @@ def test_the_page_loads_no_other_file(full_page):
         if kind != "png":  # an SVG may refer only to itself
             assert all(to.startswith(b"#") for to in re.findall(rb'href="([^"]*)"', base64.b64decode(data)))
     assert not {"script", "link", "iframe", "object", "a"} & set(full_page.tags)
+
+
+def test_every_picture_has_an_alternative_text(full_page, tmp_path):
+    texts = re.findall(r'<img src="[^"]*" alt="([^"]*)">', full_page.html)
+    assert len(texts) == full_page.tags.count("img") == 3 + 11
+    assert all(len(text) > 10 for text in texts)
+
+
+def test_every_chart_says_what_its_axes_are():
+    for key, (_, light, _) in draw_charts(full()["metrics"], ROWS).items():
+        comments = re.findall("<!-- (.*?) -->", light)
+        assert any(
+            word in comments for word in (*UNITS.values(), "distance", *(each[1] for each in CURVES.values()))
+        ), key
+        assert key not in CURVES or "timestep (0 has the least noise)" in comments
 
 
 def test_the_page_has_the_whole_protocol(full_page):

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 
 from ddpm_hf.utils.results import number
+from ddpm_hf.utils.ticks import plain_ticks
 
 DISTANCES = {"fid": "Fréchet Inception distance", "fd": "Fréchet distance", "kid": "Kernel distance"}
 QUALITIES = ("precision", "recall", "density", "coverage")
@@ -57,13 +58,14 @@ INTERVALS["bits"] = (
         for key, name in BITS.items()
     },
 )
-# Charts over timesteps: title, columns of by_timestep.csv with their names, and the ideal value or None.
+UNITS = {"qualities": "share of images", "inception_score": "score", "bits": "bits per dimension"}
+# Charts over timesteps: title, label of the values, columns of by_timestep.csv with their names, ideal value or None.
 CURVES = {
-    "loss": ("Loss", LOSSES, None),
-    "bits_by_timestep": ("Bits per dimension of each timestep", {"bits": ""}, None),
-    "rmse": ("Error of the predicted x0 (RMS)", {"x0_rmse": ""}, 0),
-    "slope": ("Slope of the true x0 on the predicted", {"x0_slope": ""}, 1),
-    "bias": ("Bias of the predicted x0", {"x0_bias": ""}, 0),
+    "loss": ("Loss", "mean squared error", LOSSES, None),
+    "bits_by_timestep": ("Bits per dimension of each timestep", "bits per dimension", {"bits": ""}, None),
+    "rmse": ("Error of the predicted x0 (RMS)", "difference of pixels in [\u22121, 1]", {"x0_rmse": ""}, 0),
+    "slope": ("Slope of the true x0 on the predicted", "slope", {"x0_slope": ""}, 1),
+    "bias": ("Bias of the predicted x0", "difference of pixels in [\u22121, 1]", {"x0_bias": ""}, 0),
 }
 
 
@@ -84,12 +86,12 @@ def draw_charts(metrics: dict, by_timestep: list[dict]) -> dict[str, tuple[str, 
     with rc_context(STYLE):
         for key, (title, names) in INTERVALS.items():
             if any(has(metrics, name) for name in names):
-                charts[key] = (title, *_svgs(_draw_intervals, metrics, names))
-        for key, (title, columns, ideal) in CURVES.items():
+                charts[key] = (title, *_svgs(_draw_intervals, metrics, names, UNITS.get(key, "distance")))
+        for key, (title, unit, columns, ideal) in CURVES.items():
             lines = {name: _points(by_timestep, column) for column, name in columns.items()}
             if any(lines.values()):
                 early = key == "bits_by_timestep"  # the early timesteps have most of the bound
-                charts[key] = (title, *_svgs(_draw_curve, lines, ideal, early))
+                charts[key] = (title, *_svgs(_draw_curve, lines, unit, ideal, early))
     return charts
 
 
@@ -107,7 +109,7 @@ def _points(rows: list[dict], column: str) -> list[tuple[int, float]]:
     return sorted((row["timestep"], row[column]) for row in rows if row[column] is not None)
 
 
-def _draw_intervals(axes, metrics: dict, names: dict[str, tuple[str, str]]) -> None:
+def _draw_intervals(axes, metrics: dict, names: dict[str, tuple[str, str]], unit: str) -> None:
     shown = [(*names[key], metrics[key]) for key in names if has(metrics, key)]
     gap = "\n" if len(shown) <= 4 else "   "
     for k, (_, colour, metric) in enumerate(shown):
@@ -115,13 +117,14 @@ def _draw_intervals(axes, metrics: dict, names: dict[str, tuple[str, str]]) -> N
         axes.plot([0, value], [-k, -k], color=colour, alpha=0.35, linewidth=4, solid_capstyle="butt")
         axes.errorbar(value, -k, xerr=half, fmt="o", color=colour, markersize=6, capsize=4, linewidth=2)
     axes.set_yticks([-k for k in range(len(shown))], [f"{name}{gap}{number(metric)}" for name, _, metric in shown])
-    axes.set(ylim=(0.6 - len(shown), 0.6))
+    axes.set(ylim=(0.6 - len(shown), 0.6), xlabel=unit)
     low, high = axes.get_xlim()
     axes.set_xlim(min(0, low), high)
     axes.grid(visible=False, axis="y")
+    plain_ticks(axes.xaxis)
 
 
-def _draw_curve(axes, lines: dict[str, list], ideal: float | None, early: bool) -> None:
+def _draw_curve(axes, lines: dict[str, list], unit: str, ideal: float | None, early: bool) -> None:
     """Draw values against timesteps, with a dashed line at the ideal value, or without one on a logarithmic axis."""
     for (name, points), colour in zip(lines.items(), (HELD_OUT, TRAIN)):
         if points:
@@ -133,6 +136,7 @@ def _draw_curve(axes, lines: dict[str, list], ideal: float | None, early: bool) 
     if early:
         axes.set_xscale("symlog", linthresh=1, linscale=0.3)
         axes.set_xlim(0)
-    axes.set(xlabel="timestep (0 has the least noise)")
+    axes.set(xlabel="timestep (0 has the least noise)", ylabel=unit)
+    plain_ticks(axes.xaxis, axes.yaxis)
     if len(lines) > 1:
         axes.legend()

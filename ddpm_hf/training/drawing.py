@@ -7,6 +7,7 @@ import torch
 
 from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.utils.files import writing
+from ddpm_hf.utils.ticks import plain_ticks
 
 
 def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> tuple[np.ndarray, list[int]]:
@@ -39,15 +40,17 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
     axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label=label)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="C3", label="held out (EMA weights)")
-    axes.set(xlabel="update", ylabel="mean squared error", yscale="log")
+    axes.set(xlabel="update", ylabel="mean squared error", yscale="log", title="loss")
     axes.legend()
     lately = log[-max(1, len(log) // 10) :]
     names = [name for name in log[0] if name.startswith("loss_t")]
     columns = [[row[name] for row in lately if row[name] is not None] for name in names]
     means = [sum(column) / len(column) if column else math.nan for column in columns]
     by_timestep.stairs(means, [k / len(means) for k in range(len(means) + 1)], color="C0", baseline=None)
-    by_timestep.set(xlabel="timestep / T", yscale="log", title=f"training, last {len(lately)} rows of log.csv")
+    title = f"loss by timestep,\nlast {len(lately)} row{'s' if len(lately) > 1 else ''} of log.csv"
+    by_timestep.set(xlabel="timestep / T", ylabel="mean squared error", yscale="log", title=title)
     for each in (axes, by_timestep):
         each.grid(alpha=0.3, which="both")
+        plain_ticks(each.xaxis, each.yaxis)
     with writing(path) as beside:
         figure.savefig(beside, dpi=120)
