@@ -377,7 +377,7 @@ def damage(kind, good, path):
     [
         ("hostile", "is not loaded, because it contains more than tensors"),
         ("truncated", "cannot be read as weights"),
-        ("text", "is not loaded|cannot be read as weights"),
+        ("text", "cannot be read as weights: it is neither a .safetensors file nor one that torch.save wrote"),
         ("empty", "cannot be read as weights"),
         ("list", "has no named weights"),
         ("numbered", "has no named weights"),

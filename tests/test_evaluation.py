@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from ddpm_hf.utils.results import number
 
 # Other people's scripts read these keys of evaluation.json.
 NAMES = [
-    "bpd", "bpd_floor", "bpd_fast", "bpd_fast_train", "loss_held_out", "loss_train",
+    "bpd", "bpd_floor", "bpd_uniform", "bpd_fast", "bpd_fast_train", "loss_held_out", "loss_train",
     "fd_train", "fd_held_out", "fd_real", "kid_train", "kid_held_out", "kid_real",
     "precision_train", "recall_train", "density_train", "coverage_train",
     "precision_held_out", "recall_held_out", "density_held_out", "coverage_held_out",
@@ -110,7 +111,8 @@ def test_only_the_selected_metrics_are_measured(trained, tmp_path):
     assert not (tmp_path / "by_timestep.csv").exists()
     found = quick(trained, tmp_path, metrics=("bpd",))
     assert "num_samples" not in found["protocol"]
-    assert list(found["metrics"]) == ["bpd", "bpd_floor", "bpd_fast", "bpd_fast_train"]
+    assert list(found["metrics"]) == ["bpd", "bpd_floor", "bpd_uniform", "bpd_fast", "bpd_fast_train"]
+    assert found["metrics"]["bpd_uniform"]["value"] == math.log2(17)  # the gray levels of digits
 
 
 def test_the_whole_bound_agrees_with_its_estimate(digits_model, tmp_path, monkeypatch):

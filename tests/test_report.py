@@ -26,6 +26,7 @@ def full(num_samples=2000):
     metrics = {
         "bpd": metric(3.7512, 0.011, 500, total_nats=7987.3, total_nats_stderr=23.8, prior=2e-5, kl=1.968, decoder=1.7),
         "bpd_floor": metric(1.4312, None, 500),
+        "bpd_uniform": metric(8.0001, None, 500),
         "bpd_fast": metric(3.7623, 0.023, 500),
         "bpd_fast_train": metric(3.6101, 0.024, 500),
         "inception_score": metric(7.913, 0.081),

@@ -24,7 +24,8 @@ from ddpm_hf.schedulers.solvers import SOLVERS
 
 # The margin keeps the picture below the label and the buttons, which would cover it.
 CSS = """
-.picture img {image-rendering: pixelated; margin: 40px auto 8px} pre code {white-space: pre-wrap}
+.picture img {image-rendering: pixelated; margin: 40px auto 8px}
+pre code {white-space: pre-wrap}
 .dark button[role=tab].selected {color: var(--primary-300)}
 """
 

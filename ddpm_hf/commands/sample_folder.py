@@ -39,8 +39,9 @@ def sample_to_folder(
 ) -> int:
     """Write samples 0 ... `num_images` - 1, except those that exist already, and return how many were generated.
 
-    Sample k depends only on (`seed`, k), not on the batch, on the process or on earlier samples. Each process of a
-    launcher (`RANK`, `WORLD_SIZE`) generates its own part without communication. Files are written atomically.
+    Sample k depends only on (`seed`, k), not on the batch (up to 1e-6), on the process or on earlier samples. Each
+    process of a launcher (`RANK`, `WORLD_SIZE`) generates its own part without communication. Files are written
+    atomically.
 
     Args:
         output: the folder. Its `sampling.json` records the settings.

@@ -1,6 +1,7 @@
 """Train a model on images, with the settings of a recipe and of the flags."""
 
 import dataclasses
+import shlex
 import sys
 import typing
 
@@ -89,6 +90,12 @@ def run(args) -> int:
         callbacks.append(Upload(pushing))
     tune_process()
     run = train(config, callbacks)
+    if run.finished and not run.stopped_by and run.accelerator.is_main_process:
+        folder = shlex.quote(str(run.output_dir))
+        print(
+            f"The model and its pictures are in {folder}. Next: `ddpm-hf sample {folder}` and `ddpm-hf demo {folder}` "
+            f"generate images, `ddpm-hf evaluate {folder}` measures how good they are."
+        )
     if config.push_to_hub and run.accelerator.is_main_process:
         if not run.stopped_by:
             pushing.finish(run)

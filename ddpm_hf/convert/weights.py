@@ -24,6 +24,10 @@ def load_weights(path: Path) -> Weights:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
+            with open(path, "rb") as file:
+                head = file.read(2)
+            if head != b"PK" and head[:1] != b"\x80":  # a zip archive, or a pickle of old versions
+                raise ValueError("it is neither a .safetensors file nor one that torch.save wrote")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is not loaded, because it contains more than tensors: {first_line(error)}") from error

@@ -13,6 +13,7 @@ BITS = {
     "bpd_fast": "estimate, held-out images",
     "bpd_fast_train": "estimate, training images",
     "bpd_floor": "minimum with this variance",
+    "bpd_uniform": "code without any model",
 }
 DRIFTS = {"channel_mean_drift": "mean", "channel_std_drift": "standard deviation"}
 LOSSES = {"loss_held_out": "held-out images", "loss_train": "training images"}
@@ -54,7 +55,7 @@ INTERVALS["inception_score"] = (
 INTERVALS["bits"] = (
     "Bits per dimension (lower is better)",
     {
-        key: (name, TRAIN if key == "bpd_fast_train" else REAL if key == "bpd_floor" else HELD_OUT)
+        key: (name, TRAIN if key == "bpd_fast_train" else REAL if key in ("bpd_floor", "bpd_uniform") else HELD_OUT)
         for key, name in BITS.items()
     },
 )

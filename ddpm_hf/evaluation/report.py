@@ -122,8 +122,9 @@ def _cards(metrics: dict) -> list[dict]:
     if not cards and "precision_train" in shown:
         add("Precision and recall", f"{shown['precision_train']} and {shown['recall_train']}", "with training images")
     for key in [key for key in BITS if key in shown][:1]:
-        detail = f"{shown['bpd_floor']} of them are due to the fixed variance" if "bpd_floor" in shown else ""
-        add(f"Bits per dimension: {BITS[key]}", shown[key], detail)
+        details = [f"a code without any model needs {shown['bpd_uniform']}"] if "bpd_uniform" in shown else []
+        details += [f"{shown['bpd_floor']} of them are due to the fixed variance"] if "bpd_floor" in shown else []
+        add(f"Bits per dimension: {BITS[key]}", shown[key], "; ".join(details))
     for key in [key for key in MEMORIZATION if key in shown][:1]:
         tone, words = verdict(metrics[key])
         add(f"Memorisation, {MEMORIZATION[key]}", f"z = {z_score(metrics[key])}", f"Samples are {words}.", tone)

@@ -191,7 +191,7 @@ def _evaluated(evaluation: dict) -> list[dict]:
         how += [] if metric["n"] is None else [f"n = {metric['n']}"]
         how += [] if key.startswith(("bpd", "loss")) else [sampling]
         how += [] if reference.get("as_trained", True) else [f"compared with {reference['name']}"]
-        held_out = key.endswith(("held_out", "real")) or key in ("bpd", "bpd_fast", "bpd_floor")
+        held_out = key.endswith(("held_out", "real")) or key in ("bpd", "bpd_fast", "bpd_floor", "bpd_uniform")
         rows.append(
             {
                 "type": key,

@@ -194,14 +194,16 @@ def locked(folder: str | Path, name: str) -> Iterator[None]:
     """
     folder = Path(folder)
     lock = FileLock(folder / f".{name}.lock", thread_local=False)
-    holder = folder / f".{name}.holder"
+    holder, other = folder / f".{name}.holder", ""
     made = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            other = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+            with contextlib.suppress(OSError):  # it may end just now
+                other = holder.read_text(encoding="utf-8")
+            other = other or "another process"  # which has not written its name yet
             advice = "wait until it ends, stop it, or choose another folder"
             raise ValueError(f"{folder} is in use by {other}: {advice}") from None
         try:

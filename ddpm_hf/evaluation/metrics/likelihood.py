@@ -118,6 +118,8 @@ def bits_per_dimension(context: Context) -> Findings:
     if floor is not None:
         name = "What the fixed variance costs even a network that knows the image"
         rows["bpd_floor"] = record(name, Estimate(floor, None, None))
+    name = f"What a code without any model needs for {held_out.levels} equally likely values"
+    rows["bpd_uniform"] = record(name, Estimate(math.log2(held_out.levels), None, None))
 
     probabilities = timestep_probabilities(predict, scheduler, *context.subset(held_out, 32), **settings)
 
