@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import functools
+import gc
 import json
 import re
 import runpy
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -312,13 +314,14 @@ class Slow:
             self.ended.set()
 
 
-def test_a_drawing_ends_between_steps_where_its_visitor_stops_or_leaves():
+def test_a_drawing_ends_between_steps_where_its_visitor_stops_or_leaves(caplog):
     slow = Slow()
 
     async def leave():
         handle = Drawings().handler(slow, lambda: "About 6 s.", 2)(SimpleNamespace(session_hash="someone"))
         told = [(await anext(handle))[-1] for _ in range(3)]
         await handle.aclose()  # as Gradio does for both
+        await asyncio.sleep(0.3)
         return told
 
     told = asyncio.run(leave())
@@ -326,6 +329,8 @@ def test_a_drawing_ends_between_steps_where_its_visitor_stops_or_leaves():
     assert re.fullmatch(r"Step \d+ of 600, \d s\. About 6 s\.", told[2])
     assert slow.ended.wait(1)
     assert slow.steps < 300
+    gc.collect()
+    assert not caplog.records  # asyncio would log how it ended, with a traceback
 
 
 def test_a_drawing_ends_where_nobody_listens(monkeypatch):
@@ -367,6 +372,13 @@ def server(digits):
     page.close()
 
 
+def working():
+    """Whether a thread draws at the moment."""
+    frames = sys._current_frames()
+    drawing = [each.ident for each in threading.enumerate() if each.name.startswith("drawing")]
+    return any("draw_samples" in "".join(traceback.format_stack(frames[ident])) for ident in drawing)
+
+
 def post(url, data, kind="application/json"):
     """Status and text of the answer."""
     request = urllib.request.Request(url, data, {"Content-Type": kind})
@@ -398,14 +410,44 @@ def test_malformed_requests_leave_no_traceback(server, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_the_queue_has_a_limit(server, digits):
-    settings = [1, OWN, 1000, 0, EACH, 1]
-    codes = []
-    for k in range(WAITING + 40):
-        body = {"session_hash": f"s{k}", "fn_index": 1, "data": settings}
-        codes.append(post(server + "queue/join", json.dumps(body).encode())[0])
+NOT_OFFERED = "The settings are not those that this page asks for."
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([1, OWN, 1001, 0, EACH, 1], "Value 1001 is greater than maximum value 1000."),
+        ([1, "rk4", 5, 0, EACH, 1], "is not in the list of choices"),
+        (["one", OWN, 5, 0, EACH, 1], NOT_OFFERED),
+        ([1, OWN, 5, {"path": "/etc/passwd"}, EACH, 1], NOT_OFFERED),
+        ([1, OWN], NOT_OFFERED),
+        ([None, OWN, 5, 0, EACH, 1], NOT_OFFERED),
+    ],
+)
+def test_settings_that_the_page_does_not_offer_are_one_sentence(digits, settings, message, capfd):
+    page = build_demo(digits)
+    with pytest.raises(gr.Error, match=re.escape(message)) as error:
+        asyncio.run(page.process_api(presses(page)[0], settings, state=page.state_holder["someone"]))
+    assert not error.value.print_exception  # else Gradio prints a traceback
+
+
+def test_the_queue_has_a_limit_and_forgets_who_does_not_listen(server, monkeypatch):
+    monkeypatch.setattr(demo_server, "PATIENCE", 0.5)
+
+    def join(k):
+        body = {"session_hash": f"s{k}", "fn_index": 1, "data": [1, OWN, 1000, 0, EACH, 1]}
+        return post(server + "queue/join", json.dumps(body).encode())[0]
+
+    with ThreadPoolExecutor(1) as threads:
+        codes = list(threads.map(join, range(WAITING + 40)))
     assert set(codes) == {200, 503}
     assert codes[:WAITING] == [200] * WAITING
+    for _ in range(600):
+        if json.load(urllib.request.urlopen(server + "queue/status"))["queue_size"] == 0 and not working():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("drawings went on that nobody waited for")
 
 
 def test_what_the_command_refuses(digits_model, monkeypatch, capfd):
@@ -618,6 +660,30 @@ def test_the_page_can_be_read_on_a_telephone(served, browser, theme):
         assert browser.execute_script("return document.documentElement.scrollWidth") == 390
         assert browser.execute_script(TOO_FAINT) == []
         assert all(image.get_attribute("alt") for image in page.seen("img"))
+
+
+@pytest.mark.slow
+def test_stop_and_a_random_seed_in_a_browser(served, browser):
+    page = Page(browser)
+    browser.get(served)
+    before = page.wait(page.pictures)  # samples are there
+    seed = page.one("input[type=number][aria-label$='Seed']")
+    assert seed.get_attribute("value") == "0"
+    page.click("button", "Random seed")
+    page.wait(lambda: seed.get_attribute("value") not in ("", "0"))
+    for label, number in (("Images", 64), ("Steps", 500)):
+        page.type(label, number)
+    page.wait(lambda: "64 images in 500 steps: about" in page.one(".status").text)
+    page.click("button.primary", "Draw samples")
+    page.wait(lambda: re.match(r"Step [1-9]\d* of 500, \d+ s\.", page.one(".status").text))
+    page.click("button", "Stop")
+    page.wait(lambda: page.one(".status").text == "Stopped.")
+    time.sleep(2)
+    assert page.one(".status").text == "Stopped."
+    assert page.pictures() == before
+    for label, number in (("Images", 1), ("Steps", 2)):
+        page.type(label, number)
+    assert len(page.press("Draw samples")) == 1
 
 
 def test_without_a_browser_it_is_told_what_to_install(monkeypatch):

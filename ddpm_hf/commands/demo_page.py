@@ -18,15 +18,17 @@ from ddpm_hf.commands.demo_drawing import (
     open_with_samples,
     own_copy,
 )
-from ddpm_hf.commands.demo_server import SIDE_BY_SIDE, WAITING, Drawings, Limits
+from ddpm_hf.commands.demo_server import SIDE_BY_SIDE, WAITING, Drawings, Limits, Page
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.schedulers.solvers import SOLVERS
 
 # The margin keeps the picture below the label and the buttons, which would cover it.
 CSS = """
 .picture img {image-rendering: pixelated; margin: 40px auto 8px}
-pre code {white-space: pre-wrap}
+.seed button {align-self: flex-end; margin-bottom: 12px}
 .dark button[role=tab].selected {color: var(--primary-300)}
+pre code {white-space: pre-wrap}
+input[role=listbox] {text-overflow: ellipsis}
 """
 
 
@@ -125,7 +127,7 @@ def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
     def time_of_interpolation(method, number, steps, t, *others):
         return pace.sentence(number + 2 * (method == "mix"), steps, guidance_scale=others[-1])
 
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with Page(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         what = "A denoising diffusion probabilistic model: each step removes some noise until an image remains."
         gr.Markdown(f"# {html.escape(title)}\n{what}  \n{facts}.")
         with gr.Tab("Samples"), gr.Row():

@@ -66,6 +66,18 @@ class Limits:
                     del LISTENING[session]
 
 
+class Page(gr.Blocks):
+    """A page that answers settings which it does not offer in one sentence, where Gradio prints a traceback."""
+
+    async def preprocess_data(self, *args, **kwargs):
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except gr.Error as error:
+            raise gr.Error(error.message, print_exception=False) from error
+        except Exception as error:
+            raise gr.Error("The settings are not those that this page asks for.", print_exception=False) from error
+
+
 class Drawings:
     """Runs drawings in a few threads, and ends those that nobody waits for between two steps."""
 
@@ -84,6 +96,7 @@ class Drawings:
 
         async def handle(request: gr.Request, *settings):
             began, steps, left, made = time.monotonic(), [0, 0], threading.Event(), ()
+            work = None
 
             def progress(done: tuple[int, int]) -> None:
                 steps[:] = done
@@ -106,6 +119,8 @@ class Drawings:
                 raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
             finally:
                 left.set()
+                if work is not None:
+                    work.cancel()  # it does not start any more, and asyncio does not report how it ends
                 for each in made:
                     if isinstance(each, Path):  # Gradio has copied it
                         each.unlink()
