@@ -435,7 +435,7 @@ def test_the_queue_has_a_limit_and_forgets_who_does_not_listen(server, monkeypat
     monkeypatch.setattr(demo_server, "PATIENCE", 0.5)
 
     def join(k):
-        body = {"session_hash": f"s{k}", "fn_index": 1, "data": [1, OWN, 1000, 0, EACH, 1]}
+        body = {"session_hash": f"s{k}", "fn_index": 1, "data": [32, OWN, 1000, 0, EACH, 1]}
         return post(server + "queue/join", json.dumps(body).encode())[0]
 
     with ThreadPoolExecutor(1) as threads:
