@@ -28,7 +28,6 @@ CSS = """
 .seed button {align-self: flex-end; margin-bottom: 12px}
 .dark button[role=tab].selected {color: var(--primary-300)}
 pre code {white-space: pre-wrap}
-input[role=listbox] {text-overflow: ellipsis}
 """
 
 
@@ -72,7 +71,7 @@ class Controls:
         return gr.Slider(0, 8, 1, step=0.5, label="Guidance", info=info, visible=bool(self.names))
 
     def sampling(self, most: int, number: int) -> list:
-        own = f"the model's own ({type(self.pipeline.scheduler).__name__})"
+        own = f"its own: {type(self.pipeline.scheduler).__name__}"  # a longer text is cut off on a telephone
         settings = [self.images(most, number), gr.Dropdown([(own, OWN), "ddpm", *SOLVERS], label="Solver")]
         settings += [self.steps(), self.seed("Seed", 0), self.class_label("Class", ("each in turn", EACH))]
         return [*settings, self.guidance()]
