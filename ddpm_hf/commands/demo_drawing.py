@@ -2,8 +2,8 @@
 
 import copy
 import math
+import secrets
 import shlex
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,7 +174,7 @@ def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_sca
     pipeline(number, _generators(seed, number), output_type="latent", **settings)
     frames = np.stack([to_unit_range(frame) for frame in getattr(film, of)], axis=1)  # (B, frames, H, W, C)
     names = [class_names(pipeline)[k] for k in labels] if class_names(pipeline) else ()
-    path = Path(tempfile.mkstemp(".webp", "film-", folder.name)[1])  # lossless, and smaller than a GIF
+    path = Path(folder.name, f"film-{secrets.token_hex(8)}.webp")  # lossless, and smaller than a GIF
     save_film([_picture(frames[:, k], number, names) for k in range(frames.shape[1])], path)
     sheet = frames[:, _spread(frames.shape[1], SHEET_FRAMES)]
     picture = _picture(sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
