@@ -105,7 +105,7 @@ class Controls:
 def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
     """Draw the first samples, and build the page of a model, for `launch`.
 
-    Images of 1 to 4 channels are shown as L, LA, RGB and RGBA; other images as their channels side by side, in gray.
+    Transparent images are shown on a checkerboard, and images of 5 or more channels as one gray image per channel.
     """
     title, facts = _describe(pipeline)
     number, steps, pace, (first, told) = open_with_samples(pipeline)
