@@ -40,6 +40,7 @@ NETWORKS = {  # recipe, or settings of DDPMUNet; (C, H, W)
     "small": (SMALL, (1, 28, 28)),
     "explainingai": ("explainingai-mnist", (1, 28, 28)),
     "labml": ("labml-celeba", (3, 32, 32)),
+    "digits": ("digits", (1, 8, 8)),
     "ddpm-cifar10": ("ddpm-cifar10", (3, 32, 32)),
     "script": (str(Path(__file__).parent / "imagenet-64.yaml"), (3, 64, 64)),
     "lucidrains": (None, (3, 32, 32)),

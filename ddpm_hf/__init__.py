@@ -15,6 +15,7 @@ _CLASSES = {
 }
 _PUBLIC = _CLASSES | {
     "Film": "ddpm_hf.utils.pictures",
+    "grid": "ddpm_hf.utils.pictures",
     "SOLVERS": "ddpm_hf.schedulers.solvers",
     "TrainConfig": "ddpm_hf.training.config",
     "train": "ddpm_hf.training",
@@ -22,7 +23,7 @@ _PUBLIC = _CLASSES | {
     "ModelMixin": "diffusers.models.modeling_utils",
     "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
 }
-__all__ = [*_CLASSES, "SOLVERS", "Film", "TrainConfig", "train"]
+__all__ = [*_CLASSES, "SOLVERS", "Film", "TrainConfig", "grid", "train"]
 
 
 def __getattr__(name: str):

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,10 @@ from ddpm_hf.evaluation import evaluate as evaluation
 from ddpm_hf.evaluation import reference as evaluation_data
 from ddpm_hf.evaluation.context import Context, channel_moments
 from ddpm_hf.evaluation.evaluate import evaluate
+from ddpm_hf.evaluation.features.extractor import Extractor
 from ddpm_hf.evaluation.metrics import by_timestep, likelihood
 from ddpm_hf.evaluation.metrics.drift import mean_and_std
+from ddpm_hf.evaluation.metrics.structure import neighbour_correlation
 from ddpm_hf.evaluation.registry import METRICS, Estimate, Findings, Metric, record
 from ddpm_hf.training import train
 from ddpm_hf.training.config import TrainConfig
@@ -40,13 +43,13 @@ NAMES = [
     "precision_train", "recall_train", "density_train", "coverage_train",
     "precision_held_out", "recall_held_out", "density_held_out", "coverage_held_out",
     "inception_score", "inception_score_real", "memorization_pixels", "memorization_features",
-    "channel_mean_drift", "channel_std_drift",
+    "neighbour_correlation", "channel_mean_drift", "channel_std_drift",
 ]  # fmt: skip
 MORE = {
     "bpd": {"total_nats", "total_nats_stderr", "prior", "kl", "decoder"},
     "fd": {"n_reference"}, "kid": {"n_reference"}, "inception": {"splits"},
     "memorization": {"p_value", "median_ratio", "n_held_out", "copies", "copies_held_out"},
-    "channel": {"channels", "samples", "train"},
+    "channel": {"channels", "samples", "train"}, "neighbour": {"training_images"},
 }  # fmt: skip
 PROTOCOL = {
     "model", "weights", "dtype", "seed", "reference", "num_samples", "solver", "num_inference_steps", "guidance_scale",
@@ -105,7 +108,7 @@ def test_evaluation_json_has_all_keys(evaluated):
 def test_only_the_selected_metrics_are_measured(trained, tmp_path):
     found = quick(trained, tmp_path, metrics=("kid", "drift"))
     assert list(found["metrics"]) == [
-        "kid_train", "kid_held_out", "kid_real", "channel_mean_drift", "channel_std_drift",
+        "kid_train", "kid_held_out", "kid_real", "neighbour_correlation", "channel_mean_drift", "channel_std_drift",
     ]  # fmt: skip
     assert "bpd" not in found["protocol"]
     assert not (tmp_path / "by_timestep.csv").exists()
@@ -556,7 +559,7 @@ def test_few_training_images_have_no_distances(tmp_path, caplog, count, features
     settings = {"train_data_dir": str(tmp_path / "data"), "num_samples": 12, "features": features}
     with caplog.at_level(logging.WARNING):
         found = quick(tmp_path / "model", tmp_path, metrics=("memorization", "drift"), **settings)
-    assert list(found["metrics"]) == ["channel_mean_drift", "channel_std_drift"]
+    assert list(found["metrics"]) == ["neighbour_correlation", "channel_mean_drift", "channel_std_drift"]
     assert "Fewer than 10 training images were found" in caplog.text
     with pytest.raises(ValueError, match=f"but there are {count}; these metrics need no distances: bpd,loss"):
         quick(tmp_path / "model", tmp_path, **settings)
@@ -575,3 +578,75 @@ def test_few_images_have_no_distances(tmp_path, caplog):
     assert {"fd_train", "precision_train", "bpd", "loss_held_out"} <= found["metrics"].keys()
     assert not [name for name in found["metrics"] if name.endswith(("_held_out", "real")) and name != "loss_held_out"]
     assert not [name for name in found["metrics"] if name.startswith("memorization")]
+
+
+# ---------------------------------------------------------------- samples that are noise, and images of any channels
+
+
+def test_neighbours_are_correlated_in_images_and_not_in_noise():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(200, 2, 16, 16, generator=g)
+    found = neighbour_correlation(noise)
+    assert abs(found.value) < 4 * found.stderr < 0.04
+    smooth = torch.nn.functional.avg_pool2d(noise, 2, 1)  # neighbours share half of their pixels
+    found = neighbour_correlation(smooth)
+    assert abs(found.value - 0.5) < 4 * found.stderr < 0.04
+    mean = torch.linspace(-1, 1, 16).expand(16, 16)
+    assert abs(neighbour_correlation(0.1 * noise + mean).value) < 0.04  # a mean image plus noise is noise
+    assert neighbour_correlation(mean.expand(20, 1, 16, 16)).value == 0  # so are copies of one image
+    means = [neighbour_correlation(torch.randn(50, 1, 8, 8, generator=g)) for _ in range(200)]
+    assert 0.8 < torch.tensor([each.value for each in means]).std() / means[0].stderr < 1.25
+
+
+@pytest.mark.parametrize("metrics", [("prdc", "memorization"), ("drift",)])
+def test_noise_is_called_noise(trained, tmp_path, capsys, metrics):
+    """Whichever metrics of samples are selected."""
+    flags = ["--metrics", ",".join(metrics), "--num_samples", "40", "--num_inference_steps", "2"]
+    pipeline = DDPMCustomPipeline.from_pretrained(trained)
+    for weight in pipeline.unet.parameters():
+        weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    pipeline.save_pretrained(tmp_path / "noise")
+    shutil.copy(trained / "train_config.json", tmp_path / "noise")
+    assert main(["evaluate", str(tmp_path / "noise"), *flags]) == 0
+    assert "These samples are not images yet: the correlation of neighbouring pixels is" in capsys.readouterr().err
+    page = (tmp_path / "noise/report.html").read_text()
+    assert "These samples are not images yet" in page
+    assert 'class="good"' not in page
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 12), (2, 8), (4, 10), (5, 8)])
+def test_images_of_any_channels_are_evaluated(tmp_path, caplog, capsys, channels, size):
+    """Alpha is blended with gray for the default features; for bands, what needs features is left out and told."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for k in range(24):
+        pixels = rng.integers(0, 256, (size, size, channels), dtype=np.uint8)
+        if channels == 5:
+            np.save(tmp_path / f"data/{k}.npy", pixels)
+        else:
+            Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / f"data/{k}.png")
+    model = DDPMCustomPipeline(tiny_unet(in_channels=channels, sample_size=size), LinearNoiseScheduler())
+    model.save_pretrained(tmp_path / "model")
+    settings = {"train_data_dir": str(tmp_path / "data"), "num_samples": 12, "num_inference_steps": 1}
+    with caplog.at_level(logging.WARNING):
+        found = quick(tmp_path / "model", tmp_path, **settings)
+    assert ("kid_train" in found["metrics"]) == (channels < 5)
+    assert "memorization_pixels" not in found["metrics"]  # too few are held out
+    assert "neighbour_correlation" in found["metrics"]
+    if channels == 5:
+        assert "fd, kid, prdc, is are left out, because they need a network for images of 5 channels" in caplog.text
+        with pytest.raises(ValueError, match="metrics: kid need a network for images of 5 channels, .* --features"):
+            quick(tmp_path / "model", tmp_path, metrics=("kid", "drift"), **settings)
+    else:
+        assert found["protocol"]["features"]["name"] == "imagenet"
+        assert ("alpha blended with mid-gray" in found["protocol"]["features"]["pixels"]) == (channels != 1)
+
+
+def test_transparent_pixels_have_no_colour_for_features():
+    seen = []
+    of = Extractor("spy", "0", "none", lambda images: seen.append(images) or images.flatten(1), 3)
+    image = torch.rand(2, 4, 3, 3)
+    image[:, 3] = torch.tensor([0.0, 1.0])[:, None, None]
+    of(image)
+    assert torch.equal(seen[0][0], torch.full((3, 3, 3), 0.5))
+    assert torch.equal(seen[0][1], (255 * image[1, :3]).round() / 255)

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from ddpm_hf import LinearNoiseScheduler
 from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.data.neighbours import nearest_images
+from ddpm_hf.pipelines.images import to_pil
 from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.pictures import FILM_BYTES, _film, nearness
@@ -159,3 +160,10 @@ def test_nearness_shows_models_that_repeat_their_data(tmp_path):
         assert f"{brighter:.4f} of 20 samples" in metric["protocol"]
         assert "0.4000 of 30 held-out images" in metric["protocol"]
     assert nearness(run, distances[:15]) == []  # too few to say anything
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_grid_of_pictures_is_the_grid_of_their_pixels(channels):
+    """`ddpm_hf.grid(pipe(16).images, 4)`"""
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 8, channels), dtype=np.uint8) / 255
+    assert grid(to_pil(images), 2).tobytes() == grid(images, 2).tobytes()

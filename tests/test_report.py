@@ -14,7 +14,7 @@ from PIL import Image
 import ddpm_hf.evaluation.report
 from ddpm_hf.evaluation.charts import CURVES, UNITS, draw_charts
 from ddpm_hf.evaluation.report import KNOWN, verdict, write_report
-from ddpm_hf.utils.results import number
+from ddpm_hf.utils.results import noise_warning, number
 
 
 def metric(value, stderr=None, n=2000, **more):
@@ -36,6 +36,7 @@ def full(num_samples=2000):
         "memorization_features": metric(-5.3111, p_value=5.4e-8, median_ratio=0.6831, n_held_out=497),
         "channel_mean_drift": metric(0.0123, 0.002, channels=[0.0123, -0.0041], samples=[-0.012, -0.051], train=[0, 1]),
         "channel_std_drift": metric(0.0211, 0.001, channels=[-0.0211, 0.018], samples=[0.47, 0.48], train=[0.5, 0.51]),
+        "neighbour_correlation": metric(0.5317, 0.0041, 500, training_images=0.6217),
         "loss_held_out": metric(0.03123, 0.0004, 500),
         "loss_train": metric(0.02987, 0.0005, 500),
     }
@@ -246,3 +247,29 @@ def test_the_verdict_on_nearness():
     tone, words = verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.01})
     assert (tone, "copies of training images in 25.0% of all cases" in words) == ("bad", True)
     assert verdict({"value": -1.0, "copies": 0.25, "copies_held_out": 0.2})[0] == "good"  # the data have copies
+
+
+def test_no_metric_is_good_when_samples_are_noise(tmp_path):
+    """Noise can be "no nearer to the training images", and have a precision of 1."""
+    evaluation = only("memorization_pixels", "precision_train", "neighbour_correlation")
+    page = report(tmp_path / "images", evaluation)
+    assert "no nearer to the training images" in page.text
+    assert 'class="good"' in page.html
+    assert "not images" not in page.text
+    evaluation["metrics"]["neighbour_correlation"]["value"] = 0.31
+    page = report(tmp_path / "noise", evaluation)
+    assert "These samples are not images yet: the correlation of neighbouring pixels is 0.31, and 0.62 in" in page.text
+    assert "no nearer to the training images" not in page.text
+    assert 'class="good"' not in page.html
+
+
+@pytest.mark.parametrize(
+    ("value", "real", "noise"),
+    [(0.01, 0.4, True), (0.3, 0.4, False), (-0.01, 0.4, True), (-0.3, -0.3, False), (0.01, -0.3, True),
+     (0.0, 0.09, False), (0.0, None, False), (None, 0.4, False)],
+)  # fmt: skip
+def test_what_noise_is(value, real, noise):
+    """The sign counts: in a chessboard, neighbours are opposites."""
+    found = noise_warning({"neighbour_correlation": {"value": value, "training_images": real}})
+    assert (found is not None) == noise
+    assert noise_warning({}) is None

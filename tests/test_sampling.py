@@ -21,7 +21,9 @@ from ddpm_hf.commands import sample_comparison
 from ddpm_hf.commands.main import main
 from ddpm_hf.commands.sample_comparison import compare_solvers
 from ddpm_hf.commands.sample_folder import SHARD, sample_to_folder
+from ddpm_hf.data.decoding import Decoder
 from ddpm_hf.utils import pictures as films
+from ddpm_hf.utils.seeds import image_generators
 
 STEPS = ["--num_inference_steps", "5"]
 
@@ -33,7 +35,7 @@ def pipeline_of(**settings):
 
 
 def pixels(folder, suffix="png"):
-    return {path.stem: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob(f"*.{suffix}"))}
+    return {path.stem: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob(f"[0-9]*.{suffix}"))}
 
 
 def assert_alike(a, b):
@@ -46,10 +48,8 @@ def test_the_command_fills_a_folder(digits_model, tmp_path, capsys):
     flags = ["--class_labels", "3", "7", "--guidance_scale", "2", "--scheduler", "ddim", *STEPS, "--num_images", "6"]
     assert main(["sample", str(digits_model), "--output_dir", str(tmp_path / "out"), *flags, "--seed", "5"]) == 0
     assert f"6 images generated -> {tmp_path / 'out'}" in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path / "out")) == [*(f"{k:06d}.png" for k in range(6)), "sampling.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [*(f"{k:06d}.png" for k in range(6)), "grid.png", "sampling.json"]
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
-    from ddpm_hf.utils.seeds import image_generators
-
     settings = {"class_labels": [3, 7] * 3, "guidance_scale": 2, "scheduler": "ddim", "num_inference_steps": 5}
     expected = pipeline(generator=image_generators(5, range(6)), **settings).images
     assert_alike(pixels(tmp_path / "out"), {f"{k:06d}": np.asarray(im).astype(int) for k, im in enumerate(expected)})
@@ -96,13 +96,79 @@ def test_only_what_is_missing_is_made(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_samples_go_into_the_folder_of_their_model(tmp_path, monkeypatch, capsys):
+    """Two models do not share a folder. That of a model on the Hub has the name of its repository."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        pipeline_of().save_pretrained(f"runs/{name}")
+        assert main(["sample", f"runs/{name}", "--num_images", "2", *STEPS]) == 0
+        told = capsys.readouterr()
+        assert told.out.splitlines() == [
+            f"2 images generated -> runs/{name}/samples", f"runs/{name}/samples/grid.png"
+        ]  # fmt: skip
+        assert "steps" in told.err  # a bar within the batch
+        assert len(pixels(tmp_path / f"runs/{name}/samples")) == 2
+    DDPMCustomPipeline.from_pretrained("runs/a")  # is still a model
+    monkeypatch.setattr("ddpm_hf.pipelines.pipeline.load_pipeline", lambda *_: pipeline_of())
+    assert main(["sample", "user/model", "--num_images", "1", *STEPS, "--no_grid"]) == 0
+    assert sorted(os.listdir("model/samples")) == ["000000.png", "sampling.json"]
+
+
+def test_the_grid_has_a_column_for_each_class(digits_model, tmp_path, monkeypatch):
+    """Without labels, the images take all classes in turn. The grid has names over its columns."""
+    drawn = []
+    monkeypatch.setattr("ddpm_hf.commands.sample_folder.grid", lambda *args, **texts: drawn.append((args, texts)) or G)
+    G = Image.new("L", (8, 8))
+    command = ["sample", str(digits_model), *STEPS, "--output_dir", str(tmp_path / "out")]
+    assert main([*command, "--scale", "3"]) == 0
+    (images, columns, scale), texts = drawn.pop()
+    assert (len(images), columns, scale, texts) == (20, 10, 3, {"column_names": list("0123456789")})
+    labels = json.loads((tmp_path / "out/sampling.json").read_text())["class_labels"]
+    assert labels == list(range(10))
+    files = pixels(tmp_path / "out")
+    assert all(abs(255 * image[..., 0] - files[f"{k:06d}"]).max() < 1e-6 for k, image in enumerate(images))
+    assert main([*command[:-1], str(tmp_path / "3"), "--class_labels", "3", "--num_images", "5"]) == 0
+    assert drawn.pop()[1] == {"captions": ["3"] * 5}
+    monkeypatch.setattr("ddpm_hf.commands.sample_folder.MOST_COLUMNS", 4)
+    command = [*command[:-1], str(tmp_path / "parquet"), "--format", "parquet", "--num_images", "12"]
+    assert main(command) == 0
+    (images, columns, scale), texts = drawn.pop()
+    assert (len(images), columns, scale, texts) == (12, 8, None, {"captions": [*"0123456789", "0", "1"]})
+    assert main([*command, "--scale", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("channels", "value_range", "suffix"),
+    [(1, (0, 4095), "png"), (3, (100, 65535), "png"), (4, (0, 4095), "png"), (1, (-1024, 3071), "npy"),
+     (2, (0, 1000), "png"), (5, (0, 10000), "npy"), (1, (0.0, 1.0), "npy"), (5, None, "npy"), (3, None, "png")],
+)  # fmt: skip
+def test_files_have_the_pixel_values_of_the_training_images(tmp_path, channels, value_range, suffix):
+    """They can be training images again: the decoder gives what the model made."""
+    pipeline = pipeline_of(in_channels=channels, value_range=value_range)
+    pipeline.save_pretrained(tmp_path / "model")
+    command = ["sample", str(tmp_path / "model"), "--num_images", "3", *STEPS]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    files = sorted((tmp_path / "out").glob("[0-9]*"))
+    assert [file.name for file in files] == [f"{k:06d}.{suffix}" for k in range(3)]
+    assert (tmp_path / "out/grid.png").exists()
+    expected = pipeline(3, image_generators(0, range(3)), 5, "np").images
+    low, high = value_range or ((0, 1) if suffix == "npy" else (0, 255))
+    decode = Decoder(channels=channels, value_range=None if suffix == "png" and not value_range else (low, high))
+    for file, image in zip(files, expected):
+        found = (decode(file).pixels.transpose(1, 2, 0).astype(float) - low) / (high - low)
+        assert abs(found - image).max() <= (0.51 / min(high - low, 65535) if suffix == "png" else 1e-6)
+    if suffix == "npy" and value_range:
+        with pytest.raises(ValueError, match="format='png' holds .*: use npy"):
+            sample_to_folder(pipeline, tmp_path / "again", 1, format="png")
+
+
 @pytest.mark.slow
 def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
     pipeline_of().save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "ddpm_hf", "sample", "model", "--num_images", "600", "--batch_size", "5"]
     command += ["--num_inference_steps", "10", "--output_dir", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.glob("out/*.png"))) < 20:
+    while len(list(tmp_path.glob("out/[0-9]*.png"))) < 20:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
@@ -146,8 +212,8 @@ def test_any_number_of_channels(tmp_path):
         sample_to_folder(pipeline, folder, 1, num_inference_steps=1)
         assert (Image.open(folder / "000000.png").mode, Image.open(folder / "000000.png").size) == (mode, (6, 4))
     with pytest.raises(ValueError, match="format='png' holds images of 1 to 4 channels, and this model has 5: use npy"):
-        sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1)
-    sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1, format="npy", num_inference_steps=1)
+        sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1, format="png")
+    sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1, num_inference_steps=1)
     assert np.load(tmp_path / "5/000000.npy").shape == (8, 8, 5)
 
 
@@ -215,7 +281,7 @@ def test_all_processes_of_a_launcher_take_part(tmp_path):
     ]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.count("6 images generated") == 2
-    assert len(list((tmp_path / "out").glob("*.png"))) == 12
+    assert len(list((tmp_path / "out").glob("[0-9]*.png"))) == 12
 
 
 def test_comparing_begins_with_the_same_noise():

@@ -471,8 +471,9 @@ def test_five_bands_train(tmp_path):
             tifffile.imwrite(tmp_path / f"{k}.tif", bands, photometric="minisblack", planarconfig="contig")
     run = train(tiny_config(tmp_path / "out", train_data_dir=str(tmp_path), value_range=[0, 4095]))
     assert run.images.shape == (5, 8, 12)
-    images = DDPMCustomPipeline.from_pretrained(tmp_path / "out")(2, num_inference_steps=2, output_type="np").images
-    assert images.shape == (2, 8, 12, 5)
+    pipeline = DDPMCustomPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline(2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 12, 5)
+    assert pipeline.unet.config.value_range == [0, 4095]  # which files of samples have again
 
 
 def test_too_many_broken_files_stop_the_run_with_their_list(tmp_path):

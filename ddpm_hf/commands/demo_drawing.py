@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from ddpm_hf.pipelines.editing import slerp
-from ddpm_hf.pipelines.images import PIL_MODES
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, num_classes
 from ddpm_hf.schedulers.noise import draw_noise
 from ddpm_hf.schedulers.solvers import SOLVERS
@@ -116,7 +115,6 @@ def draw_samples(pipeline, number, solver, steps, seed, label, guidance_scale, p
     words += ["--num_inference_steps", steps] + (["--scheduler", solver] if solver else [])
     if names:
         words += ["--guidance_scale", guidance_scale, "--class_labels", *dict.fromkeys(names[k] for k in labels)]
-    words += [] if pipeline.image_shape[0] in PIL_MODES else ["--format", "npy"]
     in_columns = label == EACH and 1 < len(names) <= min(number, 10)
     columns = len(names) if in_columns else math.ceil(math.sqrt(number))
     command = shlex.join(map(str, words))

@@ -47,6 +47,7 @@ def run(args) -> None:
     from ddpm_hf.evaluation import comparison
     from ddpm_hf.evaluation import evaluate as evaluation
     from ddpm_hf.utils.memory import keep_freed_memory
+    from ddpm_hf.utils.results import noise_warning
 
     pop_device(args)
     given = {name: value for name, value in vars(args).items() if value is not None}
@@ -74,5 +75,6 @@ def run(args) -> None:
         report = evaluation.file_beside(output, evaluation.REPORT)
         written = f"{output} and {report}" if report.exists() else output  # a warning has told why there is no report
         print("\n".join([*comparison.table(found), f"-> {written}"]), flush=True)
-        if warning := comparison.few_samples_warning(found):
-            print(warning, file=sys.stderr)
+        for warning in (noise_warning(found["metrics"]), comparison.few_samples_warning(found)):
+            if warning:
+                print(warning, file=sys.stderr)

@@ -1,12 +1,16 @@
 """Generate images with a model into a folder, or compare solvers in one picture."""
 
+import argparse
 import os
+from pathlib import Path
 
 from ddpm_hf.commands.device import add_device
 from ddpm_hf.commands.parsing import add_setting
 
 OLD_FLAGS = {"--output": "--output_dir"}
-FOR_FOLDER = ("num_images", "batch_size", "scheduler", "num_inference_steps", "format")
+FOR_FOLDER = ("num_images", "batch_size", "scheduler", "num_inference_steps", "format", "scale", "no_grid")
+FEW = 16  # images by default; of a class-conditional model two of each class
+MOST = 64  # images by default, of however many classes
 FOR_COMPARISON = ("solvers", "steps")
 
 
@@ -17,17 +21,24 @@ def add_arguments(parser) -> None:
     solvers = f"ddpm, {', '.join(SOLVERS)}"
     parser.add_argument("model", help="a pipeline folder, or user/model on the Hub")
     both = parser.add_argument_group("sampling")
-    both.add_argument("--output_dir", default="samples", help="folder to write to; existing samples are kept")
+    add_setting(
+        both, "--output_dir", "samples in the model's folder", help="folder to write to; existing samples are kept"
+    )
     both.add_argument("--seed", type=int, default=0, help="image k depends only on the seed and k")
-    both.add_argument("--class_labels", nargs="+", help="names or numbers of classes, which the images take in turn")
+    both.add_argument("--class_labels", nargs="+", help="classes that the images take in turn; default: all")
     both.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 disables it")
     add_device(both)
     folder = parser.add_argument_group("folder of images")
-    add_setting(folder, "--num_images", 16, type=int, help="number of images in the folder at the end")
+    add_setting(folder, "--num_images", "16, or 2 of each class", type=int, help="images in the folder at the end")
     add_setting(folder, "--batch_size", 64, type=int, help="images per batch; it does not change the images")
     add_setting(folder, "--scheduler", "the model's own", help=f"solver: {solvers}")
     add_setting(folder, "--num_inference_steps", "all training timesteps", type=int, help="sampling steps")
-    add_setting(folder, "--format", "png", help=f"file format: {', '.join(FORMATS)}")
+    add_setting(folder, "--format", "png, or npy if png can't hold them", help=f"file format: {', '.join(FORMATS)}")
+    add_setting(folder, "--scale", "60 pixels or more", type=int, help="how many times grid.png enlarges an image")
+    folder.add_argument(
+        "--no_grid", action="store_true", default=argparse.SUPPRESS,
+        help="do not draw grid.png, for programs that read every image of a folder",
+    )  # fmt: skip
     comparison = parser.add_argument_group("comparison of solvers")
     comparison.add_argument(
         "--compare", action="store_true", help="write compare.png: a row per solver, a column per number of steps"
@@ -37,7 +48,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    from ddpm_hf.pipelines.pipeline import load_pipeline
+    from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
     from ddpm_hf.utils.devices import choose_device
     from ddpm_hf.utils.memory import keep_freed_memory
 
@@ -47,35 +58,48 @@ def run(args) -> None:
     keep_freed_memory()
     device = choose_device(getattr(args, "device", None))
     pipeline = load_pipeline(args.model, "model").to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(leave=False, desc="steps", disable=os.environ.get("RANK", "0") != "0")
     names = pipeline.unet.config.get("class_names") or []
     labels = args.class_labels and [int(x) if x.isdigit() and x not in names else x for x in args.class_labels]
-    (_compare if args.compare else _fill)(pipeline, labels, args)
+    labels = labels or list(range(num_classes(pipeline.unet) or 0)) or None
+    output = Path(args.output_dir) if hasattr(args, "output_dir") else _folder_of(args.model)
+    (_compare if args.compare else _fill)(pipeline, labels, output, args)
 
 
-def _fill(pipeline, labels: list | None, args) -> None:
-    from ddpm_hf.commands.sample_folder import sample_to_folder
+def _folder_of(model: str) -> Path:
+    """The folder for samples of a model: in its own folder, or in one that is named as its repository on the Hub."""
+    return Path(model if os.path.isdir(model) else model.rsplit("/", 1)[-1]) / "samples"
+
+
+def _fill(pipeline, labels: list | None, output: Path, args) -> None:
+    from ddpm_hf.commands.sample_folder import draw_grid, sample_to_folder
+    from ddpm_hf.utils.arguments import check, integer, optional
 
     given = {name: getattr(args, name) for name in FOR_FOLDER if hasattr(args, name)}
-    settings = {"num_images": 16, "seed": args.seed, "guidance_scale": args.guidance_scale} | given
-    made = sample_to_folder(pipeline, args.output_dir, class_labels=labels, **settings)
-    print(f"{made} images generated -> {args.output_dir}", flush=True)
+    scale, draws = given.pop("scale", None), not given.pop("no_grid", False)
+    check("scale", scale, optional(integer(1, 100, "larger than any screen")))
+    classes = len(labels) if labels else 0
+    number = {"num_images": min(max(FEW, 2 * classes), MOST)}
+    settings = number | {"seed": args.seed, "guidance_scale": args.guidance_scale} | given
+    made = sample_to_folder(pipeline, output, class_labels=labels, **settings)
+    print(f"{made} images generated -> {output}", flush=True)
+    if draws and os.environ.get("RANK", "0") == "0":
+        print(draw_grid(output, pipeline.unet.config, scale), flush=True)
 
 
-def _compare(pipeline, labels: list | None, args) -> None:
+def _compare(pipeline, labels: list | None, output: Path, args) -> None:
     from ddpm_hf.commands.sample_comparison import compare_solvers
     from ddpm_hf.commands.sample_folder import COMPARISON
     from ddpm_hf.schedulers.solvers import SOLVERS
     from ddpm_hf.utils.files import save_picture
 
-    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise ValueError(f"output_dir={args.output_dir!r} is a file; it must be a folder or not exist yet")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir={str(output)!r} is a file; it must be a folder or not exist yet")
     settings = {"seed": args.seed, "guidance_scale": args.guidance_scale}
     if labels:
         settings["class_labels"] = [labels[k % len(labels)] for k in range(4)]
     solvers, steps = getattr(args, "solvers", ["ddpm", *SOLVERS]), getattr(args, "steps", [5, 10, 20, 50])
     picture = compare_solvers(pipeline, solvers, steps, **settings)
-    os.makedirs(args.output_dir, exist_ok=True)
-    path = os.path.join(args.output_dir, COMPARISON)
-    save_picture(picture, path)
-    print(path)
+    output.mkdir(parents=True, exist_ok=True)
+    save_picture(picture, output / COMPARISON)
+    print(output / COMPARISON)

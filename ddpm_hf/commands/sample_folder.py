@@ -2,26 +2,32 @@
 
 import contextlib
 import hashlib
+import importlib.util
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ddpm_hf.pipelines.images import PIL_MODES, to_pil
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
-from ddpm_hf.utils.files import clear_parts, locked, write
+from ddpm_hf.utils.files import clear_parts, locked, save_picture, write
+from ddpm_hf.utils.pictures import grid
 from ddpm_hf.utils.seeds import image_generators
 
 FORMATS = ("png", "npy", "parquet")
 SHARD = 1000  # images per parquet file
 SETTINGS = "sampling.json"
-COMPARISON = "compare.png"  # the picture of `ddpm-hf sample --compare`, which may be in the same folder
+GRID, COMPARISON = "grid.png", "compare.png"  # pictures of `ddpm-hf sample`, which may be in the same folder
+SHOWN = 64  # samples in the grid
+MOST_COLUMNS = 16  # of the grid, one per class
+EIGHT_BITS = 0, 255
 
 
 def sample_to_folder(
@@ -30,7 +36,7 @@ def sample_to_folder(
     num_images: int,
     batch_size: int = 64,
     seed: int = 0,
-    format: str = "png",
+    format: str | None = None,
     class_labels: int | str | list[int | str] | None = None,
     guidance_scale: float = 1.0,
     scheduler: str | None = None,
@@ -45,9 +51,11 @@ def sample_to_folder(
 
     Args:
         output: the folder. Its `sampling.json` records the settings.
-        format: `"png"` and `"npy"` (float32 (H, W, C) in [0, 1], any number of channels) write one file per image,
-            batch by batch. `"parquet"` writes files of 1,000 images, which `datasets` reads, with the columns `image`
-            and, for a class-conditional model, `label`.
+        format: `"png"` and `"npy"` (float32 (H, W, C), any number of channels) write one file per image, batch by
+            batch. `"parquet"` writes files of 1,000 PNG images, which `datasets` reads, with the columns `image` and,
+            for a class-conditional model, `label`. `None`: PNG if it can hold the images, or else npy. Images of a
+            model with `value_range` have the pixel values of its training images, with 16 bits in PNG; others have
+            0 ... 255 in PNG and [0, 1] in npy.
         class_labels: sample k has label k modulo their number.
         guidance_scale, scheduler (a name), num_inference_steps, clip_sample: arguments of the pipeline's call.
 
@@ -56,6 +64,7 @@ def sample_to_folder(
             not finite; nothing of that batch is written.
     """
     output = Path(output)
+    format = ("npy" if _not_in_png(pipeline.unet.config) else "png") if format is None else format
     _check_arguments(pipeline, output, num_images, batch_size, seed, format, scheduler)
     labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
     of_call = {
@@ -90,7 +99,6 @@ def sample_to_folder(
 
 
 def _check_arguments(pipeline, output: Path, num_images, batch_size, seed, format, scheduler) -> None:
-    channels = pipeline.unet.config.in_channels
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1")
@@ -98,8 +106,8 @@ def _check_arguments(pipeline, output: Path, num_images, batch_size, seed, forma
         raise ValueError(f"seed={seed!r} must be an integer in 0 ... 2^63 - 1")
     if format not in FORMATS:
         raise ValueError(f"format={format!r}; choose from {', '.join(FORMATS)}")
-    if format != "npy" and channels not in PIL_MODES:
-        raise ValueError(f"format={format!r} holds images of 1 to 4 channels, and this model has {channels}: use npy")
+    if format != "npy" and (why := _not_in_png(pipeline.unet.config)):
+        raise ValueError(f"format={format!r} {why}")
     if not isinstance(scheduler, str | None):
         raise ValueError(f"scheduler={scheduler!r} must be a name; to use another object, set pipeline.scheduler")
     if output.exists() and not output.is_dir():
@@ -130,7 +138,7 @@ class _SampleFolder:
         paths = {k: self.output / f"{k:06d}.{format}" for k in numbers}
         missing = [k for k, path in paths.items() if not _is_whole(path)]
         for k, image in zip(missing, self.generate(missing) if missing else (), strict=True):
-            self._write(paths[k], _encoded(image, format))
+            self._write(paths[k], _encoded(image, format, _pixel_values(self.unet_config)))
         return len(missing)
 
     def fill_shard(self, numbers: range) -> int:
@@ -138,7 +146,7 @@ class _SampleFolder:
         import datasets
         import pyarrow.parquet
 
-        path, labels = self.output / f"samples-{numbers.start // SHARD:05d}.parquet", self.settings["class_labels"]
+        path, labels = _shard(self.output, numbers.start // SHARD), self.settings["class_labels"]
         images = []
         if _is_whole(path):
             images = [row["bytes"] for row in pyarrow.parquet.read_table(path)["image"].to_pylist()]
@@ -146,14 +154,15 @@ class _SampleFolder:
         if not missing:
             return 0
         for k in range(0, len(missing), self.batch_size):
-            images += [_encoded(image, "png") for image in self.generate(missing[k : k + self.batch_size])]
+            batch = self.generate(missing[k : k + self.batch_size])
+            images += [_encoded(image, "png", _pixel_values(self.unet_config)) for image in batch]
         columns, features = {"image": [{"bytes": image, "path": None} for image in images]}, {"image": datasets.Image()}
         if labels is not None:
             names = self.unet_config.class_names or [str(k) for k in range(self.unet_config.num_classes)]
             of_images = [labels[k % len(labels)] for k in numbers]
             columns["label"] = [names.index(label) if label in names else label for label in of_images]
             features["label"] = datasets.ClassLabel(names=names)
-        file = BytesIO()
+        file = io.BytesIO()
         datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(file)
         self._write(path, file.getvalue())
         return len(missing)
@@ -163,6 +172,11 @@ class _SampleFolder:
             self.output.mkdir(parents=True, exist_ok=True)
             write(self.output / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
         write(path, content)
+
+
+def _shard(output: Path, number: int) -> Path:
+    """The path of a parquet file, from 0."""
+    return output / f"samples-{number:05d}.parquet"
 
 
 def _is_whole(path: Path) -> bool:
@@ -185,7 +199,7 @@ def _check_settings(output: Path, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     # List the files before reading the settings: another process may be writing the settings now, then its images.
     files = output.iterdir() if output.exists() else ()
-    others = [file for file in files if file.name != COMPARISON and not file.name.startswith(".")]
+    others = [file for file in files if file.name not in (GRID, COMPARISON) and not file.name.startswith(".")]
     if path.exists():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -202,10 +216,93 @@ def _check_settings(output: Path, settings: dict) -> None:
         raise ValueError(f"output={str(output)!r} holds other files: choose a folder that is empty or does not exist")
 
 
-def _encoded(image: np.ndarray, format: str) -> bytes:
-    file = BytesIO()
+def _not_in_png(unet_config: Mapping) -> str | None:
+    """Why PNG files can't hold a model's images; `None` if they can."""
+    channels, (low, high) = unet_config["in_channels"], _pixel_values(unet_config)
+    if channels not in PIL_MODES:
+        return f"holds images of 1 to 4 channels, and this model has {channels}: use npy"
+    if low < 0 or high > 2**16 - 1 or high - low < 255:
+        return f"holds whole numbers up to 65535, and this model has pixel values of {low:g} ... {high:g}: use npy"
+    if channels > 1 and (low, high) != EIGHT_BITS and importlib.util.find_spec("imagecodecs") is None:
+        return f"of {channels} channels of 16 bits needs `pip install ddpm-hf[train]`; npy does not"
+    return None
+
+
+def _pixel_values(unet_config: Mapping) -> tuple[float, float]:
+    """The pixel values of black and white in the files of a model's images."""
+    return tuple(unet_config.get("value_range") or EIGHT_BITS)
+
+
+def _encoded(image: np.ndarray, format: str, value_range: tuple[float, float]) -> bytes:
+    """An image (H, W, C) in [0, 1] as the content of a file."""
+    file = io.BytesIO()
     if format == "npy":
-        np.save(file, image)
-    else:
+        low, high = (0, 1) if value_range == EIGHT_BITS else value_range
+        np.save(file, (low + image * (high - low)).astype(np.float32))
+    elif value_range == EIGHT_BITS:
         to_pil(image[None])[0].save(file, "PNG")
+    else:
+        low, high = _of_channels(image.shape[2], value_range)
+        pixels = (low + image.astype(np.float64) * (high - low)).round().astype(np.uint16)
+        if pixels.shape[2] > 1:  # Pillow writes only gray images of 16 bits
+            import imagecodecs
+
+            return imagecodecs.png_encode(np.ascontiguousarray(pixels))
+        Image.fromarray(pixels[..., 0]).save(file, "PNG")
     return file.getvalue()
+
+
+def _decoded(content: bytes, format: str, value_range: tuple[float, float]) -> np.ndarray:
+    """The inverse of `_encoded`, up to rounding."""
+    if format == "npy":
+        low, high = (0, 1) if value_range == EIGHT_BITS else value_range
+        return (np.load(io.BytesIO(content)) - low) / (high - low)
+    image = Image.open(io.BytesIO(content))
+    if value_range == EIGHT_BITS or image.mode.startswith("I"):
+        pixels = np.asarray(image)
+    else:
+        import imagecodecs
+
+        pixels = imagecodecs.png_decode(content)
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    low, high = _of_channels(pixels.shape[2], value_range)
+    return ((pixels - low) / (high - low)).clip(0, 1)
+
+
+def _of_channels(channels: int, value_range: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """The pixel values of 0 and 1 in each channel of a PNG file, where full opacity is always the largest number."""
+    low, high = (np.full(channels, value) for value in value_range)
+    if channels in (2, 4) and value_range != EIGHT_BITS:
+        low[-1], high[-1] = 0, 2**16 - 1
+    return low, high
+
+
+def draw_grid(output, unet_config: Mapping, scale: int | None = None) -> Path:
+    """Draw the first samples of a folder that `sample_to_folder` filled, and return the path of the picture.
+
+    The classes that samples take in turn are the columns; if there are many, their names stand below the images.
+
+    Args:
+        scale: how many times an image is enlarged; see `grid`.
+    """
+    output = Path(output)
+    settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    format, value_range = settings["format"], _pixel_values(unet_config)
+    if format == "parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(_shard(output, 0))["image"][:SHOWN].to_pylist()
+        files = {k: row["bytes"] for k, row in enumerate(rows)}
+    else:
+        paths = {k: output / f"{k:06d}.{format}" for k in range(SHOWN)}
+        files = {k: path.read_bytes() for k, path in paths.items() if _is_whole(path)}
+    images, columns, texts = [_decoded(file, format, value_range) for file in files.values()], 8, {}
+    if labels := settings["class_labels"]:
+        known = unet_config.get("class_names")
+        names = [known[label] if known and isinstance(label, int) else str(label) for label in labels]
+        if 1 < len(names) <= MOST_COLUMNS:
+            columns, texts = len(names), {"column_names": names}
+        else:
+            texts = {"captions": [names[k % len(names)] for k in files]}
+    save_picture(grid(images, columns, scale, **texts), output / GRID)
+    return output / GRID

@@ -215,7 +215,8 @@ def protocol_of(context: Context, model: str, config: DataConfig) -> dict:
         }
     if extractor is not None:
         protocol["features"] = {key: getattr(extractor, key) for key in ("name", "sha256", "resize")}
-        protocol["features"]["pixels"] = "rounded to 8 bits, as an image file holds them"
+        blended = "; alpha blended with mid-gray" if extractor.channels == 3 and train.shape[0] in (2, 4) else ""
+        protocol["features"]["pixels"] = f"rounded to 8 bits, as an image file holds them{blended}"
     return protocol
 
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # Importing a module registers its metrics. A new module needs no line here: it follows those that are named.
 _found = sorted(module.name for module in pkgutil.iter_modules(ddpm_hf.evaluation.metrics.__path__))
-_modules = list(dict.fromkeys(("likelihood", "by_timestep", "fidelity", "memorization", "drift", *_found)))
+_modules = list(dict.fromkeys(("likelihood", "by_timestep", "fidelity", "memorization", "structure", "drift", *_found)))
 for _name in _modules:
     importlib.import_module(f"ddpm_hf.evaluation.metrics.{_name}")
 # The order of evaluation.json, whichever module was imported first
@@ -75,7 +75,8 @@ def evaluate(
         model: a pipeline folder, or user/model on the Hub.
         dataset_name, train_data_dir: the images to compare with; by default those that the model was trained on.
         metrics: names in `METRICS`.
-        features: see `make_extractor`; by default "digits" for the embedded digits, and "imagenet" for other images.
+        features: see `make_extractor`; by default "digits" for the embedded digits, and "imagenet" for other images of
+            1 to 4 channels; without it, metrics of features are left out for images of more channels.
         weights: "ema", the EMA weights, or "raw", the training weights.
         num_samples: distances depend on it, so compare distances of equally many samples.
         num_inference_steps: sampling steps; by default 50, or all timesteps if there are fewer.
@@ -164,6 +165,10 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
         class_labels=None if num_classes(pipeline.unet) is None else [0],
     )  # fmt: skip
     names = [name for name in METRICS if name in metrics]
+    if any("samples" in METRICS[name].needs for name in names):
+        names = [name for name in METRICS if name in {*names, "structure"}]  # other metrics of noise say little
+    if pipeline.image_shape[0] > 4 and features is None:
+        names = _without_features(names, len(metrics) == len(METRICS), pipeline.image_shape[0])
     needs = {need for name in names for need in METRICS[name].needs}
     if "likelihood" in needs:
         if context.held_out is None:
@@ -189,6 +194,17 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     if unscored:
         log.warning(f"The Inception Score is left out, because the features {extractor.name!r} have no logits.")
     return [name for name in names if name not in unscored]
+
+
+def _without_features(names: list[str], may_leave_out: bool, channels: int) -> list[str]:
+    """The metrics that need no features, because no network in the package takes images of so many channels."""
+    left_out = [name for name in names if "features" in METRICS[name].needs]
+    why = f"need a network for images of {channels} channels, and this package has none: name your own with --features"
+    if left_out and not may_leave_out:
+        raise ValueError(f"metrics: {','.join(left_out)} {why}")
+    if left_out:
+        log.warning(f"{', '.join(left_out)} are left out, because they {why}")
+    return [name for name in names if name not in left_out]
 
 
 def _measure(context: Context, names: list[str]) -> Findings:

@@ -1,6 +1,7 @@
 """The report of an evaluation: report.html, a page that loads no other file."""
 
 import base64
+import functools
 import io
 import json
 from importlib import resources
@@ -13,7 +14,7 @@ from ddpm_hf.evaluation.charts import BITS, DISTANCES, DRIFTS, LOSSES, QUALITIES
 from ddpm_hf.evaluation.comparison import few_samples_warning
 from ddpm_hf.utils.files import write
 from ddpm_hf.utils.pictures import channel_names
-from ddpm_hf.utils.results import number
+from ddpm_hf.utils.results import noise_warning, number
 
 SETS = {"train": "training images", "held_out": "held-out images"}
 MEMORIZATION = {"memorization_features": "by features", "memorization_pixels": "by pixels"}
@@ -26,6 +27,7 @@ KNOWN = {
     "inception_score_matched",
     *(name for group in TOGETHER for name in group),
     *(BITS | MEMORIZATION | DRIFTS | LOSSES),
+    "neighbour_correlation",
 }
 
 
@@ -41,12 +43,13 @@ def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image],
     protocol, metrics = evaluation["protocol"], dict(evaluation["metrics"])
     withheld = _withhold(metrics)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"number": number, "verdict": verdict, "z_score": z_score, "channel_names": channel_names}
+    environment.filters |= {"number": number, "z_score": z_score, "channel_names": channel_names}
     template = resources.files("ddpm_hf.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
         name=protocol.get("model", {}).get("name", "A model"),
         summary=_summary(protocol),
         cards=_cards(metrics),
+        noise=noise_warning(metrics),
         few=few_samples_warning({"protocol": protocol, "metrics": metrics}),
         protocol=json.dumps(protocol, indent=2, ensure_ascii=False),
         metrics=metrics,
@@ -58,6 +61,7 @@ def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image],
             for key, (title, *svgs) in draw_charts(metrics, by_timestep).items()
         },
         memorization=MEMORIZATION,
+        verdict=functools.partial(verdict, noise=noise_warning(metrics) is not None),
         drifts=DRIFTS,
     )
     write(path, page)
@@ -77,8 +81,14 @@ def z_score(metric: dict) -> str:
     return f"{metric['value']:.2f}".replace("-", "\u2212")
 
 
-def verdict(metric: dict) -> tuple[str, str]:
-    """The result of the nearness test: "good", "unclear" or "bad", and its meaning in words."""
+def verdict(metric: dict, noise: bool = False) -> tuple[str, str]:
+    """The result of the nearness test: "good", "unclear" or "bad", and its meaning in words.
+
+    Args:
+        noise: whether the samples are noise, of which the test says nothing.
+    """
+    if noise:
+        return "unclear", "not images yet"
     z, copies = metric["value"], metric.get("copies") or 0.0
     if copies > max(0.01, 2 * (metric.get("copies_held_out") or 0.0)):
         return "bad", f"copies of training images in {copies:.1%} of all cases: the second nearest image is far off"
@@ -126,7 +136,7 @@ def _cards(metrics: dict) -> list[dict]:
         details += [f"{shown['bpd_floor']} of them are due to the fixed variance"] if "bpd_floor" in shown else []
         add(f"Bits per dimension: {BITS[key]}", shown[key], "; ".join(details))
     for key in [key for key in MEMORIZATION if key in shown][:1]:
-        tone, words = verdict(metrics[key])
+        tone, words = verdict(metrics[key], noise_warning(metrics) is not None)
         add(f"Memorisation, {MEMORIZATION[key]}", f"z = {z_score(metrics[key])}", f"Samples are {words}.", tone)
     return cards
 

@@ -16,7 +16,7 @@ from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.schedulers.solvers import plain_config
 from ddpm_hf.utils.checksums import weights_sha256
 from ddpm_hf.utils.files import write
-from ddpm_hf.utils.results import number, read_evaluation
+from ddpm_hf.utils.results import noise_warning, number, read_evaluation
 
 FACTS, CARD, EVALUATION = "run.json", "README.md", "evaluation.json"
 # Marks a generated card, which may be overwritten. Cards on the Hub have this text, so it must not change.
@@ -112,6 +112,7 @@ def model_card(
             time=_duration(facts.get("training", {}).get("seconds")),
             versions=facts.get("versions", {}),
             metrics=_cells(metrics),
+            noise=noise_warning(evaluation.get("metrics", {})),
             nearness=any(each["type"].startswith(("nearest_training_image", "memorization")) for each in metrics),
             pictures={file: text for file, text in PICTURES.items() if (folder / file).is_file()},
             can_retrain=(folder / "train_config.json").is_file(),
@@ -165,7 +166,6 @@ def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
     call += f", num_inference_steps={steps}"
     if channels not in PIL_MODES:
         call += ', output_type="np"'
-        words += ["--format", "npy"]
     if classes:
         words += ["--class_labels", *classes[:4]]
     return {

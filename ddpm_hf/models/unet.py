@@ -266,6 +266,7 @@ ARGUMENTS = {
     "dropout_channels": boolean,
     "num_classes": optional(integer(1, MOST_CLASSES)),
     "class_names": optional(list_of(text, "names", most=MOST_CLASSES)),
+    "value_range": optional(list_of(number(), "numbers", 2, 2)),
     "out_channels": optional(_COUNT),
 }
 
@@ -307,6 +308,8 @@ def _check(config) -> None:
     names = config.class_names
     different = names is None or len(set(names)) == len(names) == config.num_classes
     holds("class_names", different, f"must be num_classes={config.num_classes} different names")
+    black_white = config.value_range
+    holds("value_range", not black_white or black_white[0] < black_white[1], "must be black and the greater white")
     what = "block_out_channels and the other settings give a network of about {} weights"
     limit(what, _parameters(config), MOST_PARAMETERS, "they take 40 GB in float32")
 
@@ -372,6 +375,8 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         num_classes: number of classes, with the labels 0 ... num_classes - 1; the label `num_classes` is the null label
             of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598). `None`: unconditional.
         class_names: names of the classes, in the order of their labels.
+        value_range: the pixel values of black and white in the files of training images of more than 8 bits, which
+            `ddpm-hf sample` writes again; `None`: images of 8 bits. The network does not use it.
 
     Raises:
         ValueError: a setting is invalid; the message names it, its value and what is valid.
@@ -417,6 +422,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         out_channels: int | None = None,
+        value_range: tuple[float, float] | None = None,
     ):
         super().__init__()
         self.register_to_config(**check_all(self.config, ARGUMENTS))

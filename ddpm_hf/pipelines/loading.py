@@ -344,6 +344,8 @@ def _check_sizes(path: Path, config: dict, kind: type, tensors: dict) -> None:
     shapes = [shape for shape in tensors.values() if math.prod(shape)]
     largest = max((max(shape, default=1) for shape in shapes), default=1)
     for name, value in config.items():
+        if name == "value_range":  # pixel values, not sizes
+            continue
         numbers = value if isinstance(value, list) else [value]
         limit = LARGEST_SIDE if name == "sample_size" else max(largest, 32)
         too_large = [n for n in numbers if isinstance(n, int | float) and not -limit <= n <= limit]

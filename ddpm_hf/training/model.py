@@ -4,6 +4,7 @@ import inspect
 
 from diffusers import UNet2DModel
 
+from ddpm_hf.data.decoding import EIGHT_BITS
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.schedulers.solvers import scheduler_class
@@ -85,6 +86,9 @@ def build_network(
             f"{name} has {unet.config.in_channels} input channels and the images have {channels}: set channels"
         )
     _check_classes(config, unet, class_names)
+    value_range = None if config.value_range == list(EIGHT_BITS) else config.value_range
+    if isinstance(unet, DDPMUNet) and unet.config.value_range != value_range:
+        unet.register_to_config(value_range=value_range)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet

@@ -39,7 +39,7 @@ def channel_names(channels: int) -> list[str]:
 
 
 def grid(
-    images: Sequence[np.ndarray | None] | np.ndarray,
+    images: Sequence[np.ndarray | Image.Image | None] | np.ndarray,
     columns: int,
     scale: int | None = None,
     *,
@@ -56,7 +56,8 @@ def grid(
     Images of 5 or more channels are drawn as one gray image per channel. The picture has the mode L or RGB.
 
     Args:
-        images: (N, H, W, C) in [0, 1], or a list of (H, W, C) and `None`, which leaves its place empty.
+        images: (N, H, W, C) in [0, 1], or a list of such arrays, PIL images of 8 bits per channel, and `None`, which
+            leaves its place empty.
         columns: images per row.
         scale: how many times an image is enlarged; by default until its longer side has `CELL` pixels or more.
         title, notes: lines above and below all images.
@@ -65,6 +66,7 @@ def grid(
         row_names: texts to the left of the rows.
         gaps: {column: width of the gap before it, as a multiple of the others}.
     """
+    images = [_to_array(image) if isinstance(image, Image.Image) else image for image in images]
     height, width, channels = next(image.shape for image in images if image is not None)
     scale = scale or max(1, -(-CELL // max(height, width)))
     gutter = max(1, round(scale * max(height, width) / 6))
@@ -100,6 +102,12 @@ def grid(
     if channels not in NAMES:
         title = f"{title}\neach image: its {channels} bands from left to right".strip()
     return _with_lines(canvas, title, notes, font, gutter)
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """A picture of 8 bits per channel -> (H, W, C) in [0, 1]."""
+    pixels = np.asarray(image) / 255
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _cell(image: np.ndarray, scale: int, gap: int) -> Image.Image:

@@ -20,6 +20,19 @@ def read_evaluation(path: str | Path) -> dict:
     return found
 
 
+def noise_warning(metrics: dict) -> str | None:
+    """A warning if the samples are not images: neighbouring pixels are less than half as alike as in real images."""
+    found = metrics.get("neighbour_correlation", {})
+    value, real = found.get("value"), found.get("training_images")
+    if value is None or real is None or abs(real) < 0.1 or value / real >= 0.5:  # below 0.1 real images are noise too
+        return None
+    return (
+        f"These samples are not images yet: the correlation of neighbouring pixels is {value:.2g}, and {real:.2g} in "
+        "training images. No other metric of samples means anything, however good it looks: train longer, or take more "
+        "sampling steps."
+    ).replace("-", "\u2212")
+
+
 def number(metric: dict) -> str:
     """Format the value of a metric, with ± its 95 % interval if it has one, to a sensible number of digits."""
     value, stderr = metric.get("value"), metric.get("stderr")

@@ -20,7 +20,7 @@ from ddpm_hf.evaluation.features.networks import DigitsNet, EfficientNetLite0, I
 from ddpm_hf.utils.checksums import file_sha256, weights_sha256
 
 CHOICES = (
-    "'digits' (8x8 digits), 'imagenet' (RGB and gray), 'transformers:NAME' (a vision model, by name or path), the PATH "
+    "'digits' (8x8 digits), 'imagenet' (RGB, gray and alpha), 'transformers:NAME' (a vision model), the PATH "
     "of a TorchScript file or of the Inception of 2015, FOLDER or FILE.py:CLASS with model.safetensors next to it, or "
     "'module:function' of Python"
 )
@@ -55,7 +55,7 @@ def make_extractor(spec: str | None, channels: int, device: str | torch.device =
         ValueError: `spec` does not exist, or its network needs another number of channels.
     """
     found = _make("imagenet" if spec is None else spec, torch.device(device))
-    if found.channels not in (None, channels, 3 if channels == 1 else channels):
+    if found.channels not in (None, channels, 3 if channels in (1, 2, 4) else channels):
         raise ValueError(
             f"features={spec!r}: {found.name!r} needs images with {found.channels} "
             f"channel{'s' * (found.channels > 1)}, but these have {channels}; choose from {CHOICES}"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+UNDER = 0.5  # the gray under transparent pixels: unlike black and white, rarely the colour of a whole picture
+
 
 @dataclass(frozen=True)
 class Extractor:
@@ -15,7 +17,8 @@ class Extractor:
         sha256: checksum of the weights' file, of the tensors if there are several files, or of the Python source.
         resize: a description of how images are resized to the input size of the network.
         network: (B, C, H, W) float32 in [0, 1] on `device` -> features (B, D), or (features, logits (B, K)).
-        channels: C of the network; None: any. Gray images are repeated for a network with 3 channels.
+        channels: C of the network; None: any. For a network with 3 channels, gray is repeated and alpha is blended with
+            mid-gray.
         classifies: whether there are logits, which the Inception Score needs.
         is_inception_2015: whether a Fréchet distance over these features may be called FID.
     """
@@ -42,6 +45,9 @@ class Extractor:
         if not (images.min() >= 0 and images.max() <= 1):  # NaN fails too
             raise ValueError("images: the values must lie in 0 ... 1")
         images = (images.to(self.device, torch.float32) * 255).round() / 255
+        if self.channels == 3 and images.shape[1] in (2, 4):
+            colours, opacity = images[:, :-1], images[:, -1:]
+            images = opacity * colours + (1 - opacity) * UNDER
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         if self.channels not in (None, images.shape[1]):
