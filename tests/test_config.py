@@ -109,7 +109,8 @@ def test_the_flags_are_frozen():
     """What people have in their scripts. Add here; take away or rename only with a major version."""
     assert {f.name for f in dataclasses.fields(TrainConfig)} == {
         "config", "output_dir", "overwrite_output_dir", "dataset_name", "dataset_config_name", "train_data_dir",
-        "resolution", "channels", "value_range", "background", "max_bad_fraction", "streaming",
+        "resolution", "channels", "value_range", "background", "max_bad_fraction", "group_by",
+        "held_out_split", "streaming",
         "dataloader_num_workers", "random_flip", "class_conditional", "label_dropout", "data_license",
         "pretrained_model_name_or_path", "unet", "scheduler", "prediction_type",
         "learned_variance",

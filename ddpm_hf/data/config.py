@@ -7,10 +7,11 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_hf.utils.arguments import boolean, check, integer, list_of, number, optional, require, text
+from ddpm_hf.utils.arguments import boolean, check, integer, list_of, number, one_of, optional, require, text
 from ddpm_hf.utils.yaml_files import read_yaml
 
 EMBEDDED_DIGITS = "digits"
+EARLIER_SPLIT = "random"  # of runs whose settings do not name their split
 BELOW_1 = number(0, below=1)
 SIDE = integer(1, 2**16, "larger than any real image")
 
@@ -55,6 +56,16 @@ class DataConfig:
     max_bad_fraction: float = _data(
         "raise an error if more than this fraction of the images is broken", 0.01, number(0, below=1)
     )
+    group_by: str | None = _data(
+        "keep the images of a group, such as a patient, video or volume, together when some are held out: `folder`, a "
+        "column, or a regular expression for the path, such as 'patient(\\d+)'"
+    )
+    held_out_split: str = _data(
+        "what to hold out of a data set without a test split: `stratified` keeps classes in proportion, and copies and "
+        "groups together; `random` is the split of earlier versions",
+        "stratified",
+        one_of("stratified", EARLIER_SPLIT),
+    )
     streaming: bool = _data("read and decode the images during training instead of keeping them", False)
     dataloader_num_workers: int = _data(
         "processes that decode images; 0: the training process does", 0, integer(0, 1024, "each is a process")
@@ -74,12 +85,15 @@ class DataConfig:
             setattr(self, f.name, list(value) if isinstance(value, tuple) else value)
         ordered = self.value_range is None or self.value_range[0] < self.value_range[1]
         self._check("value_range", ordered, "must be two numbers, the value of black and the greater value of white")
+        splits = self.group_by is None or self.held_out_split != EARLIER_SPLIT
+        self._check("group_by", splits, f"needs held_out_split='stratified', not {EARLIER_SPLIT!r}")
 
     @classmethod
     def from_json(cls, path: str | Path, **changes) -> "DataConfig":
         """Read the data settings in a train_config.json and replace some with `changes`."""
         saved = read_yaml(path, "train_config")
         names = {f.name for f in dataclasses.fields(DataConfig)}
+        changes = {"held_out_split": saved.get("held_out_split", EARLIER_SPLIT)} | changes
         return cls(**{name: value for name, value in saved.items() if name in names} | changes)
 
     def _check(self, name: str, holds: bool, words: str) -> None:

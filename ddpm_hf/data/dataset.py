@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,14 @@ import torch
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from ddpm_hf.data.config import EMBEDDED_DIGITS, DataConfig
+from ddpm_hf.data.config import EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig
 from ddpm_hf.data.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
 from ddpm_hf.data.sources import Item, source_of
+from ddpm_hf.data.split import HELD_OUT_LIMIT, Traits, digest, random_split, shared, stratified_split
+from ddpm_hf.utils.arguments import show
 from ddpm_hf.utils.seeds import seeded_generator
 from ddpm_hf.utils.signals import raise_if_stopped
 
-HELD_OUT_FRACTION, HELD_OUT_LIMIT, HELD_OUT_SEED = 0.1, 1024, 0
 MEMORY_SHARE = 0.5  # fraction of the free memory for the images of all processes; larger sets are memory-mapped
 CHUNK = 16  # images per task of a worker process
 log = logging.getLogger(__name__)
@@ -138,8 +139,8 @@ def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
 def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
     """Load the training images and the held-out images: the test split, or else a tenth of the training images.
 
-    At most `test_limit` evenly spaced images of a test split are used; None: all. A single image leaves none held out.
-    Broken files are skipped and listed in `bad`.
+    At most `test_limit` evenly spaced images of a test split are used; None: all. Without a test split,
+    `data/split.py` says which images are held out, perhaps none. Broken files are skipped and listed in `bad`.
 
     Raises:
         BadImages: more than `max_bad_fraction` are broken.
@@ -150,25 +151,57 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
         return _digits(config)
     train, test, label_names = source_of(config)
     license = getattr(train, "license", None)
-    if not len(test):
-        train, test = (Subset(train, indices.tolist()) for indices in _split(len(train)))
+    if not len(test) and config.held_out_split == EARLIER_SPLIT:
+        train, test = (Subset(train, indices.tolist()) for indices in random_split(len(train)))
     elif test_limit is not None and len(test) > test_limit:
         test = Subset(test, np.linspace(0, len(test) - 1, test_limit).astype(int).tolist())
     decoder = decoder_of(config)
     workers, folder = config.dataloader_num_workers, Path(config.output_dir)
-    images, bad = collect(train, decoder, workers, label_names, folder)
-    held_out, bad_too = collect(test, decoder, workers, label_names, folder)
+    images, bad, traits = collect(train, decoder, workers, label_names, folder)
+    held_out, bad_too, traits_of_test = collect(test, decoder, workers, label_names, folder)
     seen = len(train) + len(test)
     if not len(train):
         raise ValueError(f"{config.train_data_dir or config.dataset_name!r} has no training images")
     if len(bad + bad_too) > config.max_bad_fraction * seen or images is None:
         raise BadImages(bad + bad_too, seen, config.max_bad_fraction)
+    if len(test):
+        _warn_of_shared(*shared(traits, traits_of_test), len(test))
+    else:
+        images, held_out = _separate(images, *stratified_split(traits, images.labels))
+        if held_out is None and len(images) > 1:
+            _log("no image is held out: each class has a single image, or all images are of one group or copies")
     images.bad, images.license = bad + bad_too, license
     if config.value_range and images.pixels.dtype == torch.uint8 and tuple(config.value_range) != EIGHT_BITS:
         raise ValueError(
             f"value_range={config.value_range} is for images of more than 8 bits; these have 8 bits, so leave it out"
         )
     return images, held_out
+
+
+def _separate(images: ImageData, train: torch.Tensor, aside: torch.Tensor) -> tuple[ImageData, ImageData | None]:
+    """The images at the sorted indices `train` and `aside`; the first stay in the memory of `images`."""
+    pixels, labels = images.pixels, images.labels
+    if not len(aside):
+        return images, None
+    held_out = replace(images, pixels=pixels[aside], labels=None if labels is None else labels[aside])
+    for k, part in zip(range(0, len(train), 1024), train.split(1024), strict=True):
+        pixels[k : k + 1024] = pixels[part]  # only moves images to the front, so later parts are still there
+    train = replace(images, pixels=pixels[: len(train)], labels=None if labels is None else labels[train])
+    return train, held_out
+
+
+def _warn_of_shared(copies: int, of_groups: int, number: int) -> None:
+    """Log that the images held out, `number` in all, are not independent of the training images."""
+    what = [f"{copies} have exactly the pixels of a training image"] * bool(copies)
+    what += [f"{of_groups} are of a group that has training images"] * bool(of_groups)
+    if what:
+        _log(f"of {number} held-out images, {' and '.join(what)}: measured on them, the model seems better than it is")
+
+
+def _log(warning: str) -> None:
+    """Log a warning in the main process of a launcher."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(warning)
 
 
 def has_embedded_digits(config: DataConfig) -> bool:
@@ -189,6 +222,8 @@ def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
 
     if config.channels not in (None, 1) or config.value_range is not None:
         raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: leave both settings out")
+    if config.group_by is not None:
+        raise ValueError(f"group_by={show(config.group_by)}: the embedded digits have no groups; leave it out")
     if config.streaming:
         raise ValueError("streaming=True: the embedded digits are in memory already; leave it out")
     digits = load_digits()
@@ -197,16 +232,9 @@ def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
         decoder = Decoder(1, config.resolution)
         pixels = torch.stack([torch.from_numpy(decoder(p[0].numpy()).pixels) for p in pixels])
     names = [str(name) for name in digits.target_names]
-    train, held_out = (ImageData(pixels[p], (0.0, 16.0), labels[p], names) for p in _split(len(pixels)))
+    train, held_out = (ImageData(pixels[p], (0.0, 16.0), labels[p], names) for p in random_split(len(pixels)))
     train.license = "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
     return train, held_out
-
-
-def _split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted indices of the training images and of the tenth that is held out."""
-    order = torch.randperm(num_images, generator=seeded_generator(HELD_OUT_SEED, "held out", 0))
-    aside = min(max(1, round(num_images * HELD_OUT_FRACTION)), HELD_OUT_LIMIT) if num_images > 1 else 0
-    return order[aside:].sort().values, order[:aside].sort().values
 
 
 # ---------------------------------------------------------------- decoding
@@ -276,8 +304,8 @@ def _decode(decoder: Decoder, item: Item) -> Decoded | BadImage:
 
 
 def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path):
-    """Decode all items. Returns their `ImageData`, None if none can be decoded, and (name, reason) of broken ones."""
-    pixels, labels, bad = None, [], []
+    """Decode all items: their `ImageData`, None if none can be decoded, (name, reason) of broken ones, and `Traits`."""
+    pixels, labels, bad, copies, groups = None, [], [], [], []
     bar = tqdm(
         decode_each(items, decoder, workers),
         total=len(items),
@@ -295,11 +323,14 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
             value_range = image.value_range
             pixels = _storage((len(items), *decoder.shape), image.pixels.dtype, output_dir)
         pixels[len(labels)] = image.pixels
+        copies.append(digest(image.pixels, len(labels)))
+        groups.append(item.group)
         labels.append(item.label)
+    traits = Traits(np.array(copies, np.uint64), groups)
     if pixels is None:
-        return None, bad
+        return None, bad, traits
     classes = torch.tensor([-1 if label is None else label for label in labels]) if label_names else None
-    return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad
+    return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad, traits
 
 
 def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.decoding import is_image_file
+from ddpm_hf.data.split import NO_GROUPS, Groups
 
 # Files that mark a folder as output of this package. Such folders below a data folder are ignored.
 MARKS = {"train_config.json": "a run", "model_index.json": "a model", "sampling.json": "samples"}
@@ -20,12 +21,13 @@ log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """An image that is not yet decoded: its name in messages, its path or content, and its class or None."""
+    """An image that is not yet decoded: its name in messages, its path or content, and its class and group or None."""
 
     name: str
     source: str | Path | bytes | np.ndarray | None
     label: int | None = None
     position: tuple[int, int] | None = None  # in a stream: (epoch, rows read so far)
+    group: str | None = None  # images of a group are all trained on, or all held out
 
 
 def source_of(config: DataConfig, streaming: bool = False):
@@ -34,8 +36,9 @@ def source_of(config: DataConfig, streaming: bool = False):
     Raises:
         ValueError: the data set does not exist, can't be read or has no images.
     """
+    groups = Groups(config.group_by)
     if config.train_data_dir is not None:
-        return _folder(config, streaming)
+        return _folder(config, streaming, groups)
     if config.dataset_name is None:
         raise ValueError("the recipe has no data set: give --train_data_dir or --dataset_name")
     import datasets
@@ -48,7 +51,7 @@ def source_of(config: DataConfig, streaming: bool = False):
     if "train" not in loaded:
         raise ValueError(f"dataset_name={name!r} must have a split 'train'; it has {', '.join(loaded)}")
     held_out = next((split for split in ("test", "validation") if split in loaded), None)
-    train, test, label_names = _rows_of(loaded, held_out, name)
+    train, test, label_names = _rows_of(loaded, held_out, name, groups)
     train.license = train.license or license_on_card(name)
     return train, test, label_names
 
@@ -75,7 +78,7 @@ def reason(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _folder(config: DataConfig, streaming: bool):
+def _folder(config: DataConfig, streaming: bool, groups: Groups):
     path, folder = config.train_data_dir, Path(config.train_data_dir)
     if not folder.is_dir():
         raise ValueError(f"train_data_dir={path!r} is not a folder; it must be a folder of images or of train*.parquet")
@@ -95,7 +98,7 @@ def _folder(config: DataConfig, streaming: bool):
             loaded = {split: read(files, streaming=streaming) for split, files in parquet.items() if files}
         except Exception as error:  # datasets and pyarrow raise many types
             raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
-        return _rows_of(loaded, "test" if "test" in loaded else None, path)
+        return _rows_of(loaded, "test" if "test" in loaded else None, path, groups)
     if streaming:
         raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} has none: leave it out")
     splits = _splits(folder)
@@ -109,10 +112,12 @@ def _folder(config: DataConfig, streaming: bool):
     _check_output(config, {up for f in folders for up in (f, *f.parents) if any(up.is_relative_to(s) for s in splits)})
     names = _classes(found[0], splits[0])
     labels = {name: k for k, name in enumerate(names or [])}
-    items = [
-        [Item(str(f), f, labels.get(f.relative_to(split).parts[0])) for f in files]
-        for files, split in zip(found, splits, strict=True)
-    ]
+
+    def item(file: Path, split: Path) -> Item:
+        path = file.relative_to(split)
+        return Item(str(file), file, labels.get(path.parts[0]), group=groups.of_path(str(file), path))
+
+    items = [[item(file, split) for file in files] for files, split in zip(found, splits, strict=True)]
     return items[0], items[1] if len(items) > 1 else [], names
 
 
@@ -160,9 +165,9 @@ def _classes(files: list[Path], folder: Path) -> list[str] | None:
     return names if len(names) > 1 and all(len(p) > 1 for p in parts) else None
 
 
-def _rows_of(loaded, held_out: str | None, name: str):
-    train = Rows(loaded["train"], name)
-    test = Rows(loaded[held_out], f"{name} {held_out}", train.label_names) if held_out else []
+def _rows_of(loaded, held_out: str | None, name: str, groups: Groups):
+    train = Rows(loaded["train"], name, groups=groups)
+    test = Rows(loaded[held_out], f"{name} {held_out}", train.label_names, groups) if held_out else []
     return train, test, train.label_names
 
 
@@ -171,9 +176,10 @@ class Rows:
 
     Args:
         names: the names of the classes in the order of the labels to return; None: those of the data set.
+        groups: reads the group of a row, from a column or from the path of the image.
     """
 
-    def __init__(self, dataset, source: str, names: list[str] | None = None):
+    def __init__(self, dataset, source: str, names: list[str] | None = None, groups: Groups = NO_GROUPS):
         import datasets
 
         if dataset.features is None:  # a stream knows them after its first row
@@ -187,7 +193,9 @@ class Rows:
         self.own_names = features[self.label].names if labels else None
         self.label_names = names or self.own_names
         self.license = (dataset.info.license or None) if dataset.info else None
-        self.dataset = dataset.select_columns(columns[:1] + labels[:1])
+        self.groups, self.columns = groups, list(features)
+        group = [groups.by] if groups.by in features else []
+        self.dataset = dataset.select_columns(list(dict.fromkeys(columns[:1] + labels[:1] + group)))
         self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False))
 
     def __len__(self):
@@ -206,7 +214,14 @@ class Rows:
             with fsspec.open(path, "rb") as file:
                 source = file.read()
         name = f"{self.source} row {k}" + (f" ({path})" if path else "")
-        return Item(name, path if source is None else source, self._label(name, row))
+        source = path if source is None else source
+        return Item(name, source, self._label(name, row), group=self._group(name, path, row))
+
+    def _group(self, name: str, path: str | None, row: dict) -> str | None:
+        if self.groups.by in row:
+            value = row[self.groups.by]
+            return None if value is None else str(value)
+        return self.groups.of_path(name, path, self.columns)
 
     def _label(self, name: str, row: dict) -> int | None:
         label = row[self.label] if self.label else None

@@ -30,7 +30,8 @@ class ImageStream:
     """The counterpart of `ImageData` for streams. Each process reads its own part of the data set.
 
     The order is that of a shuffle buffer, a function of (seed, epoch, number of processes). A resumed run skips what
-    it has seen without decoding it. Without a test split, a hash of the bytes selects a tenth to hold out.
+    it has seen without decoding it. Without a test split, a hash of the bytes, or of the group, selects a tenth to hold
+    out: copies of a file, or the images of a group, are on one side.
 
     Args:
         process_index, num_processes: the part of the data set to read.
@@ -46,7 +47,7 @@ class ImageStream:
         self.decoder, self.workers = decoder_of(config), config.dataloader_num_workers
         self.keeps_aside = not isinstance(test, Rows)
         aside = (item for item in train if self._is_aside(item)) if self.keeps_aside else test
-        self.held_out, bad = collect(
+        self.held_out, bad, _ = collect(
             list(islice(aside, HELD_OUT_STREAMED)), self.decoder, 0, names, Path(config.output_dir)
         )
         shuffled = train.dataset.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
@@ -99,6 +100,7 @@ class ImageStream:
 
     def _is_aside(self, item: Item) -> bool:
         content = item.source if isinstance(item.source, bytes) else str(item.source).encode()
+        content = content if item.group is None else item.group.encode()
         return self.keeps_aside and zlib.crc32(content) % HELD_OUT_ONE_IN == 0
 
     def _read(self, epoch: int, row: int) -> Iterator[tuple[Item, torch.Tensor]]:

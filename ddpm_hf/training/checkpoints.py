@@ -1,5 +1,6 @@
 """Saves and restores the checkpoints of a training run, and saves its pipeline folder."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -128,6 +129,13 @@ class Checkpoints:
                     ) from error
                 log.warning(f"{path} is damaged ({error}){': trying the previous one' if before else ''}")
         return {"step": 0, "kept": None}
+
+    def settings(self, paths: list[Path]) -> dict | None:
+        """The settings in the first state.json of `paths` that can be read, {} if it has none; None without one."""
+        for path in paths:
+            with contextlib.suppress(Damaged):
+                return self._state(path).get("settings", {})
+        return None
 
     def _held(self) -> str | None:
         """Describe what a new run would replace in the folder; None if nothing."""

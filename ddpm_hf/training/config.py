@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from ddpm_hf.data.config import BELOW_1, EMBEDDED_DIGITS, DataConfig, setting
+from ddpm_hf.data.config import BELOW_1, EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig, setting
 from ddpm_hf.models.unet import ARGUMENTS
 from ddpm_hf.schedulers.noise import PREDICTION_TYPES, SETTINGS
 from ddpm_hf.schedulers.solvers import scheduler_class
@@ -162,6 +162,8 @@ def load_recipe(name_or_path: str) -> dict:
         raise ValueError(f"config={name_or_path!r} is neither a file nor one of the recipes {', '.join(names)}")
     recipe = read_yaml(RECIPES / f"{name_or_path}.yaml" if name_or_path in names else name_or_path, "config")
     check_names(f"config={show(name_or_path)}", recipe, [f.name for f in dataclasses.fields(TrainConfig)])
+    if "config" in recipe:  # the settings of a run
+        recipe.setdefault("held_out_split", EARLIER_SPLIT)
     return {"config": name_or_path, **recipe}
 
 

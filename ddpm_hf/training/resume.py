@@ -6,8 +6,11 @@ import logging
 import math
 import zlib
 
+from ddpm_hf.data.config import EARLIER_SPLIT
 from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.run import Run
+from ddpm_hf.utils.arguments import show
 
 OBJECTIVE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
              "rescale_betas_zero_snr", "variance_type")  # fmt: skip
@@ -47,6 +50,23 @@ def images_identity(run: Run) -> str:
         return images.fingerprint
     checksum = zlib.crc32(images.labels.numpy(), zlib.crc32(repr(images.label_names).encode()))
     return f"{images.fingerprint}, classes {checksum:08x}"
+
+
+def keep_split(config: TrainConfig, settings: dict | None) -> None:
+    """Hold out the images that the run to resume has held out: set `config.held_out_split`, before images are read.
+
+    Args:
+        settings: those in the checkpoint; None without a checkpoint.
+    """
+    if settings is None:
+        return
+    split = settings.get("held_out_split", EARLIER_SPLIT)
+    if config.group_by is not None and split == EARLIER_SPLIT:
+        raise ValueError(
+            f"group_by={show(config.group_by)}: the run to resume has held out images of all groups "
+            f"(held_out_split={split!r}) and has been trained on the others; leave out group_by, or start a new run"
+        )
+    config.held_out_split = split
 
 
 def restore_run_state(state: dict, run: Run) -> None:

@@ -24,7 +24,7 @@ from ddpm_hf.training.guards import Skips, can_sync_each_step, explain_bad_image
 from ddpm_hf.training.log import LOG_EVERY, TrainingLog
 from ddpm_hf.training.loss import DenoisingLoss
 from ddpm_hf.training.model import build_model
-from ddpm_hf.training.resume import check_same, restore_run_state
+from ddpm_hf.training.resume import check_same, keep_split, restore_run_state
 from ddpm_hf.training.run import Run, TrainCallback
 from ddpm_hf.utils.distributed import by_main
 from ddpm_hf.utils.files import locked
@@ -161,6 +161,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop) -> tuple[Training, int | None]:
     """The training at the update where it starts, and that update if the checkpoint lies in this folder (else None)."""
+    keep_split(config, checkpoints.settings(paths))
     images, held_out = _images(config, accelerator)
     torch.manual_seed(config.seed)
     unet, scheduler = build_model(config, images.shape, images.label_names)
