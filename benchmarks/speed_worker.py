@@ -348,9 +348,10 @@ def png_files(n: int = 2048) -> list[bytes]:
 
 def our_data(batch: int) -> Callable[[], None]:
     """Decoded once, before; then what the training loop does for an update."""
-    from ddpm_hf.data.dataset import collect, flip_horizontally_
+    from ddpm_hf.data.dataset import collect
     from ddpm_hf.data.decoding import Decoder
     from ddpm_hf.data.sources import Item
+    from ddpm_hf.training.batch import flip_
 
     items = [Item(str(k), source, None) for k, source in enumerate(png_files())]
     images, step = collect(items, Decoder(3, None), 0, None, Path("."))[0], 0
@@ -359,7 +360,8 @@ def our_data(batch: int) -> Callable[[], None]:
     def run():
         nonlocal step
         pixels, _ = images.batch_for_step(0, step, batch, rows)
-        flip_horizontally_(pixels, torch.rand(batch) < 0.5).to(DEVICE)
+        flip_(pixels, torch.rand(batch) < 0.5, 3)
+        pixels.to(DEVICE)
         step += 1
 
     return run

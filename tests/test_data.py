@@ -13,7 +13,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from ddpm_hf.data import dataset as data
-from ddpm_hf.data.dataset import BadImages, ImageData, batch_indices, load_images
+from ddpm_hf.data.dataset import BadImages, ImageData, load_images
+from ddpm_hf.data.order import Order
 from ddpm_hf.data.sources import license_on_card
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.utils.seeds import seeded_generator
@@ -502,7 +503,7 @@ def test_bounds_are_compared_as_the_images_are_stored(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 25])
 def test_every_epoch_sees_every_image_once(batch_size):
-    stream = torch.cat([batch_indices(0, step, batch_size, 10) for step in range(100)])
+    stream = torch.cat([Order(10).indices(0, step, batch_size) for step in range(100)])
     assert len(stream) == 100 * batch_size
     epochs = stream[: len(stream) // 10 * 10].reshape(-1, 10)
     assert (epochs.sort(dim=1).values == torch.arange(10)).all()
@@ -510,10 +511,10 @@ def test_every_epoch_sees_every_image_once(batch_size):
 
 
 def test_the_order_does_not_depend_on_how_it_is_cut():
-    whole = torch.cat([batch_indices(3, step, 12, 10) for step in range(5)])
-    halves = torch.cat([batch_indices(3, step, 6, 10) for step in range(10)])
+    whole = torch.cat([Order(10).indices(3, step, 12) for step in range(5)])
+    halves = torch.cat([Order(10).indices(3, step, 6) for step in range(10)])
     assert torch.equal(whole, halves)
-    assert not torch.equal(whole, torch.cat([batch_indices(4, step, 12, 10) for step in range(5)]))
+    assert not torch.equal(whole, torch.cat([Order(10).indices(4, step, 12) for step in range(5)]))
 
 
 def test_generators_of_different_purposes_differ():

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_hf.utils.arguments import boolean, check, integer, list_of, number, one_of, optional, require, text
+from ddpm_hf.utils.arguments import boolean, check, integer, list_of, number, one_of, optional, require, show, text
 from ddpm_hf.utils.yaml_files import read_yaml
 
 EMBEDDED_DIGITS = "digits"
@@ -40,6 +40,11 @@ class DataConfig:
     )
     resolution: int | None = _data(
         "scale the shorter side to this many pixels and crop the centre; default: keep the size", rule=SIDE
+    )
+    random_crop: int | None = _data(
+        "scale the shorter side to this many pixels instead, crop the centre, and train on a random window of "
+        "`resolution` pixels of it, another one each time; default: no windows",
+        rule=SIDE,
     )
     channels: int | None = _data(
         "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or more; default: those of the first image",
@@ -85,6 +90,8 @@ class DataConfig:
             setattr(self, f.name, list(value) if isinstance(value, tuple) else value)
         ordered = self.value_range is None or self.value_range[0] < self.value_range[1]
         self._check("value_range", ordered, "must be two numbers, the value of black and the greater value of white")
+        smaller = self.random_crop is None or (self.resolution is not None and self.resolution <= self.random_crop)
+        self._check("random_crop", smaller, f"needs a resolution of at most that, not {show(self.resolution)}")
         splits = self.group_by is None or self.held_out_split != EARLIER_SPLIT
         self._check("group_by", splits, f"needs held_out_split='stratified', not {EARLIER_SPLIT!r}")
 

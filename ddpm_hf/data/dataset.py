@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.data.config import EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig
 from ddpm_hf.data.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
+from ddpm_hf.data.order import Order
 from ddpm_hf.data.sources import Item, source_of
 from ddpm_hf.data.split import HELD_OUT_LIMIT, Traits, digest, random_split, shared, stratified_split
 from ddpm_hf.utils.arguments import show
@@ -57,6 +58,8 @@ class ImageData:
         label_names: the names of the classes.
         bad: (name, reason) of the skipped images, those of the held-out split included.
         license: the licence of the data set, if known.
+        window: the side of the square windows of the images that a network sees; None: it sees whole images.
+        class_balance: see `Order`.
     """
 
     pixels: torch.Tensor
@@ -65,18 +68,41 @@ class ImageData:
     label_names: list[str] | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
     license: str | None = None
+    window: int | None = None
+    class_balance: float = 0.0
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
-        return tuple(self.pixels.shape[1:])
+        """(C, H, W) of what a network sees."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, self.window or height, self.window or width
 
-    def batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]."""
-        return normalized(self.pixels.index_select(0, indices), self.value_range)
+    def batch(self, indices: torch.Tensor, corners: torch.Tensor | None = None) -> torch.Tensor:
+        """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1].
+
+        Args:
+            corners: (B, 2), the places of the windows, see `windows`; None: the same place of an image each time.
+        """
+        pixels = self.pixels.index_select(0, indices)
+        if self.window:
+            pixels = windows(pixels, self._corners[indices] if corners is None else corners, self.window)
+        return normalized(pixels, self.value_range)
+
+    @cached_property
+    def _corners(self) -> torch.Tensor:
+        return torch.rand((len(self), 2), generator=seeded_generator(0, "window"), dtype=torch.float64)
+
+    def cropped(self) -> "ImageData":
+        """The windows as images: one of each image, as from `batch`."""
+        if not self.window:
+            return self
+        pixels = self.pixels.new_empty((len(self), *self.shape))
+        for numbers in torch.arange(len(self)).split(1024):
+            pixels[numbers] = windows(self.pixels[numbers], self._corners[numbers], self.window)
+        return replace(self, pixels=pixels, window=None)
 
     @cached_property
     def levels(self) -> int:
@@ -98,14 +124,19 @@ class ImageData:
     def num_images(self) -> int:
         return len(self)
 
-    def first(self, n: int, seed: int) -> torch.Tensor:
-        """The first `n` images that a run with this seed trains on, or all if there are fewer; as from `batch`."""
-        return self.batch(batch_indices(seed, 0, min(n, len(self)), len(self)))
+    @cached_property
+    def order(self) -> Order:
+        """The order in which a run sees the images."""
+        return Order(len(self), self.labels, self.class_balance)
 
-    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+    def first(self, n: int, seed: int) -> torch.Tensor:
+        """The first `n` images that a run with this seed trains on, or N if there are fewer; as from `batch`."""
+        return self.batch(self.order.indices(seed, 0, min(n, len(self))))
+
+    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor, corners=None):
         """The images at positions `rows` of the global batch of update `step`, as from `batch`, and labels or None."""
-        indices = batch_indices(seed, step, batch_size, len(self))[rows]
-        return self.batch(indices), None if self.labels is None else self.labels[indices]
+        indices = self.order.indices(seed, step, batch_size)[rows]
+        return self.batch(indices, corners), None if self.labels is None else self.labels[indices]
 
 
 def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
@@ -114,33 +145,23 @@ def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.
     return pixels.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1)  # copies once
 
 
-def flip_horizontally_(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Flip the images (B, C, H, W) where `which`, bool (B,), is true, horizontally and in place."""
-    images[which] = images[which].flip(3)
-    return images
+def windows(images: torch.Tensor, corners: torch.Tensor, side: int) -> torch.Tensor:
+    """Cut a square window of `side` pixels out of each image (B, C, H, W).
 
-
-def batch_indices(seed: int, step: int, batch_size: int, num_images: int) -> torch.Tensor:
-    """Indices (batch_size,) of the images in update `step`. Each epoch is a new permutation of all images.
-
-    They are a function of the arguments alone, so resumed runs and several processes need no other state.
+    Args:
+        corners: (B, 2) in [0, 1): the place of the window, from the top to the bottom and from the left to the right.
     """
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // num_images
-    order = torch.cat([_shuffled(seed, epoch, num_images) for epoch in epochs.unique().tolist()])
-    return order[positions - epochs[0] * num_images]
-
-
-@lru_cache(maxsize=4)
-def _shuffled(seed: int, epoch: int, num_images: int) -> torch.Tensor:
-    return torch.randperm(num_images, generator=seeded_generator(seed, "order", epoch))
+    ways = torch.tensor(images.shape[2:]) - side + 1
+    places = (corners * ways).long().tolist()
+    return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, places, strict=True)])
 
 
 def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
     """Load the training images and the held-out images: the test split, or else a tenth of the training images.
 
     At most `test_limit` evenly spaced images of a test split are used; None: all. Without a test split,
-    `data/split.py` says which images are held out, perhaps none. Broken files are skipped and listed in `bad`.
+    `data/split.py` says which images are held out, perhaps none. With `random_crop`, training images are larger than
+    what a network sees, and held-out images are windows, one of each. Broken files are skipped and listed in `bad`.
 
     Raises:
         BadImages: more than `max_bad_fraction` are broken.
@@ -170,7 +191,9 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
         images, held_out = _separate(images, *stratified_split(traits, images.labels))
         if held_out is None and len(images) > 1:
             _log("no image is held out: each class has a single image, or all images are of one group or copies")
-    images.bad, images.license = bad + bad_too, license
+    images.bad, images.license, images.window = bad + bad_too, license, window_of(config)
+    if held_out is not None:
+        held_out = replace(held_out, window=images.window).cropped()
     if config.value_range and images.pixels.dtype == torch.uint8 and tuple(config.value_range) != EIGHT_BITS:
         raise ValueError(
             f"value_range={config.value_range} is for images of more than 8 bits; these have 8 bits, so leave it out"
@@ -208,10 +231,15 @@ def has_embedded_digits(config: DataConfig) -> bool:
     return config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS
 
 
+def window_of(config: DataConfig) -> int | None:
+    """The side of the windows that a network sees; None: whole images."""
+    return config.resolution if config.random_crop else None
+
+
 def decoder_of(config: DataConfig) -> Decoder:
     return Decoder(
         config.channels,
-        config.resolution,
+        config.random_crop or config.resolution,
         tuple(config.value_range) if config.value_range else None,
         config.background,
     )
@@ -222,6 +250,8 @@ def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
 
     if config.channels not in (None, 1) or config.value_range is not None:
         raise ValueError("the embedded digits have channels=1 and value_range 0 ... 16: leave both settings out")
+    if config.random_crop is not None:
+        raise ValueError(f"random_crop={config.random_crop}: the embedded digits have 8x8 pixels; leave it out")
     if config.group_by is not None:
         raise ValueError(f"group_by={show(config.group_by)}: the embedded digits have no groups; leave it out")
     if config.streaming:

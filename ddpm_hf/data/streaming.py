@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ddpm_hf.data.dataset import (
     has_embedded_digits,
     load_images,
     normalized,
+    window_of,
+    windows,
 )
 from ddpm_hf.data.decoding import BadImage
 from ddpm_hf.data.sources import Item, Rows, source_of
@@ -50,6 +53,9 @@ class ImageStream:
         self.held_out, bad, _ = collect(
             list(islice(aside, HELD_OUT_STREAMED)), self.decoder, 0, names, Path(config.output_dir)
         )
+        self.window = window_of(config)
+        if self.held_out:
+            self.held_out = replace(self.held_out, window=self.window).cropped()
         shuffled = train.dataset.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
         self.dataset = split_dataset_by_node(shuffled, process_index, num_processes)
         self.label_names, self.reasons, self.seen = names, dict(bad), 0
@@ -58,10 +64,10 @@ class ImageStream:
         self.images = None
         self.shape = self.held_out.shape if self.held_out else tuple(self.first(1, config.seed).shape[1:])
 
-    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor):
+    def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor, corners=None):
         """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 for no class.
 
-        The stream must be at the start of update `step`.
+        The stream must be at the start of update `step`. `corners` (B, 2) are the places of the windows, see `windows`.
         """
         if self.images is None:
             self.images = self._read(*self.position)
@@ -69,16 +75,22 @@ class ImageStream:
         self.position = batch[-1][0].position
         labels = torch.tensor([-1 if item.label is None else item.label for item, _ in batch])
         self._keep_state()
-        return torch.stack([image for _, image in batch]), labels
+        return self._cut(torch.stack([image for _, image in batch]), corners), labels
 
     def first(self, n: int, seed: int) -> torch.Tensor:
         """The first `n` images (B, C, H, W) in [-1, 1]."""
         images, counted = self._read(0, 0), (self.seen, dict(self.reasons))
         try:
-            return torch.stack([image for _, image in islice(images, n)])
+            return self._cut(torch.stack([image for _, image in islice(images, n)]))
         finally:
             images.close()
             self.seen, self.reasons = counted  # these images are not counted as seen
+
+    def _cut(self, images: torch.Tensor, corners: torch.Tensor | None = None) -> torch.Tensor:
+        """The windows of images (B, C, H, W); without `corners`, those in the middle."""
+        if not self.window:
+            return images
+        return windows(images, torch.full((len(images), 2), 0.5) if corners is None else corners, self.window)
 
     @property
     def bad(self) -> list[tuple[str, str]]:

@@ -44,7 +44,9 @@ def data_config(
         changes |= {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "dataset_config_name": None}
         changes |= {"channels": channels, "resolution": height if height == width else None}
         if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
-            changes |= {"channels": None, "value_range": None, "resolution": None}
+            changes |= {"channels": None, "value_range": None, "resolution": None, "random_crop": None}
+        if path is not None and dataset_name not in (None, DataConfig.from_json(path).dataset_name):
+            changes["group_by"] = None  # of other data
     config = DataConfig(**changes) if path is None else DataConfig.from_json(path, **changes)
     folder = config.train_data_dir
     if folder is not None and not named and not Path(folder).is_dir():
@@ -89,10 +91,14 @@ def train_config_path(model: str, required: bool = True) -> Path | None:
 def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[ImageData, ImageData | None]:
     """Training and held-out images, with the network's labels for their classes.
 
+    Images are not flipped or turned. With `random_crop` they are windows of the size of the samples: one of each image,
+    at a random place that is always the same.
+
     Raises:
         ValueError: the images can't be read, or do not have the shape or the classes of the model.
     """
     train, held_out = load_images(config, test_limit=None)
+    train = train.cropped()
     if train.shape != pipeline.image_shape:
         raise ValueError(
             f"the images of {config.train_data_dir or config.dataset_name!r} have the shape {train.shape} (channels, "

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from ddpm_hf.data.dataset import flip_horizontally_
 from ddpm_hf.schedulers.noise import to_device
 from ddpm_hf.training.loss import Batch
 from ddpm_hf.utils.seeds import seeded_generator
@@ -17,12 +16,34 @@ BLOCK = 16  # positions that share a generator; another number would draw other 
 
 
 class Draws(NamedTuple):
-    """Random numbers of some positions (B,): `noise` (B, C, H, W), `uniform` float64, `flips` and `drops` bool."""
+    """Random numbers of some positions (B,): `noise` (B, C, H, W), `uniform` float64, `drops` bool, and augmentations.
+
+    `flips` and `vertical` are bool, `turns` counts quarters, and `corners` (B, 2) are the places of windows. The last
+    three are None unless a setting needs them.
+    """
 
     noise: torch.Tensor
     uniform: torch.Tensor
     flips: torch.Tensor
     drops: torch.Tensor
+    vertical: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
+    corners: torch.Tensor | None = None
+
+    def augment_(self, images: torch.Tensor) -> torch.Tensor:
+        """Flip and turn the images (B, C, H, W), in place. They must be square if there are `turns`."""
+        flip_(images, self.flips, 3)
+        if self.vertical is not None:
+            flip_(images, self.vertical, 2)
+        for turn in range(1, 4) if self.turns is not None else ():
+            which = self.turns == turn
+            images[which] = images[which].rot90(turn, (2, 3))
+        return images
+
+
+def flip_(images: torch.Tensor, which: torch.Tensor, axis: int) -> None:
+    """Flip the images (B, C, H, W) where `which`, bool (B,), is true, along an axis and in place."""
+    images[which] = images[which].flip(axis)
 
 
 def draw_random(config, step: int, positions: torch.Tensor, global_batch: int, shape: tuple[int, ...]) -> Draws:
@@ -32,18 +53,27 @@ def draw_random(config, step: int, positions: torch.Tensor, global_batch: int, s
     al. 2021, arXiv:2107.00630, appendix I.1): each alone is uniform, and together they leave no part of [0, 1) out.
     """
     blocks, place = (positions // BLOCK).unique(return_inverse=True)
+    rows = place * BLOCK + positions % BLOCK
     noise, others = [], []
     for block in blocks.tolist():
         generator = seeded_generator(config.seed, "batch", step, block)
         noise.append(torch.randn((BLOCK, *shape), generator=generator))
         others.append(torch.rand((BLOCK, 3), generator=generator, dtype=torch.float64))
-    rows = place * BLOCK + positions % BLOCK
     uniform, flips, drops = torch.cat(others)[rows].unbind(1)
     if config.antithetic_timesteps:
         offset = torch.rand((), generator=seeded_generator(config.seed, "offset", step), dtype=torch.float64)
         uniform = (offset + positions / global_batch) % 1
     flips = flips < (0.5 if config.random_flip else 0.0)
-    return Draws(torch.cat(noise)[rows], uniform, flips, drops < config.label_dropout)
+    draws = Draws(torch.cat(noise)[rows], uniform, flips, drops < config.label_dropout)
+    if config.random_vertical_flip or config.random_rotate90 or config.random_crop:
+        more = [seeded_generator(config.seed, "augment", step, block) for block in blocks.tolist()]
+        more = torch.cat([torch.rand((BLOCK, 4), generator=each, dtype=torch.float64) for each in more])[rows]
+        if config.random_vertical_flip:
+            draws = draws._replace(vertical=more[:, 0] < 0.5)
+        if config.random_rotate90:
+            draws = draws._replace(turns=(more[:, 1] * 4).long())
+        draws = draws._replace(corners=more[:, 2:])
+    return draws
 
 
 class Batches:
@@ -66,12 +96,11 @@ class Batches:
     def draw(self, step: int) -> list[Batch]:
         """This process's micro-batches of update `step`, on the CPU. A stream must stand where that update begins."""
         config, global_batch = self.config, self.global_batch
-        images, labels = self.images.batch_for_step(config.seed, step, global_batch, self.positions)
-        noise, uniform, flips, drops = draw_random(config, step, self.positions, global_batch, self.images.shape)
-        flip_horizontally_(images, flips)
-        parts = [images, noise, uniform]
+        draws = draw_random(config, step, self.positions, global_batch, self.images.shape)
+        images, labels = self.images.batch_for_step(config.seed, step, global_batch, self.positions, draws.corners)
+        parts = [draws.augment_(images), draws.noise, draws.uniform]
         if self.null_label is not None:
-            parts.append(torch.where(drops | (labels < 0), self.null_label, labels))
+            parts.append(torch.where(draws.drops | (labels < 0), self.null_label, labels))
         return [Batch(*micro) for micro in zip(*(part.split(config.train_batch_size) for part in parts), strict=True)]
 
 

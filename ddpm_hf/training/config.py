@@ -42,6 +42,16 @@ class TrainConfig(DataConfig):
     )
     overwrite_output_dir: bool = _run("replace the run or model in output_dir", False)
     random_flip: bool = _data("flip each image horizontally with probability 1/2", False)
+    random_vertical_flip: bool = _data("flip each image vertically with probability 1/2", False)
+    random_rotate90: bool = _data(
+        "turn each image by 0, 90, 180 or 270 degrees with equal probability; for square images", False
+    )
+    class_balance: float = _data(
+        "0: every image is seen once per epoch; 1: all classes equally often; in between, a class of n images in "
+        "proportion to n^(1 - class_balance)",
+        0.0,
+        number(0, 1),
+    )
     class_conditional: bool = _data(
         "train a class-conditional network; the classes are a ClassLabel column or one folder per class", False
     )
@@ -131,6 +141,7 @@ class TrainConfig(DataConfig):
             name = Path(os.path.abspath(data)).name if data else ""  # resolves `.` and `photos/`
             self.output_dir = str(Path("runs", name or Path(self.config).stem))
         self._check("streaming", not self.streaming or self.max_train_steps is not None, "needs max_train_steps")
+        self._check("class_balance", not (self.class_balance and self.streaming), "must be 0 with streaming=True")
         guided = self.guidance_scale != 1
         self._check("guidance_scale", self.class_conditional or not guided, "needs class_conditional=True")
         self._check("label_dropout", self.label_dropout or not guided, "must be greater than 0 for guidance_scale")

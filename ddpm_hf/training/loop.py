@@ -18,10 +18,10 @@ from ddpm_hf.utils.signals import Stopped
 def train(config, callbacks: Iterable[TrainCallback] = (), objective: Callable[..., Losses] | None = None) -> Run:
     """Train as `config`, a `TrainConfig`, says and leave a pipeline folder in `config.output_dir`.
 
-    Order, noise, timesteps, flips and dropped labels are functions of (seed, update, position in the global batch),
-    dropout of (seed, update, micro-batch), so a resumed run continues as if it had not been interrupted, and several
-    processes do what one does. SIGTERM and Ctrl-C save a checkpoint and the pipeline and end the run before its time;
-    `stopped_by` of the result says so. The process's own random numbers are left as they were.
+    Order, noise, timesteps, augmentations and dropped labels are functions of (seed, update, position in the global
+    batch), dropout of (seed, update, micro-batch), so a resumed run continues as if it had not been interrupted, and
+    several processes do what one does. SIGTERM and Ctrl-C save a checkpoint and the pipeline and end the run before its
+    time; `stopped_by` of the result says so. The process's own random numbers are left as they were.
 
     Args:
         callbacks: what else happens, in this order at each event.

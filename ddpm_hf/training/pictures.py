@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from ddpm_hf.data.dataset import ImageData, batch_indices
+from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.data.neighbours import nearest_images
 from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
@@ -33,8 +33,7 @@ def draw_data(run: Run) -> None:
     """Write data.png before the first update: training images as the network sees them, and their statistics."""
     images, (channels, height, width) = run.images, run.images.shape
     shown = images.first(64, run.config.seed)
-    flips = draw_random(run.config, 0, torch.arange(len(shown)), len(shown), images.shape).flips
-    shown = torch.where(flips[:, None, None, None], shown.flip(3), shown)
+    draw_random(run.config, 0, torch.arange(len(shown)), len(shown), images.shape).augment_(shown)
     count = "a stream of" if images.num_images is None else f"{images.num_images:,}"
     lines = [f"{count} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}; {len(shown)} shown"]
     if isinstance(images, ImageData):
@@ -43,7 +42,7 @@ def draw_data(run: Run) -> None:
         if names := images.label_names:
             lines.append(f"{len(names)} classes: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
         number = min(MEASURED, len(images), max(1, MEASURED_NUMBERS // math.prod(images.shape)))
-        measured = images.batch(batch_indices(run.config.seed, 0, number, len(images)))
+        measured = images.first(number, run.config.seed)
     else:
         measured = shown
     for name, x in zip(channel_names(channels), measured.transpose(0, 1)):

@@ -63,6 +63,8 @@ def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, list[str] |
     if shape is None:
         images = (image for _, image in decode_each(items, decoder_of(config), 0) if isinstance(image, Decoded))
         shape = next((image.pixels.shape for image in images), None)
+        if shape is not None and config.random_crop:
+            shape = (shape[0], config.resolution, config.resolution)
     return shape, names
 
 

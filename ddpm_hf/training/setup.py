@@ -234,14 +234,14 @@ def _images(config: TrainConfig, accelerator: Accelerator):
         images, held_out = open_images(config, accelerator.process_index, accelerator.num_processes)
     if len(set(gather_object([images.fingerprint]))) > 1:
         raise ValueError("the processes have read different images; do not change the data set while training starts")
+    _check_images(config, images)
     without = int((images.labels < 0).sum()) if isinstance(images, ImageData) and images.label_names else 0
-    if config.class_conditional and (images.label_names is None or without == images.num_images):
-        raise ValueError(
-            f"class_conditional=True: the images of {config.train_data_dir or config.dataset_name!r} have no classes; "
-            "they need a column of type ClassLabel, or folders, one a class, with every image in one of them"
-        )
     if config.class_conditional and without and main:
         log.warning(f"{without} of {images.num_images} images have no class; they are trained with the null label")
+    if config.class_conditional and isinstance(images, ImageData) and main:
+        empty = sorted(set(range(len(images.label_names))) - set(images.labels.tolist()))
+        if empty:
+            log.warning(f"{len(empty)} classes have no training images, such as {images.label_names[empty[0]]!r}")
     if main and images.bad:
         log.warning(f"{len(images.bad)} invalid images are left out; quarantine.csv lists them with the reason")
     if main and images.num_images is not None and images.num_images < FEW_IMAGES:
@@ -250,3 +250,20 @@ def _images(config: TrainConfig, accelerator: Accelerator):
             "neighbours.png"
         )
     return images, held_out
+
+
+def _check_images(config: TrainConfig, images) -> None:
+    """Raise ValueError if the images do not fit the settings of training; set how they are ordered."""
+    has_classes = images.label_names is not None and not (isinstance(images, ImageData) and (images.labels < 0).all())
+    for name in ("class_conditional", "class_balance"):
+        if getattr(config, name) and not has_classes:
+            raise ValueError(
+                f"{name}={getattr(config, name)}: the images of {config.train_data_dir or config.dataset_name!r} have "
+                "no classes; they need a column of type ClassLabel, or folders, one a class, with every image in one "
+                "of them"
+            )
+    if config.random_rotate90 and images.shape[1] != images.shape[2]:
+        height, width = images.shape[1:]
+        raise ValueError(f"random_rotate90=True needs square images; these are {width}x{height}: give --resolution")
+    if config.class_balance:
+        images.class_balance = config.class_balance
