@@ -368,6 +368,8 @@ def damage(kind, good, path):
         torch.save(weights, path)
     elif kind == "extra":
         torch.save(weights | {"something.else": torch.zeros(1)}, path)
+    elif kind == "nan":
+        torch.save(weights | {"conv_out.bias": torch.full((1,), torch.nan)}, path)
     elif kind == "shape":
         torch.save(weights | {"conv_out.bias": torch.zeros(7)}, path)
 
@@ -385,6 +387,7 @@ def damage(kind, good, path):
         ("foreign", "is a checkpoint of none of explainingai, labml, learnopencv; its first keys are linear.weight"),
         ("lacks", "1 missing weights, such as up.0.layers.0.residual.conv_1.weight"),
         ("extra", "unexpected key something.else; no explainingai network of this size has it"),
+        ("nan", "weights are not finite: 1 of 1.. tensors have NaN or infinities, such as conv_out.bias"),
         ("shape", r"conv_out.bias has shape \(7,\); it must be \(1,\)"),
     ],
 )

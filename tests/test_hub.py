@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import TINY_UNET, calls, tiny_config, tiny_unet
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
 
 import ddpm_hf
 from ddpm_hf import DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler, training
@@ -90,6 +91,16 @@ def test_push_uploads_the_model_and_prints_the_commit_address_last(hub, run, cap
     torch.testing.assert_close(
         sample(DDPMCustomPipeline.from_pretrained("me/digits")), sample(DDPMCustomPipeline.from_pretrained(run))
     )
+
+
+@pytest.mark.parametrize(("name", "variant"), [(WEIGHTS[0], None), (WEIGHTS[1], "raw")])
+def test_weights_that_are_not_finite_are_not_pushed(hub, run, name, variant):
+    weights = load_file(run / name)
+    weights["stem.bias"][0] = torch.nan
+    save_file(weights, run / name, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="can't be loaded: .* weights are not finite: 1 of .* such as stem.bias"):
+        push(run, "me/digits")
+    assert not hub.repos
 
 
 def test_a_second_push_deletes_files_that_the_folder_no_longer_has(hub, run):

@@ -494,13 +494,30 @@ def test_errors_of_downloads_do_not_show_the_token(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_commands_load_no_weights_that_are_not_finite(folder, value):
+def test_weights_that_are_not_finite_are_not_loaded(folder, value):
     pipeline = DDPMCustomPipeline.from_pretrained(folder)
     pipeline.unet.conv_out.bias.data[0] = value
+    pipeline.unet.stem.weight.data[0] = value
     pipeline.save_pretrained(folder)
-    message = r"model='.*' can't be loaded: the network's weight conv_out.bias \(float32\) is not finite: load weights"
-    with pytest.raises(ValueError, match=message):
+    number = len(pipeline.unet.state_dict())
+    message = (
+        f"weights are not finite: 2 of {number} tensors have NaN or infinities, such as stem.weight .float32.; load"
+    )
+    with pytest.raises(ValueError, match=rf"model='.*' can't be loaded: .*unet: {message}"):
         load_pipeline(str(folder), "model")
+    with pytest.raises(ValueError, match=message):
+        DDPMCustomPipeline.from_pretrained(folder)
+
+
+def test_weights_that_are_too_large_for_their_type_are_not_loaded(folder):
+    pipeline = DDPMCustomPipeline.from_pretrained(folder)
+    pipeline.unet.conv_out.bias.data[0] = 1e5
+    pipeline.save_pretrained(folder)
+    DDPMCustomPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"not finite: 1 of .* such as conv_out.bias \(float16\); load weights that are"
+    ):
+        DDPMCustomPipeline.from_pretrained(folder, torch_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("source", ["folder", "nowhere"])

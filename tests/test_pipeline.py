@@ -734,7 +734,8 @@ def test_every_method_names_a_weight_that_is_not_finite(method, value):
     pipeline.unet.conv_out.bias.data[0] = value
     n = r"([12]) of \1 images hold NaN or infinities"
     told = (
-        rf"^the samples are not finite: {n}; the network's weight conv_out.bias \(float32\) is not finite: load weights"
+        rf"^the samples are not finite: {n}; weights are not finite: 1 of \d+ tensors have NaN or infinities, such as "
+        r"conv_out.bias \(float32\); load weights"
     )
     with pytest.raises(ValueError, match=told):
         METHODS[method](pipeline)
@@ -787,3 +788,40 @@ def test_latents_that_are_not_finite():
     latents[0, 0, 2, 2] = math.nan
     with pytest.raises(ValueError, match="latents contains NaN or infinities; it must be finite"):
         tiny_pipeline()(latents=latents, num_inference_steps=2)
+
+
+# ---------------------------------------------------------------- compiled and wrapped networks
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pipe, steps: pipe(1, seeded(0), steps),
+        lambda pipe, steps: pipe.invert(of_pixels(), steps),
+        lambda pipe, steps: pipe.inpaint(of_pixels(), torch.eye(8), steps, num_resamples=1),
+    ],
+    ids=["sample", "invert", "inpaint"],
+)
+def test_a_compiled_network_has_one_graph_for_all_timesteps(call):
+    torch._dynamo.reset()
+    pipeline, counter = tiny_pipeline(), torch._dynamo.testing.CompileCounter()
+    expected = call(pipeline, 6)
+    pipeline.unet.compile(backend=counter)
+    call(pipeline, 2)
+    graphs = counter.frame_count
+    found = call(pipeline, 6)
+    assert counter.frame_count == graphs > 0
+    if isinstance(found, torch.Tensor):
+        assert_close(found, expected)
+
+
+def test_a_network_in_data_parallel_is_unwrapped():
+    unet = tiny_pipeline().unet
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for wrapped in (torch.nn.parallel.DistributedDataParallel(unet), torch.nn.DataParallel(unet)):
+            pipeline = DDPMCustomPipeline(wrapped, LinearNoiseScheduler())
+            assert pipeline.unet is unet
+            assert len(pipeline(1, seeded(0), 2).images) == 1
+    finally:
+        torch.distributed.destroy_process_group()

@@ -32,13 +32,16 @@ from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import main
 from ddpm_hf.data.dataset import ImageData, load_images
 from ddpm_hf.schedulers.bound import bound_terms
+from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.training import Batch, DenoisingLoss, Losses, Run, checkpoints, guards, loop, saving, setup, train
 from ddpm_hf.training.batch import draw_random
 from ddpm_hf.training.checkpoints import Checkpoints
+from ddpm_hf.training.config import recipe_names, resolve
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guards import Skips, stop_asked
 from ddpm_hf.training.log import TrainingLog, read_log
 from ddpm_hf.training.loop import learning_rate, step_if_finite
+from ddpm_hf.training.model import signal_left
 from ddpm_hf.training.pictures import draw_pictures
 from ddpm_hf.training.previews import Previews
 from ddpm_hf.training.saving import held_out_loss
@@ -1422,3 +1425,26 @@ def test_a_run_with_a_learned_variance(tmp_path):
     for settings in ({"scheduler": {"variance_type": "learned_range"}}, {"unet": {**TINY_UNET, "out_channels": 2}}):
         with pytest.raises(ValueError, match="learned_variance=False.*leave it out"):
             train(tiny_config(tmp_path / "no", **settings))
+
+
+@pytest.mark.parametrize(("scheduler", "signal"), [
+    ({"num_train_timesteps": 10}, "0.95"),
+    ({"num_train_timesteps": 100}, "0.60"),
+    ({}, None),
+    ({"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2"}, None),
+    ({"num_train_timesteps": 10, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, None),
+])  # fmt: skip
+def test_a_schedule_that_leaves_signal_is_told(tmp_path, caplog, scheduler, signal):
+    train(tiny_config(tmp_path, max_train_steps=1, scheduler=scheduler))
+    told = [record.getMessage() for record in caplog.records if "alpha_bar" in record.getMessage()]
+    assert len(told) == (signal is not None)
+    if signal:
+        assert told[0].startswith(f"sqrt(alpha_bar_T)={signal}: after all {scheduler['num_train_timesteps']} timesteps")
+        assert "squaredcos_cap_v2" in told[0]
+        assert "rescale_betas_zero_snr" in told[0]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_schedules_of_recipes_leave_no_signal(name):
+    settings = resolve({"config": name}).scheduler
+    assert signal_left(scheduler_class(settings).from_config(settings)) is None

@@ -55,6 +55,18 @@ def test_default_network_takes_29_by_43():
         assert DDPMUNet().eval()(noisy(1, 1, 29, 43), 5).sample.shape == (1, 1, 29, 43)
 
 
+def test_an_exported_network_takes_batches_of_any_size():
+    unet = tiny_unet()
+    batch = torch.export.Dim("batch", min=2)
+    for timestep, shape in ((torch.tensor(3), None), (torch.tensor([3, 5, 7]), {0: batch})):
+        shapes = {"sample": {0: batch}, "timestep": shape, "class_labels": None, "return_dict": None}
+        arguments = (torch.randn(3, 1, 8, 8), timestep, None, False)
+        exported = torch.export.export(unet, arguments, dynamic_shapes=shapes).module()
+        sample, timestep = torch.randn(5, 1, 8, 8), timestep.expand(3)[:1].repeat(5) if shape else timestep
+        close = torch.testing.assert_close
+        close(exported(sample, timestep, None, False), unet(sample, timestep, return_dict=False))
+
+
 @pytest.mark.parametrize("skips", ["stage", "layer"])
 def test_skip_connections_carry_what_the_paper_says(skips):
     """With a zero middle, the prediction depends on the image through the skips, and only through them."""

@@ -14,6 +14,7 @@ from ddpm_hf.convert.source import Source, Weights
 from ddpm_hf.convert.unet2d import read_folder, to_diffusers
 from ddpm_hf.convert.weights import first_line, load_checked, load_weights
 from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.pipelines.loading import weights_not_finite
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.schedulers.noise import LinearNoiseScheduler
 from ddpm_hf.utils.arguments import checked, optional, path
@@ -69,6 +70,8 @@ def convert(source, output, kind: str | None = None, source_config=None) -> list
         weights = load_weights(source)
         kind = _kind_of(weights, kind, source)
         unet, scheduler, notes = _from_tutorial(weights, kind, source, source_config)
+    if (bad := weights_not_finite(unet)) is not None:
+        raise ValueError(f"source={str(source)!r}: {bad}")
     card = f"---\nlibrary_name: diffusers\ntags:\n- ddpm\n- ddpm_hf\n---\n\nConverted by ddpm_hf from {source.name}"
     card += f" ({kind}).\n" + "".join(f"\n- {note}" for note in notes) + "\n"
     _save(DDPMCustomPipeline(unet, scheduler), output, card)

@@ -353,7 +353,7 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
             value_range = image.value_range
             pixels = _storage((len(items), *decoder.shape), image.pixels.dtype, output_dir)
         pixels[len(labels)] = image.pixels
-        copies.append(digest(image.pixels, len(labels)))
+        copies.append(digest(image.pixels, item.name))
         groups.append(item.group)
         labels.append(item.label)
     traits = Traits(np.array(copies, np.uint64), groups)

@@ -60,12 +60,12 @@ class Traits(NamedTuple):
     groups: list[str | None]
 
 
-def digest(pixels: np.ndarray, number: int) -> int:
-    """A hash of the pixels (C, H, W); of an image of one colour a hash of its `number`.
+def digest(pixels: np.ndarray, name: str) -> int:
+    """A hash of the pixels (C, H, W); of an image of one colour a hash of its `name`.
 
     Otherwise the blank slices of volumes would tie all volumes together.
     """
-    content = pixels if (pixels != pixels[:, :1, :1]).any() else str(number).encode()
+    content = pixels if (pixels != pixels[:, :1, :1]).any() else name.encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 

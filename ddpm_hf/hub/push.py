@@ -45,6 +45,8 @@ def push(
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} does not exist; it must be a pipeline folder")
     pipeline = load_pipeline(str(folder), "folder")
+    if any((folder / "unet").glob("*.raw.*")):
+        load_pipeline(str(folder), "folder", "raw")  # they are uploaded too
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"license={license!r} must be a licence identifier of the Hub, such as apache-2.0")
     if license is not None and not is_generated(folder / CARD):

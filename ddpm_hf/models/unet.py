@@ -498,8 +498,8 @@ class DDPMUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"sample has shape {tuple(sample.shape)}; it must be (B, {self.config.in_channels}, H, W)")
         B, _, H, W = sample.shape
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        if len(timesteps) not in (1, B):
-            raise ValueError(f"timestep has {len(timesteps)} elements for a batch of {B}; it must be 1 or {B}")
+        if timesteps.shape[0] not in (1, B):  # `len` would fix B in torch.export
+            raise ValueError(f"timestep has {timesteps.shape[0]} elements for a batch of {B}; it must be 1 or {B}")
         time = self.time_embedding(timesteps.expand(B))
         self._check_labels(class_labels, B)
         if class_labels is not None:

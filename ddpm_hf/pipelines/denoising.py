@@ -118,6 +118,7 @@ class DenoisingLoop:
         learned variance is that of the class.
         """
         unet, labels, dtype = self.pipeline.unet, self.labels, sample.dtype
+        timestep = torch.as_tensor(timestep, device=sample.device)  # torch.compile makes a graph for each Python number
         sample = sample.to(unet.dtype)
         if labels is None:
             output = unet(sample, timestep).sample.to(dtype)

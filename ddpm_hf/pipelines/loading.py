@@ -101,7 +101,22 @@ def load_components(
             kind = _class_of(index, "unet", folder)
             _check_unet(folder / "unet", kind, variant, root)
         unet = kind.from_pretrained(folder, subfolder="unet", variant=variant, use_safetensors=True, **model_options)
+        if (bad := weights_not_finite(unet)) is not None:
+            raise ValueError(f"{folder / 'unet'}: {bad}")
     return {"unet": unet, "scheduler": scheduler}
+
+
+def weights_not_finite(unet) -> str | None:
+    """A message if weights are NaN or infinite, which give black pictures; `None` if all in memory are finite."""
+    weights = {name: w for name, w in (*unet.named_parameters(), *unet.named_buffers()) if not w.is_meta}
+    bad = [name for name, weight in weights.items() if not weight.float().isfinite().all()]
+    if not bad:
+        return None
+    kind = str(weights[bad[0]].dtype).removeprefix("torch.")
+    return (
+        f"weights are not finite: {len(bad)} of {len(weights)} tensors have NaN or infinities, such as {bad[0]} "
+        f"({kind}); load weights that are finite in this type"
+    )
 
 
 def _check_options(source, use_safetensors, options: dict) -> None:

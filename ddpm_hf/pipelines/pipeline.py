@@ -15,7 +15,7 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.denoising import BATCH, CALL, MOST_VALUES, DenoisingLoop
 from ddpm_hf.pipelines.editing import EditingMixin
 from ddpm_hf.pipelines.images import PIL_MODES, NotFiniteError, to_output, to_unit
-from ddpm_hf.pipelines.loading import load_components
+from ddpm_hf.pipelines.loading import load_components, weights_not_finite
 from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
 from ddpm_hf.schedulers.solvers import make_solver, set_timesteps_checked
 from ddpm_hf.utils.arguments import check, check_all, checked, integer, limit, matching, show
@@ -26,6 +26,9 @@ COMPONENTS = {
 }
 
 
+WRAPPERS = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)  # of a network in training
+
+
 class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
     """Sample images (Ho et al. 2020, arXiv:2006.11239, algorithm 2), optionally of given classes.
 
@@ -34,7 +37,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
 
     Args:
         unet: the network that predicts the noise, x_0 or v, by the scheduler's `prediction_type`: `DDPMUNet`,
-            `UNet2DModel`, or a network with the same call.
+            `UNet2DModel`, or a network with the same call. Of a `DistributedDataParallel` or `DataParallel` it is the
+            network inside.
         scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, or a scheduler of diffusers built from their config.
     """
 
@@ -46,6 +50,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         scheduler: LinearNoiseScheduler | CosineNoiseScheduler | KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
+        while isinstance(unet, WRAPPERS):
+            unet = unet.module
         check_all({"unet": unet, "scheduler": scheduler}, COMPONENTS)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.interrupt = False
@@ -70,8 +76,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
                 `ModelMixin.from_pretrained`.
 
         Raises:
-            ValueError: an unknown argument, a missing or damaged file, a link out of the folder, an unknown setting, or
-                weights that do not match the configuration.
+            ValueError: an unknown argument, a missing or damaged file, a link out of the folder, an unknown setting,
+                weights that do not match the configuration, or weights that are not finite in `torch_dtype`.
             OSError: the source is not a folder and cannot be downloaded.
         """
         pipeline = cls(**load_components(pretrained_model_name_or_path, **kwargs))
@@ -224,7 +230,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _why_not_finite(self, solver) -> str:
-        if (bad := weight_not_finite(self.unet)) is not None:
+        if (bad := weights_not_finite(self.unet)) is not None:
             return bad
         offloaded = any(weight.is_meta for weight in self.unet.parameters())
         finite = f"all weights{' that are not offloaded' if offloaded else ''} are finite"
@@ -305,28 +311,16 @@ def num_classes(unet) -> int | None:
     return unet.config.get("num_classes")
 
 
-def weight_not_finite(unet) -> str | None:
-    """A message that names the first weight with NaN or infinities; `None` if all weights in memory are finite."""
-    for name, weight in (*unet.named_parameters(), *unet.named_buffers()):
-        if not weight.is_meta and not weight.float().isfinite().all():
-            kind = str(weight.dtype).removeprefix("torch.")
-            return f"the network's weight {name} ({kind}) is not finite: load weights that are finite in this type"
-    return None
-
-
 def load_pipeline(source: str, name: str, variant: str | None = None) -> DDPMCustomPipeline:
     """`DDPMCustomPipeline.from_pretrained` for commands: any failure is a ValueError about the argument `name`.
 
-    Weights that are not finite raise too. diffusers' own log of a failure is suppressed.
+    diffusers' own log of a failure is suppressed.
     """
     logger = logging.get_logger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        pipeline = DDPMCustomPipeline.from_pretrained(source, **({"variant": variant} if variant else {}))
-        if (bad := weight_not_finite(pipeline.unet)) is not None:
-            raise ValueError(bad)
-        return pipeline
+        return DDPMCustomPipeline.from_pretrained(source, **({"variant": variant} if variant else {}))
     except Exception as error:  # diffusers, huggingface_hub and the network raise many types
         raise ValueError(f"{name}={source!r} can't be loaded: {error}") from error
     finally:

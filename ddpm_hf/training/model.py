@@ -10,6 +10,8 @@ from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.training.config import TrainConfig
 
+MOST_SIGNAL = 0.05  # of sqrt(alpha_bar_T); 0.006 with the 1000 linear betas of Ho et al.
+
 
 def build_model(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None):
     """The network and the scheduler for training, new or those of `pretrained_model_name_or_path`.
@@ -51,6 +53,19 @@ def _build_scheduler(config: TrainConfig, pretrained: dict):
         )
     scheduler.set_timesteps(config.ddpm_num_inference_steps)  # raises now if the number is invalid
     return scheduler
+
+
+def signal_left(scheduler) -> str | None:
+    """A warning if the last timestep of the forward process is far from the pure noise at which sampling begins."""
+    signal, T = scheduler.alphas_cumprod_float64[-1].sqrt().item(), len(scheduler)
+    if signal <= MOST_SIGNAL:
+        return None
+    return (
+        f"sqrt(alpha_bar_T)={signal:.2f}: after all {T} timesteps an image still has {signal:.0%} of its contrast, but "
+        "sampling begins at pure noise, which the network never sees, so samples will be pale or tinted. Use "
+        """--scheduler '{"beta_schedule": "squaredcos_cap_v2"}', more timesteps, or --prediction_type v_prediction """
+        """with --scheduler '{"rescale_betas_zero_snr": true}'"""
+    )
 
 
 def build_network(

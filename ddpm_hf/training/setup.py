@@ -23,7 +23,7 @@ from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guards import Skips, can_sync_each_step, explain_bad_images, write_quarantine
 from ddpm_hf.training.log import LOG_EVERY, TrainingLog
 from ddpm_hf.training.loss import DenoisingLoss
-from ddpm_hf.training.model import build_model
+from ddpm_hf.training.model import build_model, signal_left
 from ddpm_hf.training.resume import check_same, keep_split, restore_run_state
 from ddpm_hf.training.run import Run, TrainCallback
 from ddpm_hf.utils.distributed import by_main
@@ -165,6 +165,8 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
     images, held_out = _images(config, accelerator)
     torch.manual_seed(config.seed)
     unet, scheduler = build_model(config, images.shape, images.label_names)
+    if accelerator.is_main_process and (warning := signal_left(scheduler)):
+        log.warning(warning)
     ema = EMA(unet, config.ema_max_decay)
     betas = config.adam_beta1, config.adam_beta2
     adam = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
