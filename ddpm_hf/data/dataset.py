@@ -208,7 +208,7 @@ def _separate(images: ImageData, train: torch.Tensor, aside: torch.Tensor) -> tu
         return images, None
     held_out = replace(images, pixels=pixels[aside], labels=None if labels is None else labels[aside])
     for k, part in zip(range(0, len(train), 1024), train.split(1024), strict=True):
-        pixels[k : k + 1024] = pixels[part]  # only moves images to the front, so later parts are still there
+        pixels[k : k + len(part)] = pixels[part]  # only moves images to the front, so later parts are still there
     train = replace(images, pixels=pixels[: len(train)], labels=None if labels is None else labels[train])
     return train, held_out
 
