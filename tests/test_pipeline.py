@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -804,7 +805,7 @@ def test_latents_that_are_not_finite():
 )
 def test_a_compiled_network_has_one_graph_for_all_timesteps(call):
     torch._dynamo.reset()
-    pipeline, counter = tiny_pipeline(), torch._dynamo.testing.CompileCounter()
+    pipeline, counter = tiny_pipeline(), CompileCounter()
     expected = call(pipeline, 6)
     pipeline.unet.compile(backend=counter)
     call(pipeline, 2)

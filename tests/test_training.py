@@ -113,7 +113,8 @@ def test_the_draw_is_a_function_of_seed_and_update(tmp_path):
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_a_part_of_the_global_batch_draws_what_the_whole_draws_there(tmp_path, antithetic):
-    config = tiny_config(tmp_path, random_flip=True, antithetic_timesteps=antithetic)
+    turns = {"random_flip": True, "random_vertical_flip": True, "random_rotate90": True}
+    config = tiny_config(tmp_path, **turns, antithetic_timesteps=antithetic)
     whole = draws(config, 7, 100)
     for positions in (torch.arange(100), torch.arange(37, 41), torch.tensor([0, 1, 2, 3, 48, 49, 50, 51, 99])):
         part = draw_random(config, 7, positions, 100, (1, 4, 4))
