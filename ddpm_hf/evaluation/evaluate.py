@@ -172,7 +172,7 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     needs = {need for name in names for need in METRICS[name].needs}
     if "likelihood" in needs:
         if context.held_out is None:
-            raise ValueError("metrics: bpd and loss need held-out images, but no image was held out")
+            raise ValueError("metrics: bpd and loss need held-out images, but there is only one image in all")
         context.noise_scheduler.timesteps  # raises ValueError if it is not known  # noqa: B018
     if "features" in needs and not context.has_train:
         rest = [name for name in METRICS if "features" not in METRICS[name].needs]
