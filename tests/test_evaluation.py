@@ -359,9 +359,9 @@ def test_a_model_of_the_hub_is_evaluated_offline(hub, trained, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"metrics": ("fid",)}, "metrics: unknown metric 'fid'; choose from bpd, loss, fd, kid"),
-    ({"metrics": ()}, "metrics: name at least one"),
-    ({"weights": "best"}, "weights='best'; choose from ema, raw"),
+    ({"metrics": ("fid",)}, r"metrics=\('fid',\) must be a list of metrics; each must be one of bpd, loss, fd, kid"),
+    ({"metrics": ()}, r"metrics=\(\) must be a list of metrics"),
+    ({"weights": "best"}, "weights='best' must be one of ema, raw"),
     ({"num_samples": 3}, "num_samples=3 must be an integer of at least"),
     ({"bpd_images": 1}, "bpd_images=1 must be an integer of at least 2"),
     ({"batch_size": 0}, "batch_size=0 must be an integer"),
@@ -435,7 +435,7 @@ def test_a_new_metric_is_one_function(trained, tmp_path, monkeypatch):
 
     monkeypatch.setitem(METRICS, "brightness", Metric(brightness, ("samples",)))
     found = quick(trained, tmp_path, metrics=("brightness",))
-    assert list(found["metrics"]) == ["brightness"]
+    assert list(found["metrics"]) == ["neighbour_correlation", "brightness"]  # the first is measured of all samples
     assert -1 <= found["metrics"]["brightness"]["value"] <= 1
     assert found["protocol"]["brightness"] == {"range": [-1, 1]}
     assert "Mean brightness of samples" in (tmp_path / "report.html").read_text()
@@ -451,7 +451,8 @@ def test_two_evaluations_in_one_folder(trained, tmp_path):
 def test_biased_metrics_have_a_value_for_equally_many_samples(trained, tmp_path):
     found = quick(trained, tmp_path, metrics=("fd", "is"), num_samples=300)["metrics"]
     assert list(found) == ["fd_train", "fd_held_out", "fd_train_matched", "fd_real",
-                           "inception_score", "inception_score_matched", "inception_score_real"]  # fmt: skip
+                           "inception_score", "inception_score_matched", "inception_score_real",
+                           "neighbour_correlation"]  # fmt: skip
     for name in ("fd_train_matched", "fd_real", "inception_score_matched", "inception_score_real"):
         assert found[name]["n"] == 180
     assert found["inception_score_matched"]["splits"] == found["inception_score_real"]["splits"]

@@ -297,8 +297,8 @@ def test_comparing_begins_with_the_same_noise():
     [
         (["--num_images", "0"], "num_images=0 must be an integer of at least 1"),
         (["--batch_size", "-2"], "batch_size=-2 must be an integer of at least 1"),
-        (["--seed", "-1"], "seed=-1 must be an integer in 0 ... 2^63 - 1"),
-        (["--format", "jpg"], "format='jpg'; choose from png, npy, parquet"),
+        (["--seed", "-1"], "seed=-1 must be an integer in 0 ... 9,223,372,036,854,775,807"),
+        (["--format", "jpg"], "format='jpg' must be one of png, npy, parquet, or None"),
         (["--scheduler", "euler-b"], "scheduler='euler-b' must be one of ddpm, ddim"),
         (["--num_inference_steps", "2000"], "num_inference_steps=2000 must be an integer in 1 ... 1000"),
         (["--class_labels", "3"], "class_labels=[3]: this model is unconditional"),

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.images import PIL_MODES, to_pil
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
+from ddpm_hf.utils.arguments import checked, integer, matching, one_of, optional, path
 from ddpm_hf.utils.files import clear_parts, locked, save_picture, write
 from ddpm_hf.utils.pictures import grid
 from ddpm_hf.utils.seeds import image_generators
@@ -28,8 +30,19 @@ GRID, COMPARISON = "grid.png", "compare.png"  # pictures of `ddpm-hf sample`, wh
 SHOWN = 64  # samples in the grid
 MOST_COLUMNS = 16  # of the grid, one per class
 EIGHT_BITS = 0, 255
+ARGUMENTS = {
+    "output": path,
+    "num_images": integer(1),
+    "batch_size": BATCH,
+    "seed": integer(0, 2**63 - 1),
+    "format": optional(one_of(*FORMATS)),
+    "scheduler": optional(
+        matching(lambda v: isinstance(v, str), "must be a name; set pipeline.scheduler for an object")
+    ),
+}
 
 
+@checked(ARGUMENTS)
 def sample_to_folder(
     pipeline: DDPMCustomPipeline,
     output,
@@ -65,7 +78,7 @@ def sample_to_folder(
     """
     output = Path(output)
     format = ("npy" if _not_in_png(pipeline.unet.config) else "png") if format is None else format
-    _check_arguments(pipeline, output, num_images, batch_size, seed, format, scheduler)
+    _check_output(output, format, pipeline.unet.config)
     labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
     of_call = {
         "guidance_scale": float(guidance_scale),
@@ -98,18 +111,9 @@ def sample_to_folder(
     return made
 
 
-def _check_arguments(pipeline, output: Path, num_images, batch_size, seed, format, scheduler) -> None:
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed!r} must be an integer in 0 ... 2^63 - 1")
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r}; choose from {', '.join(FORMATS)}")
-    if format != "npy" and (why := _not_in_png(pipeline.unet.config)):
+def _check_output(output: Path, format: str, unet_config: Mapping) -> None:
+    if format != "npy" and (why := _not_in_png(unet_config)):
         raise ValueError(f"format={format!r} {why}")
-    if not isinstance(scheduler, str | None):
-        raise ValueError(f"scheduler={scheduler!r} must be a name; to use another object, set pipeline.scheduler")
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={str(output)!r} is a file; it must be a folder or not exist yet")
 

@@ -23,7 +23,9 @@ from ddpm_hf.evaluation.features.stats import unit_batches
 from ddpm_hf.evaluation.reference import data_config, load_references, train_config_path
 from ddpm_hf.evaluation.registry import METRICS, Findings
 from ddpm_hf.evaluation.report import write_report
+from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
+from ddpm_hf.utils.arguments import checked, integer, list_of, one_of, optional, path, text
 from ddpm_hf.utils.files import locked, write
 from ddpm_hf.utils.versions import versions
 
@@ -42,6 +44,22 @@ for _name in sorted(METRICS, key=lambda name: _modules.index(METRICS[name].measu
     METRICS[_name] = METRICS.pop(_name)
 
 
+ARGUMENTS = {
+    "model": path,
+    "dataset_name": optional(text),
+    "train_data_dir": optional(path),
+    "metrics": list_of(lambda value: one_of(*METRICS)(value), "metrics"),  # another module may register more
+    "features": optional(text),
+    "weights": one_of("ema", "raw"),
+    "num_samples": integer(FEWEST),
+    "seed": integer(0, 2**63 - 1),
+    "bpd_images": integer(2),
+    "batch_size": BATCH,
+    "output": optional(path),
+    "cache": optional(path),
+}
+
+
 class UnwrittenError(OSError):
     """evaluation.json could not be written; `evaluation` is what it would contain."""
 
@@ -50,6 +68,7 @@ class UnwrittenError(OSError):
         self.evaluation = evaluation
 
 
+@checked(ARGUMENTS)
 def evaluate(
     model: str,
     dataset_name: str | None = None,
@@ -91,13 +110,12 @@ def evaluate(
         ValueError: an argument is invalid, or the images can't be read. Nothing has been written then.
         UnwrittenError: evaluation.json can't be written. The error has its contents.
     """
-    _check(metrics, weights, num_samples, seed, bpd_images, batch_size)
     output = _writable(output_of(model) if output is None else Path(output))
     accelerator = Accelerator()
     # Two evaluations in one folder would mix their reports
     with locked(output.parent, output.name) if accelerator.is_main_process else contextlib.nullcontext():
         pipeline = load_pipeline(model, "model", "raw" if weights == "raw" else None).to(accelerator.device)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(leave=False, desc="steps", disable=not accelerator.is_main_process)
         pipeline.unet.eval().requires_grad_(False)
         steps = pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)  # some solvers can do T - 1
         as_trained = dataset_name is None and train_data_dir is None
@@ -126,22 +144,6 @@ def output_of(model: str) -> Path:
 def file_beside(output: Path, name: str) -> Path:
     """The path of `CURVES` or `REPORT` beside an evaluation; it starts with the name of the evaluation's file."""
     return output.parent / (name if output.name == OUTPUT else f"{output.stem}-{name}")
-
-
-def _check(metrics, weights, num_samples, seed, bpd_images, batch_size) -> None:
-    for name in metrics:
-        if name not in METRICS:
-            raise ValueError(f"metrics: unknown metric {name!r}; choose from {', '.join(METRICS)}")
-    if not metrics:
-        raise ValueError(f"metrics: name at least one of {', '.join(METRICS)}")
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights={weights!r}; choose from ema, raw")
-    for name, value, least in (("num_samples", num_samples, FEWEST), ("bpd_images", bpd_images, 2),
-                               ("batch_size", batch_size, 1)):  # fmt: skip
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed!r} must be an integer in 0 ... 2^63 - 1")
 
 
 def _writable(output: Path) -> Path:

@@ -20,6 +20,7 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.model import build_network
+from ddpm_hf.utils.arguments import checked, integer, one_of, optional
 
 KNOWN = {  # data set: shape of an image, images to train on, classes
     EMBEDDED_DIGITS: ((1, 8, 8), 1617, 10),
@@ -260,13 +261,9 @@ def time_of_update(config: TrainConfig, shape, flops, operations: int, parameter
 # ---------------------------------------------------------------- report
 
 
+@checked({"gpus": integer(1), "device": one_of(*DEVICES), "num_images": optional(integer(1))})
 def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: int | None = None) -> list[str]:
     """Report the cost of a run on `gpus` devices, as lines. Numbers that are not counted are marked "estimate"."""
-    if device not in DEVICES:
-        raise ValueError(f"device={device!r} must be one of {', '.join(DEVICES)}")
-    for name, value in (("gpus", gpus), ("num_images", num_images)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
     if device == "cpu" and config.mixed_precision == "fp16":
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no")
     batch, micros = config.train_batch_size, config.gradient_accumulation_steps
