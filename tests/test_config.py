@@ -109,8 +109,8 @@ def test_the_flags_are_frozen():
     """What people have in their scripts. Add here; take away or rename only with a major version."""
     assert {f.name for f in dataclasses.fields(TrainConfig)} == {
         "config", "output_dir", "overwrite_output_dir", "dataset_name", "dataset_config_name", "train_data_dir",
-        "resolution", "channels", "value_range", "background", "max_bad_fraction", "group_by",
-        "held_out_split", "streaming",
+        "resolution", "resize", "channels", "frames", "slices", "value_range", "clip_values", "nodata", "nodata_fill",
+        "background", "max_bad_fraction", "group_by", "held_out_split", "streaming",
         "dataloader_num_workers", "random_crop", "random_vertical_flip", "random_rotate90", "class_balance",
         "random_flip", "class_conditional", "label_dropout", "data_license",
         "pretrained_model_name_or_path", "unet", "scheduler", "prediction_type",
@@ -199,7 +199,13 @@ def test_flags_that_cannot_be(flags, message):
         ("seed: many", "seed='many' must be an integer in 0"),
         ("seed: 1.5", "seed=1.5 must be an integer in 0"),
         ("random_flip: 1", "random_flip=1 must be true or false"),
-        ("resolution: [1, 2]", r"resolution=\[1, 2\] must be an integer of at least 1, or null"),
+        ("resolution: [1, 2, 3]", r"resolution=\[1, 2, 3\] must be a list of one or two integers, or null"),
+        (
+            "resolution: [1, 0]",
+            r"resolution=\[1, 0\] must be a list of one or two integers; each must be an",
+        ),
+        ("resolution: wide", "resolution='wide' must be an integer of at least 1, or null"),
+        ("resize: stretch", "resize='stretch' must be one of crop, pad, squeeze"),
         ("unet: [1]", r"unet=\[1\] must be a mapping"),
         ("value_range: [0, white]", r"value_range=\[0, 'white'\] must be a list of 2 numbers"),
         ("- a list", "must contain settings"),

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from ddpm_hf.data import decoding
-from ddpm_hf.data.decoding import ORIENTED, BadImage, Decoder, read_image
+from ddpm_hf.data import reading
+from ddpm_hf.data.decoding import Decoder
+from ddpm_hf.data.reading import ORIENTED, BadImage, read_image
 
 HEIGHT, WIDTH = 5, 7
 rng = np.random.default_rng(0)
@@ -79,7 +80,7 @@ KINDS = {  # content -> colours (H, W, C), whether there is opacity
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_read_as_it_is_stored(kind):
     content, expected, has_opacity = KINDS[kind]
-    pixels, opacity = read_image(content, None)
+    pixels, opacity, *_ = read_image(content, None)
     assert pixels.dtype.newbyteorder("=") == expected.dtype
     assert np.array_equal(pixels, expected)
     assert (opacity is not None) == has_opacity
@@ -91,14 +92,14 @@ def test_every_kind_is_read_as_it_is_stored(kind):
 def test_sixteen_bits_with_alpha():
     deep = rng.integers(0, 65536, (HEIGHT, WIDTH, 4), dtype=np.uint16)
     for content in (png16(deep), tiff(deep, photometric="rgb", extrasamples=["unassalpha"])):
-        pixels, opacity = read_image(content, None)
+        pixels, opacity, *_ = read_image(content, None)
         assert np.array_equal(pixels, deep[..., :3])
         assert_close(opacity, deep[..., 3:].astype(np.float32) / 65535)
 
 
 def test_jpeg_of_four_inks_is_not_a_negative():
     content = encoded(Image.new("RGB", (8, 8), (250, 120, 10)).convert("CMYK"), "JPEG")
-    pixels, _ = read_image(content, None)
+    pixels, *_ = read_image(content, None)
     assert np.abs(pixels.reshape(-1, 3).mean(0) - (250, 120, 10)).max() < 12
 
 
@@ -120,7 +121,10 @@ def test_which_axis_holds_the_channels_can_be_said(tmp_path):
     assert read_image(path, 9)[0].shape == (4, 7, 9)
     pages = tiff(np.moveaxis(BANDS, 2, 0).copy(), photometric="minisblack")  # five pages
     assert np.array_equal(read_image(pages, 5)[0], BANDS)
-    assert np.array_equal(read_image(pages, None)[0], BANDS[..., :1])
+    assert np.array_equal(read_image(pages, None, frames="first")[0], BANDS[..., :1])
+    for channels in (None, 3):
+        with pytest.raises(ValueError, match="has 5 pages: give --frames"):
+            read_image(pages, channels)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -128,7 +132,7 @@ def test_exif_rotation(orientation):
     """Our own turning, used for 16 bits in colour, is Pillow's."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels, _ = read_image(encoded(Image.fromarray(RGB), "PNG", exif=exif), None)
+    pixels, *_ = read_image(encoded(Image.fromarray(RGB), "PNG", exif=exif), None)
     assert np.array_equal(pixels, ORIENTED.get(orientation, lambda a: a)(RGB))
     deep = tiff(DEEP_RGB, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
     assert np.array_equal(read_image(deep, None)[0], ORIENTED.get(orientation, lambda a: a)(DEEP_RGB))
@@ -221,7 +225,7 @@ def test_images_of_few_rows_are_not_turned(size):
     for channels in (1, 3, 4):
         array = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
         image = Image.fromarray(array[..., 0] if channels == 1 else array)
-        pixels, opacity = read_image(encoded(image, "PNG"), None)
+        pixels, opacity, *_ = read_image(encoded(image, "PNG"), None)
         assert np.array_equal(pixels, array[..., :3])
         assert (opacity is not None) == (channels == 4)
     deep = rng.integers(0, 65536, (height, width, 3), dtype=np.uint16)
@@ -237,11 +241,11 @@ def test_no_band_of_a_tiff_is_lost(bands, planes):
     assert np.array_equal(read_image(tiff(stored, photometric="minisblack", **settings), None)[0], array)
     if bands == 4:  # red, green, blue and near infrared
         content = tiff(stored, photometric="rgb", extrasamples=["unspecified"], **settings)
-        pixels, opacity = read_image(content, None)
+        pixels, opacity, *_ = read_image(content, None)
         assert np.array_equal(pixels, array)
         assert opacity is None
         opaque = tiff(stored, photometric="rgb", extrasamples=["unassalpha"], **settings)
-        pixels, opacity = read_image(opaque, None)
+        pixels, opacity, *_ = read_image(opaque, None)
         assert np.array_equal(pixels, array[..., :3])
         assert_close(opacity, array[..., 3:].astype(np.float32) / 255)
 
@@ -346,7 +350,7 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 def test_a_large_array_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = array_file(tmp_path, np.zeros((100, 100), np.uint8))
-    monkeypatch.setattr(decoding, "MOST_BYTES", 9999)
+    monkeypatch.setattr(reading, "MOST_BYTES", 9999)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some users set it: ours still holds
     pages = tiff(np.zeros((3, 50, 50), np.uint16), photometric="minisblack")
     contents = [path, pages, *(tiff(np.zeros((100, 100), kind)) for kind in (np.uint8, np.uint16))]

@@ -11,7 +11,7 @@ from ddpm_hf.commands.parsing import add_setting
 # Flags of diffusers' training scripts that have another name here, or no equivalent.
 HINTS = {
     "--cache_dir": "set the environment variable HF_HOME instead",
-    "--center_crop": "leave it out: --resolution always crops the centre",
+    "--center_crop": "leave it out: --resolution crops the centre, unless --resize says otherwise",
     "--ddpm_beta_schedule": """use --scheduler '{"beta_schedule": "linear"}'""",
     "--ddpm_num_steps": """use --scheduler '{"num_train_timesteps": 1000}'""",
     "--ema_inv_gamma": "the EMA's decay is min(--ema_max_decay, (1 + n) / (10 + n)) at update n",
@@ -54,8 +54,9 @@ def _options(hint) -> dict:
     kinds = typing.get_args(hint) or (hint,)
     if hint is bool:
         return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-    if list[float] in kinds:
-        return {"type": float, "nargs": "+"}
+    for entry in (float, int):
+        if list[entry] in kinds:
+            return {"type": entry, "nargs": "+"}
     if dict in kinds:
         return {"metavar": "JSON"}
     return {"type": kinds[0]}

@@ -2,18 +2,51 @@
 
 import dataclasses
 import functools
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_hf.utils.arguments import boolean, check, integer, list_of, number, one_of, optional, require, show, text
+from ddpm_hf.utils.arguments import (
+    any_of,
+    boolean,
+    check,
+    integer,
+    list_of,
+    number,
+    one_of,
+    optional,
+    require,
+    show,
+    text,
+)
 from ddpm_hf.utils.yaml_files import read_yaml
 
 EMBEDDED_DIGITS = "digits"
 EARLIER_SPLIT = "random"  # of runs whose settings do not name their split
 BELOW_1 = number(0, below=1)
 SIDE = integer(1, 2**16, "larger than any real image")
+LARGEST_FLOAT64 = sys.float_info.max
+SIDES = list_of(SIDE, "one or two integers", 1, 2)
+
+
+def _resolution(value):
+    """One side, for a square, or a list of height and width."""
+    if not isinstance(value, list | tuple):
+        return SIDE(value)
+    sides = list(SIDES(value))
+    return sides[0] if len(set(sides)) == 1 else sides
+
+
+def _nodata(value):
+    """A number, "nan" or "tag". NaN is text, because JSON has no such number."""
+    if value in ("nan", "tag"):
+        return value
+    if isinstance(value, str):  # from the command line
+        value = float(value)
+    value = number(-LARGEST_FLOAT64, LARGEST_FLOAT64)(value) if value == value else "nan"
+    return value if isinstance(value, str) else float(value)
 
 
 def setting(group: str, help: str, default=None, rule=None):
@@ -38,8 +71,14 @@ class DataConfig:
     train_data_dir: str | None = _data(
         "use this folder instead of dataset_name: it holds images, or train*.parquet and optionally test*.parquet"
     )
-    resolution: int | None = _data(
-        "scale the shorter side to this many pixels and crop the centre; default: keep the size", rule=SIDE
+    resolution: int | list[int] | None = _data(
+        "height and width in pixels, or one number for both; default: keep the size", rule=_resolution
+    )
+    resize: str = _data(
+        "how images of another ratio come to resolution: crop (scale the shorter side and cut out the centre), pad "
+        "(scale the longer side; the rest is black, or transparent if there is alpha) or squeeze (distort)",
+        "crop",
+        one_of("crop", "pad", "squeeze"),
     )
     random_crop: int | None = _data(
         "scale the shorter side to this many pixels instead, crop the centre, and train on a random window of "
@@ -50,9 +89,27 @@ class DataConfig:
         "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or more; default: those of the first image",
         rule=integer(1, 1024, "more than any real image has"),
     )
+    frames: str | None = _data(
+        "frames of an animation or pages of a TIFF file: first (read only the first one), all (each is an image) or "
+        "channels (each is a channel of one image); default: an error asks",
+        rule=one_of("first", "all", "channels"),
+    )
+    slices: int | None = _data(
+        "each index along this axis, counted from 0, of an array of three or four axes (.npy) is an image",
+        rule=integer(0, 3),
+    )
     value_range: list[float] | None = _data(
         "the pixel values of black and white; required for images of more than 8 bits",
         rule=list_of(number(), "numbers", 2, 2),
+    )
+    clip_values: bool = _data("make values outside value_range black or white; else they are an error", False)
+    nodata: str | float | None = _data(
+        "the pixel value that stands for missing ones, which the loss leaves out: a number, nan, or tag for that in "
+        "GDAL's nodata tag of each TIFF file",
+        rule=any_of("must be a number, nan or tag", _nodata),
+    )
+    nodata_fill: float | None = _data(
+        "the pixel value that the network sees in the place of missing ones; default: black", rule=number()
     )
     background: list[float] | None = _data(
         "blend transparent images with this colour: one number or one per colour, 0 (black) to 1",
@@ -90,10 +147,22 @@ class DataConfig:
             setattr(self, f.name, list(value) if isinstance(value, tuple) else value)
         ordered = self.value_range is None or self.value_range[0] < self.value_range[1]
         self._check("value_range", ordered, "must be two numbers, the value of black and the greater value of white")
-        smaller = self.random_crop is None or (self.resolution is not None and self.resolution <= self.random_crop)
+        smaller = self.random_crop is None or (isinstance(self.resolution, int) and self.resolution <= self.random_crop)
         self._check("random_crop", smaller, f"needs a resolution of at most that, not {show(self.resolution)}")
         splits = self.group_by is None or self.held_out_split != EARLIER_SPLIT
         self._check("group_by", splits, f"needs held_out_split='stratified', not {EARLIER_SPLIT!r}")
+        self._check("clip_values", not self.clip_values or self.value_range is not None, "needs value_range")
+        low, high = self.value_range or (0, 255)
+        fills = self.nodata_fill is None or (self.nodata is not None and low <= self.nodata_fill <= high)
+        self._check("nodata_fill", fills, f"needs nodata and must be a pixel value in {low:g} ... {high:g}")
+        several = "frames=all" if self.frames == "all" else "slices"
+        one = self.frames != "all" and self.slices is None
+        self._check("streaming", not self.streaming or one, f"reads one image a row, and {several} reads several")
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images, if `resolution` says so."""
+        return (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution and (*self.resolution,)
 
     @classmethod
     def from_json(cls, path: str | Path, **changes) -> "DataConfig":

@@ -23,8 +23,10 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ddpm_hf.data.config import EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig
-from ddpm_hf.data.decoding import EIGHT_BITS, BadImage, Decoded, Decoder
+from ddpm_hf.data.decoding import EIGHT_BITS, Decoded, Decoder
+from ddpm_hf.data.missing import split_missing
 from ddpm_hf.data.order import Order
+from ddpm_hf.data.reading import BadImage
 from ddpm_hf.data.sources import Item, source_of
 from ddpm_hf.data.split import HELD_OUT_LIMIT, Traits, digest, random_split, shared, stratified_split
 from ddpm_hf.utils.arguments import show
@@ -52,7 +54,7 @@ class ImageData:
     """Images in memory, or memory-mapped from the disk.
 
     Args:
-        pixels: (N, C, H, W), uint8 or float32.
+        pixels: (N, C, H, W), uint8 or float32; missing values are NaN.
         value_range: the pixel values that become -1 (black) and 1 (white).
         labels: (N,) int64, the classes, -1 for an image without one; None for a data set without classes.
         label_names: the names of the classes.
@@ -60,6 +62,7 @@ class ImageData:
         license: the licence of the data set, if known.
         window: the side of the square windows of the images that a network sees; None: it sees whole images.
         class_balance: see `Order`.
+        fill: what takes the place of missing values, in [-1, 1]; None if none can be missing.
     """
 
     pixels: torch.Tensor
@@ -70,6 +73,7 @@ class ImageData:
     license: str | None = None
     window: int | None = None
     class_balance: float = 0.0
+    fill: float | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -80,12 +84,16 @@ class ImageData:
         channels, height, width = self.pixels.shape[1:]
         return channels, self.window or height, self.window or width
 
-    def batch(self, indices: torch.Tensor, corners: torch.Tensor | None = None) -> torch.Tensor:
-        """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1].
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]; a window is at the same place each time."""
+        return self.batch_and_valid(indices)[0]
 
-        Args:
-            corners: (B, 2), the places of the windows, see `windows`; None: the same place of an image each time.
-        """
+    def batch_and_valid(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `batch`, and where values are not missing, bool (B, C, H, W); None if none can be."""
+        return split_missing(self._batch(indices), self.fill)
+
+    def _batch(self, indices: torch.Tensor, corners: torch.Tensor | None = None) -> torch.Tensor:
+        """As `batch`, but missing values are NaN. `corners` (B, 2) are the places of the windows, see `windows`."""
         pixels = self.pixels.index_select(0, indices)
         if self.window:
             pixels = windows(pixels, self._corners[indices] if corners is None else corners, self.window)
@@ -108,7 +116,7 @@ class ImageData:
     def levels(self) -> int:
         """The number of values of a pixel: the integers in `value_range`, or 256 if pixels are not integers."""
         parts = () if self.pixels.dtype == torch.uint8 else self.pixels.split(1024)
-        whole = all((part == part.round()).all() for part in parts)
+        whole = all(((part == part.round()) | part.isnan()).all() for part in parts)
         low, high = self.value_range
         return int(high - low) + 1 if whole and float(high - low).is_integer() else 256
 
@@ -134,9 +142,13 @@ class ImageData:
         return self.batch(self.order.indices(seed, 0, min(n, len(self))))
 
     def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor, corners=None):
-        """The images at positions `rows` of the global batch of update `step`, as from `batch`, and labels or None."""
+        """The images at positions `rows` of the global batch of update `step`, and their labels or None.
+
+        The images are as from `batch`, except that missing values are NaN, for `split_missing`, and windows are at
+        `corners` (B, 2), see `windows`.
+        """
         indices = self.order.indices(seed, step, batch_size)[rows]
-        return self.batch(indices, corners), None if self.labels is None else self.labels[indices]
+        return self._batch(indices, corners), None if self.labels is None else self.labels[indices]
 
 
 def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
@@ -194,7 +206,7 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
     images.bad, images.license, images.window = bad + bad_too, license, window_of(config)
     if held_out is not None:
         held_out = replace(held_out, window=images.window).cropped()
-    if config.value_range and images.pixels.dtype == torch.uint8 and tuple(config.value_range) != EIGHT_BITS:
+    if config.value_range and tuple(config.value_range) != images.value_range:
         raise ValueError(
             f"value_range={config.value_range} is for images of more than 8 bits; these have 8 bits, so leave it out"
         )
@@ -239,9 +251,15 @@ def window_of(config: DataConfig) -> int | None:
 def decoder_of(config: DataConfig) -> Decoder:
     return Decoder(
         config.channels,
-        config.random_crop or config.resolution,
+        (config.random_crop,) * 2 if config.random_crop else config.image_size,
         tuple(config.value_range) if config.value_range else None,
         config.background,
+        config.frames,
+        config.slices,
+        config.resize,
+        config.nodata,
+        config.nodata_fill,
+        config.clip_values,
     )
 
 
@@ -258,8 +276,8 @@ def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
         raise ValueError("streaming=True: the embedded digits are in memory already; leave it out")
     digits = load_digits()
     pixels, labels = torch.from_numpy(digits.images.astype(np.uint8))[:, None], torch.from_numpy(digits.target)
-    if config.resolution not in (None, 8):
-        decoder = Decoder(1, config.resolution)
+    if config.image_size not in (None, (8, 8)):
+        decoder = Decoder(1, config.image_size, resize=config.resize)
         pixels = torch.stack([torch.from_numpy(decoder(p[0].numpy()).pixels) for p in pixels])
     names = [str(name) for name in digits.target_names]
     train, held_out = (ImageData(pixels[p], (0.0, 16.0), labels[p], names) for p in random_split(len(pixels)))
@@ -280,7 +298,7 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
         raise_if_stopped()
         result = _decode(decoder, item)
         if isinstance(result, Decoded):
-            decoder.deep, decoder.shape = result.pixels.dtype != np.uint8, result.pixels.shape
+            decoder.deep, decoder.shape = result.deep, result.pixels.shape
             if decoder.channels is None:
                 decoder.channels, decoder.channels_are_inferred = len(result.pixels), True
         yield item, result
@@ -328,9 +346,9 @@ def _decode(decoder: Decoder, item: Item) -> Decoded | BadImage:
     if item.source is None:
         return BadImage("has no image")
     try:
-        return decoder(item.source)
+        return decoder(item.source, item.frame)
     except ValueError as error:
-        raise ValueError(f"{item.name} {error}") from error
+        raise ValueError(f"{item} {error}") from error
 
 
 def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path):
@@ -347,10 +365,10 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
     )
     for item, image in bar:
         if isinstance(image, BadImage):
-            bad.append((item.name, str(image)))
+            bad.append((str(item), str(image)))
             continue
         if pixels is None:
-            value_range = image.value_range
+            value_range, fill = image.value_range, image.fill
             pixels = _storage((len(items), *decoder.shape), image.pixels.dtype, output_dir)
         pixels[len(labels)] = image.pixels
         copies.append(digest(image.pixels, item.name))
@@ -360,7 +378,8 @@ def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path
     if pixels is None:
         return None, bad, traits
     classes = torch.tensor([-1 if label is None else label for label in labels]) if label_names else None
-    return ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names), bad, traits
+    data = ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names, fill=fill)
+    return data, bad, traits
 
 
 def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:

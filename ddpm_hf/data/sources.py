@@ -12,7 +12,8 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ddpm_hf.data.config import DataConfig
-from ddpm_hf.data.decoding import is_image_file
+from ddpm_hf.data.frames import Frames, has_several_a_file
+from ddpm_hf.data.reading import is_image_file
 from ddpm_hf.data.split import NO_GROUPS, Groups
 
 # Files that mark a folder as output of this package. Such folders below a data folder are ignored.
@@ -21,13 +22,25 @@ log = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """An image that is not yet decoded: its name in messages, its path or content, and its class and group or None."""
+    """An image that is not yet decoded; `str(item)` names it in messages.
+
+    Args:
+        name: that of its file or row.
+        source: the path or the content of the file.
+        label: its class.
+        group: images of a group are all trained on, or all held out.
+        frame: which frame, page or slice of the file it is; None if the file is one image.
+    """
 
     name: str
     source: str | Path | bytes | np.ndarray | None
     label: int | None = None
     position: tuple[int, int] | None = None  # in a stream: (epoch, rows read so far)
-    group: str | None = None  # images of a group are all trained on, or all held out
+    group: str | None = None
+    frame: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.frame is None else f"{self.name} frame {self.frame}"
 
 
 def source_of(config: DataConfig, streaming: bool = False):
@@ -36,7 +49,14 @@ def source_of(config: DataConfig, streaming: bool = False):
     Raises:
         ValueError: the data set does not exist, can't be read or has no images.
     """
-    groups = Groups(config.group_by)
+    train, test, label_names = _find(config, streaming, Groups(config.group_by))
+    if has_several_a_file(config):
+        train, test = Frames(train, config.slices), Frames(test, config.slices)
+    return train, test, label_names
+
+
+def _find(config: DataConfig, streaming: bool, groups: Groups):
+    """What `source_of` returns, one item a file."""
     if config.train_data_dir is not None:
         return _folder(config, streaming, groups)
     if config.dataset_name is None:

@@ -21,7 +21,8 @@ from ddpm_hf.data.dataset import (
     window_of,
     windows,
 )
-from ddpm_hf.data.decoding import BadImage
+from ddpm_hf.data.missing import split_missing
+from ddpm_hf.data.reading import BadImage
 from ddpm_hf.data.sources import Item, Rows, source_of
 
 HELD_OUT_ONE_IN, HELD_OUT_STREAMED = 10, 256
@@ -60,6 +61,7 @@ class ImageStream:
         self.dataset = split_dataset_by_node(shuffled, process_index, num_processes)
         self.label_names, self.reasons, self.seen = names, dict(bad), 0
         self.position = (0, 0)  # epoch and row of the next image
+        self.fill = None  # of the last image, see `ImageData`
         self._keep_state()
         self.images = None
         self.shape = self.held_out.shape if self.held_out else tuple(self.first(1, config.seed).shape[1:])
@@ -67,7 +69,8 @@ class ImageStream:
     def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor, corners=None):
         """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 for no class.
 
-        The stream must be at the start of update `step`. `corners` (B, 2) are the places of the windows, see `windows`.
+        Missing values are NaN, for `split_missing`. The stream must be at the start of update `step`. `corners` (B, 2)
+        are the places of the windows, see `windows`.
         """
         if self.images is None:
             self.images = self._read(*self.position)
@@ -81,7 +84,7 @@ class ImageStream:
         """The first `n` images (B, C, H, W) in [-1, 1]."""
         images, counted = self._read(0, 0), (self.seen, dict(self.reasons))
         try:
-            return self._cut(torch.stack([image for _, image in islice(images, n)]))
+            return split_missing(self._cut(torch.stack([image for _, image in islice(images, n)])), self.fill)[0]
         finally:
             images.close()
             self.seen, self.reasons = counted  # these images are not counted as seen
@@ -120,6 +123,7 @@ class ImageStream:
         for item, image in decode_each(self._items(epoch, row), self.decoder, self.workers):
             self.seen += 1
             if not isinstance(image, BadImage):
+                self.fill = image.fill
                 yield item, normalized(torch.from_numpy(image.pixels), image.value_range)
             else:
                 self.reasons[item.name] = str(image)

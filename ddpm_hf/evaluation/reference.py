@@ -42,7 +42,7 @@ def data_config(
     if named:
         channels, height, width = pipeline.image_shape
         changes |= {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "dataset_config_name": None}
-        changes |= {"channels": channels, "resolution": height if height == width else None}
+        changes |= {"channels": channels, "resolution": [height, width]}
         if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
             changes |= {"channels": None, "value_range": None, "resolution": None, "random_crop": None}
         if path is not None and dataset_name not in (None, DataConfig.from_json(path).dataset_name):
@@ -99,6 +99,8 @@ def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[I
     """
     train, held_out = load_images(config, test_limit=None)
     train = train.cropped()
+    if train.fill is not None:
+        log.warning(f"nodata={config.nodata!r}: here missing values count as if they were the value that fills them.")
     if train.shape != pipeline.image_shape:
         raise ValueError(
             f"the images of {config.train_data_dir or config.dataset_name!r} have the shape {train.shape} (channels, "

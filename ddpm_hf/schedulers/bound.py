@@ -11,7 +11,9 @@ import torch
 BITS = 1 / math.log(2)  # bits per nat
 
 
-def bound_terms(scheduler, original_samples, sample, timesteps, model_output, levels: int = 256) -> torch.Tensor:
+def bound_terms(
+    scheduler, original_samples, sample, timesteps, model_output, levels: int = 256, valid=None
+) -> torch.Tensor:
     """One term of the bound for each image, in bits/dim, (B,): L_{t-1} for t > 0 and L_0 for t = 0.
 
     L_{t-1} is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)). L_0 is the negative log-likelihood of the discrete decoder
@@ -22,13 +24,21 @@ def bound_terms(scheduler, original_samples, sample, timesteps, model_output, le
         timesteps: (B,).
         model_output: (B, C, H, W), or with a learned variance (B, 2 C, H, W).
         levels: number of values that a pixel can have, evenly spaced in [-1, 1].
+        valid: the values to take the mean of, bool (B, C, H, W); None: all.
     """
     mean, log_variance, _ = scheduler.reverse(model_output, sample, timesteps)
     true_mean, true_log_variance = scheduler.posterior(original_samples, sample, timesteps)
     kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
     decoder = -log_probability_of_bins(original_samples, mean, (0.5 * log_variance).exp(), 1 / (levels - 1))
     first = (timesteps.to(sample.device) == 0).reshape(-1, *(1,) * (sample.ndim - 1))
-    return BITS * torch.where(first, decoder, kl).flatten(1).mean(1)
+    return BITS * mean_over(torch.where(first, decoder, kl), valid)
+
+
+def mean_over(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """The mean of each image's values (B, ...) where `valid`, bool (B, ...), is true, or of all of them: (B,)."""
+    if valid is None:
+        return values.flatten(1).mean(1)
+    return torch.where(valid, values, 0).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
 
 
 def prior_term(scheduler, original_samples) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ddpm_hf.data.missing import split_missing
 from ddpm_hf.schedulers.noise import to_device
 from ddpm_hf.training.loss import Batch
 from ddpm_hf.utils.seeds import seeded_generator
@@ -98,10 +99,14 @@ class Batches:
         config, global_batch = self.config, self.global_batch
         draws = draw_random(config, step, self.positions, global_batch, self.images.shape)
         images, labels = self.images.batch_for_step(config.seed, step, global_batch, self.positions, draws.corners)
-        parts = [draws.augment_(images), draws.noise, draws.uniform]
+        images, valid = split_missing(draws.augment_(images), self.images.fill)
+        parts = {"images": images, "noise": draws.noise, "uniform": draws.uniform}
         if self.null_label is not None:
-            parts.append(torch.where(draws.drops | (labels < 0), self.null_label, labels))
-        return [Batch(*micro) for micro in zip(*(part.split(config.train_batch_size) for part in parts), strict=True)]
+            parts["labels"] = torch.where(draws.drops | (labels < 0), self.null_label, labels)
+        if valid is not None:
+            parts["valid"] = valid
+        micros = zip(*(part.split(config.train_batch_size) for part in parts.values()), strict=True)
+        return [Batch(**dict(zip(parts, micro, strict=True))) for micro in micros]
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

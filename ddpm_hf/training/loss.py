@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ddpm_hf.schedulers.bound import bound_terms
+from ddpm_hf.schedulers.bound import bound_terms, mean_over
 
 VLB_WEIGHT = 0.001  # of the bound in bits/dim, for a learned variance (arXiv:2102.09672, equation 16)
 
@@ -21,12 +21,14 @@ class Batch(NamedTuple):
         noise: (B, C, H, W), standard normal.
         uniform: (B,) float64 in [0, 1); each objective makes its timesteps of these.
         labels: int64 (B,), the classes; None for an unconditional network.
+        valid: bool (B, C, H, W), false for missing values, which the loss must leave out; None: none is missing.
     """
 
     images: torch.Tensor
     noise: torch.Tensor
     uniform: torch.Tensor
     labels: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
 
 
 class Losses(NamedTuple):
@@ -38,7 +40,7 @@ class Losses(NamedTuple):
 
 
 class DenoisingLoss:
-    """Mean squared error of the noise, of x_0 or of v, as the scheduler's `prediction_type` says.
+    """Mean squared error of the noise, of x_0 or of v, as the scheduler's `prediction_type` says, over valid values.
 
     With a learned variance, the loss adds an estimate of the variational bound, whose gradient reaches the variance
     only (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1).
@@ -52,18 +54,19 @@ class DenoisingLoss:
         self.snr_gamma, self.levels = snr_gamma, levels
 
     def __call__(self, network, scheduler, batch: Batch) -> Losses:
-        images, noise, uniform, labels = batch
+        images, noise, uniform, labels, valid = batch
         timesteps = (uniform * len(scheduler)).long()
         noisy = scheduler.add_noise(images, noise, timesteps)
         classes = {} if labels is None else {"class_labels": labels}
         output = network(noisy, timesteps, **classes).sample.float()
         prediction, variance = output[:, : images.shape[1]], output[:, images.shape[1] :]
-        errors = (prediction - scheduler.target(images, noise, timesteps)).square().mean(dim=(1, 2, 3))
+        squares = (prediction - scheduler.target(images, noise, timesteps)).square()
+        errors = squares.mean(dim=(1, 2, 3)) if valid is None else mean_over(squares, valid)
         loss = errors
         if self.snr_gamma is not None:
             loss = scheduler.min_snr_weight(timesteps, self.snr_gamma) * errors
         if scheduler.config.variance_type == "learned_range":
             output = torch.cat([prediction.detach(), variance], dim=1)
-            bound = bound_terms(scheduler, images, noisy, timesteps, output, self.levels)
+            bound = bound_terms(scheduler, images, noisy, timesteps, output, self.levels, valid)
             loss = loss + VLB_WEIGHT * len(scheduler) * bound
         return Losses(loss, errors, timesteps)

@@ -100,6 +100,14 @@ def build_network(
         raise ValueError(
             f"{name} has {unet.config.in_channels} input channels and the images have {channels}: set channels"
         )
+    if isinstance(unet, UNet2DModel):
+        parts = 2 ** (len(unet.config.block_out_channels) - 1)
+        if height % parts or width % parts:
+            raise ValueError(
+                f"pretrained_model_name_or_path={config.pretrained_model_name_or_path!r}: its UNet2DModel needs sides "
+                f"that are multiples of {parts}, and the images are {width}x{height} pixels: give --resolution HEIGHT "
+                "WIDTH"
+            )
     _check_classes(config, unet, class_names)
     value_range = None if config.value_range == list(EIGHT_BITS) else config.value_range
     if isinstance(unet, DDPMUNet) and unet.config.value_range != value_range:

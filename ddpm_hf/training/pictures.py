@@ -42,10 +42,16 @@ def draw_data(run: Run) -> None:
         if names := images.label_names:
             lines.append(f"{len(names)} classes: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
         number = min(MEASURED, len(images), max(1, MEASURED_NUMBERS // math.prod(images.shape)))
-        measured = images.first(number, run.config.seed)
+        measured, valid = images.batch_and_valid(images.order.indices(run.config.seed, 0, number))
     else:
-        measured = shown
-    for name, x in zip(channel_names(channels), measured.transpose(0, 1)):
+        measured, valid = shown, None
+    if valid is not None:
+        share = 1 - valid.double().mean()
+        lines.append(
+            f"{share:.2%} of the values are missing and not trained on; {images.fill:g} is shown in their place"
+        )
+    for k, name in enumerate(channel_names(channels)):
+        x = measured[:, k] if valid is None or not valid[:, k].any() else measured[:, k][valid[:, k]]
         std, mean = torch.std_mean(x, correction=0)
         numbers = f"{x.min():.3f} ... {x.max():.3f}, mean {mean:.3f}, std {std:.3f}"
         lines.append(f"{name}, over {len(measured):,} images: {numbers}")

@@ -87,7 +87,7 @@ def image_shape(config: TrainConfig) -> tuple[int, int, int]:
     known, pretrained = _known(config), _pretrained(config)
     unet = config.unet if pretrained is None else pretrained.config
     channels = config.channels or (known and known[0][0]) or unet.get("in_channels")
-    sides = config.resolution or (known and known[0][1:]) or unet.get("sample_size")
+    sides = config.image_size or (known and known[0][1:]) or unet.get("sample_size")
     for name, value in (("resolution", sides), ("channels", channels)):
         if value is None:
             raise ValueError(f"{name}=None: training takes it from the images, but plan reads none; give --{name}")

@@ -56,8 +56,8 @@ def _needs_choice(flags: dict) -> bool:
 def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, list[str] | None]:
     """The shape (C, H, W) of the images, None if none can be decoded, and the names of their classes or None."""
     shape, names = None, None
-    if config.channels and config.resolution:
-        shape = (config.channels, config.resolution, config.resolution)
+    if config.channels and config.image_size:
+        shape = (config.channels, *config.image_size)
     if shape is None or config.class_conditional:
         items, _, names = source_of(config, config.streaming)
     if shape is None:
@@ -93,7 +93,7 @@ def listing() -> list[str]:
         unet = network(config, (channels or 3, 64, 64))  # the number of parameters does not depend on the size
         parameters = f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M"
         if config.resolution or known:
-            sides = (config.resolution,) * 2 if config.resolution else known[0][1:]
+            sides = config.image_size or known[0][1:]
             images = "x".join(str(n) for n in (channels, *sides) if n)
         else:  # the range of sides for which it is chosen
             most = LARGEST_SIDE[name]

@@ -106,7 +106,8 @@ def held_out_loss(run: Run, objective, most: int | None = None) -> float | None:
             break
         if k % accelerator.num_processes == accelerator.process_index:
             of_part = None if labels is None else labels[part]
-            batch = Batch(run.held_out.batch(images[part]), noise, uniform[part], of_part)
+            pixels, valid = run.held_out.batch_and_valid(images[part])
+            batch = Batch(pixels, noise, uniform[part], of_part, valid)
             total[0] += objective(unet, scheduler, on_device(batch, unet.device)).errors.sum()
     loss, stopped = accelerator.reduce(total, "sum").tolist()
     return None if stopped else loss / n

@@ -1,0 +1,397 @@
+"""Reads the images in a file of any kind as they are stored, without losing bits, channels or opacity.
+
+A broken file gives a `BadImage`, and training skips it. A `ValueError` means that the settings do not fit the file.
+"""
+
+import contextlib
+import errno
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+ARRAY_SUFFIX = ".npy"
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+GDAL_NODATA = 42113  # the TIFF tag
+MOST_BYTES = 2**28  # of a decoded image: Pillow's limit of 89,478,485 pixels in RGB; small files can decode to far more
+MOST_BANDS = 16  # of an array whose number of channels nobody has given; more may also be the slices of a volume
+NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of machine or network
+ORIENTED = {  # EXIF orientation -> the upright array
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+class BadImage(Exception):  # noqa: N818 (it is returned as well as raised)
+    """The reason why a file can't be used, such as "is empty"."""
+
+
+class WrongSetting(ValueError):  # noqa: N818
+    """The settings do not fit the file. The message continues the name of the file."""
+
+
+class Picture(NamedTuple):
+    """An upright image as it is stored.
+
+    Args:
+        colours: (H, W, C), of any type of numbers.
+        opacity: (H, W, 1), float32 in [0, 1]; None if the image is opaque.
+        nodata: the value that stands for missing ones, as GDAL's tag of a TIFF file says, or None.
+    """
+
+    colours: np.ndarray
+    opacity: np.ndarray | None = None
+    nodata: float | None = None
+
+
+class Pages(NamedTuple):
+    """The images in a file.
+
+    Args:
+        number: how many there are.
+        word: what one is called.
+        read: the upright image number k, (H, W, C), and whether its last channel is opacity.
+        are_bands: whether a number of channels that is `number` means that each is a channel.
+        nbytes: of all of them, decoded; 0 if it is not known before.
+        nodata: see `Picture`.
+    """
+
+    number: int
+    word: str
+    read: Callable[[int], tuple[np.ndarray, bool]]
+    are_bands: bool = False
+    nbytes: int = 0
+    nodata: float | None = None
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether the suffix is that of an image format that can be read."""
+    can_be_read = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {ARRAY_SUFFIX}
+    return path.suffix.lower() in can_be_read
+
+
+def count_images(source: str | Path | bytes | None, slices: int | None = None) -> int:
+    """The number of images (frames, pages, or slices along axis `slices`) in a file; 1 for one that can't be read.
+
+    Raises:
+        ValueError: an array has no such axis.
+    """
+    if source is None:
+        return 1
+    try:
+        with _explained(source):
+            return _open(source, None, slices, several=True).number
+    except BadImage:
+        return 1
+
+
+def read_image(
+    source: str | Path | bytes | np.ndarray,
+    channels: int | None,
+    frames: str | None = None,
+    frame: int | None = None,
+    slices: int | None = None,
+) -> Picture:
+    """Read an upright image.
+
+    Args:
+        channels: resolves ambiguity: the axis of an array or the gray pages of a TIFF file that have this length.
+        frames: what the frames or pages of a file are: "first" reads the first one, "channels" makes each a channel.
+        frame: read this one, counted from 0.
+        slices: the axis of an array along which each index is an image.
+
+    Raises:
+        BadImage: the file is broken, empty, too large or of an unknown format.
+        ValueError: the file can be read in several ways and no argument decides.
+    """
+    with _explained(source):
+        pages = _open(source, channels, slices, several=frame is not None)
+        if frame is not None:
+            try:
+                pixels, has_opacity = pages.read(frame)
+            except Exception:
+                _kept_open.cache_clear()  # the file may stand in the middle of the broken frame
+                raise
+        elif pages.number == 1 or frames == "first":
+            pixels, has_opacity = pages.read(0)
+        elif frames == "channels" or (frames is None and pages.are_bands and pages.number == channels):
+            pixels, has_opacity = _as_channels(pages), False
+        else:
+            raise WrongSetting(
+                f"has {pages.number} {pages.word}s: give --frames all (each is an image), --frames channels (each is "
+                "a channel of one image) or --frames first"
+            )
+    if pixels.size == 0:
+        raise BadImage(f"is {pixels.shape[1]}x{pixels.shape[0]} pixels")
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind not in "uif":
+        raise BadImage(f"contains {pixels.dtype}, not numbers")
+    if not has_opacity:
+        return Picture(pixels, None, pages.nodata)
+    opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
+    opacity = pixels[..., -1:].astype(np.float32) / opaque
+    if not (opacity.min() >= 0 and opacity.max() <= 1):
+        raise BadImage(f"has an opacity of {opacity.min():g} ... {opacity.max():g}, outside [0, 1]")
+    return Picture(pixels[..., :-1], opacity, pages.nodata)
+
+
+@contextlib.contextmanager
+def _explained(source) -> Iterator[None]:
+    """Raise what goes wrong with a file as `BadImage`, but errors of the settings and of the machine as they are."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # about damaged metadata, which is not used
+            yield
+    except UnidentifiedImageError:
+        head = (source if isinstance(source, bytes) else Path(source).read_bytes())[:16]
+        raise BadImage(f"is not in a known image format: it begins with {head!r}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"is too large: {error}") from error
+    except (BadImage, WrongSetting):
+        raise
+    except OSError as error:
+        if error.errno in NOT_OF_THE_FILE:
+            raise
+        raise BadImage(f"can't be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # Pillow, tifffile, imagecodecs and NumPy raise many types
+        raise BadImage(f"can't be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _open(source, channels: int | None, slices: int | None, several: bool) -> Pages:
+    """The images in a file or an array. `several`: they are read one after the other. Raises errors of many types."""
+    if isinstance(source, np.ndarray):
+        return _array_pages(source, channels, slices)
+    if isinstance(source, str | Path) and Path(source).suffix.lower() == ARRAY_SUFFIX:
+        return _array_pages(_map_array(source), channels, slices)
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if not content:
+        raise BadImage("is empty")
+    return _kept_open(content) if several else _open_content(content)
+
+
+def _open_content(content: bytes) -> Pages:
+    return _tiff_pages(content) if content[:4] in TIFF_MAGIC else _pillow_pages(content)
+
+
+# A frame of an animation is made from the frames before it, so the file of the last one stays open
+_kept_open = functools.lru_cache(maxsize=1)(_open_content)
+
+
+def _as_channels(pages: Pages) -> np.ndarray:
+    """All images in a file as the channels of one, (H, W, number)."""
+    _check_size(pages.nbytes, f"{pages.number} {pages.word}s")
+    planes = [pages.read(k) for k in range(pages.number)]
+    first = planes[0][0]
+    if any(pixels.shape[2] != 1 for pixels, _ in planes):
+        raise WrongSetting(
+            f"has {pages.word}s of {max(pixels.shape[2] for pixels, _ in planes)} channels, and --frames channels "
+            "makes one channel of each: give --frames all or --frames first"
+        )
+    if any(pixels.shape != first.shape or pixels.dtype != first.dtype for pixels, _ in planes):
+        raise WrongSetting(
+            f"has {pages.word}s of several sizes or types, which are no channels of one image: give --frames all or "
+            "--frames first"
+        )
+    return np.concatenate([pixels for pixels, _ in planes], axis=2)
+
+
+# ---------------------------------------------------------------- files of Pillow
+
+
+def _pillow_pages(content: bytes) -> Pages:
+    image = Image.open(io.BytesIO(content))
+    _check_pillow(image, content)
+    if image.format == "PNG":
+        image.verify()  # checks all checksums; the image must be opened again
+        image = Image.open(io.BytesIO(content))
+    number = _number_of_frames(image)
+    if number > len(content):
+        raise BadImage(f"is broken: it says that it has {number:,} frames, and it has {len(content):,} bytes")
+
+    def read(k: int) -> tuple[np.ndarray, bool]:
+        if number > 1:
+            image.seek(k)
+        pixels, has_opacity = _pillow_pixels(image, content)
+        if number > 1 and has_opacity and pixels[..., -1].min() == 255:  # a frame that covers the one before it
+            return pixels[..., :-1], False
+        return pixels, has_opacity
+
+    nbytes = number * image.width * image.height * len(image.getbands())
+    return Pages(number, "frame", read, nbytes=nbytes)
+
+
+def _number_of_frames(image: Image.Image) -> int:
+    """Of an animation or a series; 1 for a picture with layers, thumbnails or a depth map."""
+    if image.format == "PSD" or not getattr(image, "is_animated", False):
+        return 1
+    if image.format == "MPO" and not all(
+        entry["Attribute"]["MPType"].startswith("Multi-Frame") for entry in image.mpinfo[0xB002]
+    ):
+        return 1  # a camera's or a phone's photo; the other images of the file belong to it
+    return image.n_frames
+
+
+def _is_deep_png(image: Image.Image, content: bytes) -> bool:
+    return image.format == "PNG" and content[24] == 16
+
+
+def _check_pillow(image: Image.Image, content: bytes) -> None:
+    each = 4 if image.mode in DEEP_MODES else 1 + _is_deep_png(image, content)
+    _check_size(image.width * image.height * len(image.getbands()) * each, image.size)
+
+
+def _pillow_pixels(image: Image.Image, content: bytes) -> tuple[np.ndarray, bool]:
+    """The current frame (H, W, C), and whether the last channel is opacity."""
+    _check_pillow(image, content)
+    if _is_deep_png(image, content):
+        if "transparency" in image.info:
+            raise BadImage("has 16 bits and a transparent colour (a tRNS chunk), which is not supported")
+        if image.mode not in DEEP_MODES:  # Pillow keeps 8 of the 16 bits
+            import imagecodecs
+
+            if getattr(image, "is_animated", False):
+                raise BadImage("is an animation of 16 bits in colour, which is not supported")
+            pixels = imagecodecs.png_decode(content)
+            return _upright(pixels, image.getexif().get(0x0112)), pixels.shape[2] in (2, 4)
+    if 0 in image.size:
+        raise BadImage(f"is {image.size[0]}x{image.size[1]} pixels")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in DEEP_MODES:
+        return np.asarray(image)[..., None], False
+    opacity = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    colours = 1 if image.mode in ("1", "L", "LA", "La") else 3
+    pixels = np.asarray(image.convert(MODES[colours + opacity]))
+    return pixels.reshape(*pixels.shape[:2], -1), opacity
+
+
+# ---------------------------------------------------------------- TIFF
+
+
+def _tiff_pages(content: bytes) -> Pages:
+    """The pages of a TIFF file without reduced copies (overviews, thumbnails) and transparency masks."""
+    import tifffile
+
+    file = tifffile.TiffFile(io.BytesIO(content))
+    indices = [k for k, page in enumerate(file.pages) if not (page.is_reduced or page.is_mask)] or [0]
+    pages = [file.pages[k] for k in indices]
+
+    def read(k: int) -> tuple[np.ndarray, bool]:
+        found = _tiff_pixels(pages[k])
+        if found is None:
+            image = Image.open(io.BytesIO(content))
+            image.seek(indices[k])
+            found = _pillow_pixels(image, content)
+        return found
+
+    are_gray = all(page.samplesperpixel == 1 for page in pages)
+    nbytes = sum(page.nbytes for page in pages)
+    return Pages(len(pages), "page", read, are_gray, nbytes, _nodata_of(pages[0].tags.get(GDAL_NODATA)))
+
+
+def _nodata_of(tag) -> float | None:
+    """The number in GDAL's tag, which is text such as "-9999"; None without the tag or if it is no number."""
+    try:
+        return None if tag is None else float(str(tag.value).strip(" \0"))
+    except ValueError:
+        return None
+
+
+def _tiff_pixels(page) -> tuple[np.ndarray, bool] | None:
+    """A page (H, W, C) whose bits or bands Pillow would lose, and whether its last channel is opacity; else None."""
+    import tifffile
+
+    samples, extra = page.samplesperpixel, page.extrasamples
+    alpha = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+    has_opacity = len(extra) == 1 and extra[0] in alpha
+    kind = page.photometric.name
+    of_colours = {"RGB": 3, "YCBCR": 3, "CIELAB": 3, "SEPARATED": 4}.get(kind, 1)
+    interleaved = page.planarconfig == tifffile.PLANARCONFIG.CONTIG or samples == 1
+    if page.bitspersample <= 8 and interleaved and samples == of_colours + has_opacity and page.dtype.kind != "i":
+        return None
+    if kind not in ("MINISBLACK", "RGB"):
+        raise BadImage(f"is a TIFF file of {samples} {kind} channels of {page.bitspersample} bits")
+    _check_size(page.nbytes, page.shape)
+    pixels = page.asarray()
+    if page.axes.startswith("S"):
+        pixels = np.moveaxis(pixels, 0, -1)
+    pixels = pixels.reshape(page.imagelength, page.imagewidth, samples)
+    if has_opacity and extra[0] == tifffile.EXTRASAMPLE.ASSOCALPHA:
+        raise BadImage("has more than 8 bits and premultiplied alpha, which is not supported")
+    tag = page.tags.get("Orientation")
+    return _upright(pixels, tag.value if tag else 1), has_opacity
+
+
+def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    return np.ascontiguousarray(ORIENTED[orientation](pixels)) if orientation in ORIENTED else pixels
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def _map_array(path) -> np.ndarray:
+    """Map a .npy file into memory, so that a false header allocates nothing. One of objects, a pickle, is an error."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if not head:
+        raise BadImage("is empty")
+    if not head.startswith(np.lib.format.MAGIC_PREFIX):  # np.load would suggest allow_pickle
+        raise BadImage(f"is not a .npy file: it begins with {head!r}")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _array_pages(array: np.ndarray, channels: int | None, slices: int | None) -> Pages:
+    """An array is one image, or with `slices` those along this axis of three or four."""
+    one_image = slices is None or array.ndim == 2
+
+    def read(k: int) -> tuple[np.ndarray, bool]:
+        image = array if one_image else array[(slice(None),) * slices + (k,)]
+        _check_size(image.nbytes, image.shape)
+        return _channels_last(np.array(image), channels, is_slice=not one_image), False
+
+    if not one_image and not slices < array.ndim in (3, 4):
+        raise WrongSetting(f"is an array of shape {array.shape}, which has no slices along axis --slices {slices}")
+    if not one_image and array.size == 0:
+        raise BadImage(f"is an array of shape {array.shape}, without any value")
+    return Pages(1 if one_image else array.shape[slices], "slice", read)
+
+
+def _channels_last(array: np.ndarray, channels: int | None, is_slice: bool) -> np.ndarray:
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C); the channel axis has length `channels` or is the shorter."""
+    if array.ndim == 2:
+        return array[..., None]
+    hint = "" if is_slice else "; if each index of an axis is an image of its own, give --slices with this axis"
+    if array.ndim != 3:
+        raise BadImage(f"is an array of shape {array.shape}; it must be (H, W), (H, W, C) or (C, H, W){hint}")
+    first, last = array.shape[0], array.shape[2]
+    if channels not in (first, last) and min(first, last) > MOST_BANDS:
+        raise WrongSetting(
+            f"is an array of shape {array.shape}, a volume or an image of {min(first, last)} channels: give --slices "
+            f"with the axis along which each index is an image (0, 1 or 2), or --channels {min(first, last)}"
+        )
+    is_first = first == channels != last if channels in (first, last) else first < last
+    return np.ascontiguousarray(np.moveaxis(array, 0, -1)) if is_first else array
+
+
+def _check_size(size: int, what: tuple[int, ...] | str) -> None:
+    """Raise BadImage, before an image (its shape, or words for it) is decoded, if that would take too much memory."""
+    if size > MOST_BYTES:
+        words = what if isinstance(what, str) else f"{'x'.join(map(str, what))} values"
+        raise BadImage(
+            f"is too large: {words} are {size:,} bytes when decoded, more than the limit of {MOST_BYTES:,}; cut or "
+            "scale it into smaller images"
+        )

@@ -1,0 +1,88 @@
+"""Damaged files of every kind end as an image, or in one sentence, and never hang."""
+
+import functools
+import io
+import time
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ddpm_hf.data.decoding import Decoded, Decoder
+from ddpm_hf.data.reading import BadImage, count_images
+
+SECONDS, LONGEST = 5, 500
+
+
+def saved(kind: str, *arrays, **options) -> bytes:
+    images = [Image.fromarray(array) for array in arrays]
+    more = {"save_all": True, "append_images": images[1:]} if len(images) > 1 else {}
+    images[0].save(file := io.BytesIO(), kind, **more, **options)
+    return file.getvalue()
+
+
+def tiff(array, **options) -> bytes:
+    tifffile.imwrite(file := io.BytesIO(), array, **options)
+    return file.getvalue()
+
+
+@functools.cache
+def originals() -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (8, 6, 3), dtype=np.uint8) for _ in range(3)]
+    gray, deep = rng.integers(0, 256, (3, 8, 6), dtype=np.uint8), rng.integers(0, 65536, (3, 8, 6), dtype=np.uint16)
+    np.save(array := io.BytesIO(), deep)
+    return {
+        "png": saved("PNG", frames[0]), "apng": saved("PNG", *frames), "gif": saved("GIF", *frames),
+        "webp": saved("WEBP", *frames), "jpg": saved("JPEG", frames[0]), "pages": tiff(gray, photometric="minisblack"),
+        "deep": tiff(deep, photometric="minisblack", compression="zlib"), "npy": array.getvalue(),
+        "colour": saved("TIFF", *frames, compression="tiff_lzw"),
+        "nodata": tiff(deep[0].astype(np.float32), extratags=[(42113, "s", 0, "-9999", True)]),
+    }  # fmt: skip
+
+
+def damage(content: bytes, changes: list[tuple[float, int]], cut: float) -> bytes:
+    """Bytes at fractions of the length are replaced, and what follows the fraction `cut` is cut off."""
+    content = bytearray(content)
+    for where, byte in changes:
+        content[int(where * len(content))] = byte
+    return bytes(content[: int(cut * len(content)) + 1])
+
+
+FRACTION = st.floats(0, 1, exclude_max=True)
+AT_THE_START = st.floats(0, 0.1)  # headers
+CHANGES = st.lists(st.tuples(FRACTION | AT_THE_START, st.integers(0, 255)), max_size=8)
+WAYS = st.sampled_from([{}, {"frames": "all"}, {"frames": "first"}, {"frames": "channels"}, {"nodata": "tag"}])
+
+
+@pytest.mark.parametrize("kind", list(originals()))
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(CHANGES, FRACTION | st.just(0.9999), WAYS, st.sampled_from([None, 1, 3, 4]), st.none() | st.integers(1, 40))
+def test_damaged_files(tmp_path_factory, kind, changes, cut, ways, channels, side):
+    source = damage(originals()[kind], changes, cut)
+    if kind == "npy":
+        path = tmp_path_factory.getbasetemp() / "damaged.npy"
+        path.write_bytes(source)
+        source, ways = path, {"slices": 0} if ways else {}
+    began = time.perf_counter()
+    number = count_images(source, ways.get("slices"))
+    several = number > 1 and (ways.get("frames") == "all" or "slices" in ways)
+    decoder = Decoder(channels, side, (0, 65535), **ways)
+    for frame in range(min(number, 4)) if several else [None]:
+        try:
+            result = decoder(source, frame)
+        except ValueError as error:
+            result = error
+        if isinstance(result, Decoded):
+            assert result.pixels.ndim == 3
+            assert result.pixels.dtype in (np.uint8, np.float32)
+            assert side is None or result.pixels.shape[1:] == (side, side)
+        else:
+            assert type(result) in (ValueError, BadImage) or "Setting" in type(result).__name__
+            assert 0 < len(str(result)) <= LONGEST
+            assert "\n" not in str(result)
+    assert time.perf_counter() - began < SECONDS
