@@ -93,7 +93,7 @@ def draws(config, step, batch=4000, shape=(1, 4, 4)):
 
 
 def test_the_draw_is_a_function_of_seed_and_update(tmp_path):
-    config = tiny_config(tmp_path, random_flip=True)
+    config = tiny_config(tmp_path, random_flip=True, random_vertical_flip=True, random_rotate90=True)
     drawn = draws(config, 3)
     for a, b in zip(draws(config, 3), drawn, strict=True):
         assert torch.equal(a, b)
