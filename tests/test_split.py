@@ -240,6 +240,17 @@ def test_a_run_of_an_earlier_version_keeps_its_split(tmp_path, by_class, monkeyp
         train(tiny_config(tmp_path / "run", **settings, group_by="folder"))
 
 
+def test_a_run_is_not_resumed_with_other_groups(tmp_path, by_class):
+    settings = {"train_data_dir": str(by_class), "dataset_name": None, "max_train_steps": 1}
+    train(tiny_config(tmp_path / "run", **settings, group_by=r"/(\d)"))
+    settings["resume_from_checkpoint"] = "latest"
+    with pytest.raises(
+        ValueError, match="group_by=None: the run to resume had group_by='/.*', and with another one it"
+    ):
+        train(tiny_config(tmp_path / "run", **settings))
+    assert train(tiny_config(tmp_path / "run", **settings, group_by=r"/(\d)")).finished
+
+
 def test_settings_of_earlier_versions_mean_the_earlier_split(tmp_path, by_class):
     new, old = resolve({"train_data_dir": str(by_class)}), tmp_path / "train_config.json"
     new.save(old)

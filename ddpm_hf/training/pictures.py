@@ -37,6 +37,8 @@ def draw_data(run: Run) -> None:
     count = "a stream of" if images.num_images is None else f"{images.num_images:,}"
     lines = [f"{count} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}; {len(shown)} shown"]
     if isinstance(images, ImageData):
+        if images.window:
+            lines[0] += f"; random windows of images of {images.pixels.shape[3]}x{images.pixels.shape[2]}"
         low, high = images.value_range
         lines.append(f"{str(images.pixels.dtype).split('.')[-1]}: {low:g} becomes -1 and {high:g} becomes 1")
         if names := images.label_names:

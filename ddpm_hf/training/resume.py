@@ -67,6 +67,12 @@ def keep_split(config: TrainConfig, settings: dict | None) -> None:
             f"(held_out_split={split!r}) and has been trained on the others; leave out group_by, or start a new run"
         )
     config.held_out_split = split
+    before = settings.get("group_by")
+    if before != config.group_by and all(settings.get(name) == getattr(config, name) for name in DATA):
+        raise ValueError(
+            f"group_by={show(config.group_by)}: the run to resume had group_by={show(before)}, and with another one it "
+            "would be trained on images that it has held out; resume with that one, or start a new run"
+        )
 
 
 def restore_run_state(state: dict, run: Run) -> None:
