@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 import types
 import typing
@@ -37,6 +38,11 @@ def _resolution(value):
         return SIDE(value)
     sides = list(SIDES(value))
     return sides[0] if len(set(sides)) == 1 else sides
+
+
+def _sides(value) -> tuple[int, int] | None:
+    """(height, width) of what `_resolution` has read."""
+    return (value, value) if isinstance(value, int) else value and (*value,)
 
 
 def _nodata(value):
@@ -80,10 +86,10 @@ class DataConfig:
         "crop",
         one_of("crop", "pad", "squeeze"),
     )
-    random_crop: int | None = _data(
-        "scale the shorter side to this many pixels instead, crop the centre, and train on a random window of "
-        "`resolution` pixels of it, another one each time; default: no windows",
-        rule=SIDE,
+    random_crop: int | list[int] | None = _data(
+        "bring images to this size in place of resolution, and train on a random window of `resolution` pixels of "
+        "each, another one each time: height and width, or one number for both; default: no windows",
+        rule=_resolution,
     )
     channels: int | None = _data(
         "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or more; default: those of the first image",
@@ -147,8 +153,9 @@ class DataConfig:
             setattr(self, f.name, list(value) if isinstance(value, tuple) else value)
         ordered = self.value_range is None or self.value_range[0] < self.value_range[1]
         self._check("value_range", ordered, "must be two numbers, the value of black and the greater value of white")
-        smaller = self.random_crop is None or (isinstance(self.resolution, int) and self.resolution <= self.random_crop)
-        self._check("random_crop", smaller, f"needs a resolution of at most that, not {show(self.resolution)}")
+        sides = zip(self.image_size or (math.inf,), self.stored_size or ())
+        fits = self.random_crop is None or all(side <= stored for side, stored in sides)
+        self._check("random_crop", fits, f"needs a resolution of at most that, not {show(self.resolution)}")
         splits = self.group_by is None or self.held_out_split != EARLIER_SPLIT
         self._check("group_by", splits, f"needs held_out_split='stratified', not {EARLIER_SPLIT!r}")
         self._check("clip_values", not self.clip_values or self.value_range is not None, "needs value_range")
@@ -162,7 +169,12 @@ class DataConfig:
     @property
     def image_size(self) -> tuple[int, int] | None:
         """(height, width) of the images, if `resolution` says so."""
-        return (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution and (*self.resolution,)
+        return _sides(self.resolution)
+
+    @property
+    def stored_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images from which windows of `image_size` are cut, or the same without windows."""
+        return _sides(self.random_crop) or self.image_size
 
     @classmethod
     def from_json(cls, path: str | Path, **changes) -> "DataConfig":

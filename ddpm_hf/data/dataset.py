@@ -60,7 +60,7 @@ class ImageData:
         label_names: the names of the classes.
         bad: (name, reason) of the skipped images, those of the held-out split included.
         license: the licence of the data set, if known.
-        window: the side of the square windows of the images that a network sees; None: it sees whole images.
+        window: (height, width) of the windows of the images that a network sees; None: it sees whole images.
         class_balance: see `Order`.
         fill: what takes the place of missing values, in [-1, 1]; None if none can be missing.
     """
@@ -71,7 +71,7 @@ class ImageData:
     label_names: list[str] | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
     license: str | None = None
-    window: int | None = None
+    window: tuple[int, int] | None = None
     class_balance: float = 0.0
     fill: float | None = None
 
@@ -81,8 +81,7 @@ class ImageData:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what a network sees."""
-        channels, height, width = self.pixels.shape[1:]
-        return channels, self.window or height, self.window or width
+        return self.pixels.shape[1], *(self.window or self.pixels.shape[2:])
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]; a window is at the same place each time."""
@@ -157,15 +156,16 @@ def normalized(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.
     return pixels.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1)  # copies once
 
 
-def windows(images: torch.Tensor, corners: torch.Tensor, side: int) -> torch.Tensor:
-    """Cut a square window of `side` pixels out of each image (B, C, H, W).
+def windows(images: torch.Tensor, corners: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Cut a window of `size` (height, width) out of each image (B, C, H, W).
 
     Args:
         corners: (B, 2) in [0, 1): the place of the window, from the top to the bottom and from the left to the right.
     """
-    ways = torch.tensor(images.shape[2:]) - side + 1
+    height, width = size
+    ways = torch.tensor(images.shape[2:]) - torch.tensor(size) + 1
     places = (corners * ways).long().tolist()
-    return torch.stack([image[:, y : y + side, x : x + side] for image, (y, x) in zip(images, places, strict=True)])
+    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(images, places, strict=True)])
 
 
 def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> tuple[ImageData, ImageData | None]:
@@ -243,15 +243,15 @@ def has_embedded_digits(config: DataConfig) -> bool:
     return config.train_data_dir is None and config.dataset_name == EMBEDDED_DIGITS
 
 
-def window_of(config: DataConfig) -> int | None:
-    """The side of the windows that a network sees; None: whole images."""
-    return config.resolution if config.random_crop else None
+def window_of(config: DataConfig) -> tuple[int, int] | None:
+    """(height, width) of the windows that a network sees; None: whole images."""
+    return config.image_size if config.random_crop else None
 
 
 def decoder_of(config: DataConfig) -> Decoder:
     return Decoder(
         config.channels,
-        (config.random_crop,) * 2 if config.random_crop else config.image_size,
+        config.stored_size,
         tuple(config.value_range) if config.value_range else None,
         config.background,
         config.frames,

@@ -65,8 +65,8 @@ def digest(pixels: np.ndarray, name: str) -> int:
 
     Otherwise the blank slices of volumes would tie all volumes together.
     """
-    content = pixels if (pixels != pixels[:, :1, :1]).any() else name.encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    one_colour = np.array_equal(pixels, np.broadcast_to(pixels[:, :1, :1], pixels.shape), pixels.dtype.kind == "f")
+    return int.from_bytes(hashlib.blake2b(name.encode() if one_colour else pixels, digest_size=8).digest())
 
 
 def random_split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,7 +64,7 @@ def _look(config: TrainConfig) -> tuple[tuple[int, int, int] | None, list[str] |
         images = (image for _, image in decode_each(items, decoder_of(config), 0) if isinstance(image, Decoded))
         shape = next((image.pixels.shape for image in images), None)
         if shape is not None and config.random_crop:
-            shape = (shape[0], config.resolution, config.resolution)
+            shape = (shape[0], *config.image_size)
     return shape, names
 
 
