@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from ddpm_hf.data import reading
+from ddpm_hf.data import pages as limits
 from ddpm_hf.data.decoding import Decoder
 from ddpm_hf.data.reading import ORIENTED, BadImage, read_image
 
@@ -350,7 +350,7 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 def test_a_large_array_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = array_file(tmp_path, np.zeros((100, 100), np.uint8))
-    monkeypatch.setattr(reading, "MOST_BYTES", 9999)
+    monkeypatch.setattr(limits, "MOST_BYTES", 9999)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some users set it: ours still holds
     pages = tiff(np.zeros((3, 50, 50), np.uint16), photometric="minisblack")
     contents = [path, pages, *(tiff(np.zeros((100, 100), kind)) for kind in (np.uint8, np.uint16))]

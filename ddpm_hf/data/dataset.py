@@ -26,7 +26,7 @@ from ddpm_hf.data.config import EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig
 from ddpm_hf.data.decoding import EIGHT_BITS, Decoded, Decoder
 from ddpm_hf.data.missing import split_missing
 from ddpm_hf.data.order import Order
-from ddpm_hf.data.reading import BadImage
+from ddpm_hf.data.pages import BadImage
 from ddpm_hf.data.sources import Item, source_of
 from ddpm_hf.data.split import HELD_OUT_LIMIT, Traits, digest, random_split, shared, stratified_split
 from ddpm_hf.utils.arguments import show

@@ -12,7 +12,8 @@ import torch
 
 from ddpm_hf.data.geometry import crop_to_shape, scale
 from ddpm_hf.data.missing import hint, is_missing
-from ddpm_hf.data.reading import BadImage, read_image
+from ddpm_hf.data.pages import BadImage
+from ddpm_hf.data.reading import read_image
 
 EIGHT_BITS = (0.0, 255.0)  # black and white of 8-bit images
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
@@ -78,9 +79,9 @@ class Decoder:
 
     def __call__(self, source: str | Path | bytes | np.ndarray, frame: int | None = None) -> Decoded | BadImage:
         try:
-            pixels, opacity, tag = read_image(source, self.channels, self.frames, frame, self.slices)
+            pixels, opacity, tag, window = read_image(source, self.channels, self.frames, frame, self.slices)
             deep, missing = pixels.dtype != np.uint8, self._missing(pixels, tag)
-            low, high = self._range_of(pixels if missing is None else pixels[~missing], tag)
+            low, high = self._range_of(pixels if missing is None else pixels[~missing], tag, window)
         except BadImage as reason:
             return reason
         if self.size is not None and self.resize == "crop":  # before the conversion to float32, to save memory
@@ -118,7 +119,7 @@ class Decoder:
             raise BadImage("has only missing values")
         return missing
 
-    def _range_of(self, pixels: np.ndarray, tag: float | None) -> tuple[float, float]:
+    def _range_of(self, pixels: np.ndarray, tag: float | None, window) -> tuple[float, float]:
         """The values of black and white, after checks of those pixels that are not missing."""
         deep, least, most = pixels.dtype != np.uint8, float(pixels.min()), float(pixels.max())
         if self.deep not in (None, deep):
@@ -129,9 +130,10 @@ class Decoder:
         if not (math.isfinite(least) and math.isfinite(most)):
             raise BadImage(f"has values that are not finite{hint(pixels, tag)}")
         if deep and self.value_range is None:
+            shown = f" (viewers show it between {window[0]:g} and {window[1]:g})" if window else ""
             raise ValueError(
                 f"has more than 8 bits ({pixels.dtype}, values {least:g} ... {most:g}): "
-                f"give the values of black and white as --value_range BLACK WHITE{hint(pixels, tag)}"
+                f"give the values of black and white as --value_range BLACK WHITE{hint(pixels, tag) or shown}"
             )
         low, high = self.value_range if deep else EIGHT_BITS
         is_outside = np.float32(least) < np.float32(low) or np.float32(most) > np.float32(high)  # as they are stored

@@ -8,19 +8,20 @@ import errno
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ddpm_hf.data import medical
+from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
 
 ARRAY_SUFFIX = ".npy"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 GDAL_NODATA = 42113  # the TIFF tag
-MOST_BYTES = 2**28  # of a decoded image: Pillow's limit of 89,478,485 pixels in RGB; small files can decode to far more
 MOST_BANDS = 16  # of an array whose number of channels nobody has given; more may also be the slices of a volume
 NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of machine or network
 ORIENTED = {  # EXIF orientation -> the upright array
@@ -34,52 +35,10 @@ ORIENTED = {  # EXIF orientation -> the upright array
 }
 
 
-class BadImage(Exception):  # noqa: N818 (it is returned as well as raised)
-    """The reason why a file can't be used, such as "is empty"."""
-
-
-class WrongSetting(ValueError):  # noqa: N818
-    """The settings do not fit the file. The message continues the name of the file."""
-
-
-class Picture(NamedTuple):
-    """An upright image as it is stored.
-
-    Args:
-        colours: (H, W, C), of any type of numbers.
-        opacity: (H, W, 1), float32 in [0, 1]; None if the image is opaque.
-        nodata: the value that stands for missing ones, as GDAL's tag of a TIFF file says, or None.
-    """
-
-    colours: np.ndarray
-    opacity: np.ndarray | None = None
-    nodata: float | None = None
-
-
-class Pages(NamedTuple):
-    """The images in a file.
-
-    Args:
-        number: how many there are.
-        word: what one is called.
-        read: the upright image number k, (H, W, C), and whether its last channel is opacity.
-        are_bands: whether a number of channels that is `number` means that each is a channel.
-        nbytes: of all of them, decoded; 0 if it is not known before.
-        nodata: see `Picture`.
-    """
-
-    number: int
-    word: str
-    read: Callable[[int], tuple[np.ndarray, bool]]
-    are_bands: bool = False
-    nbytes: int = 0
-    nodata: float | None = None
-
-
 def is_image_file(path: Path) -> bool:
     """Whether the suffix is that of an image format that can be read."""
     can_be_read = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {ARRAY_SUFFIX}
-    return path.suffix.lower() in can_be_read
+    return path.suffix.lower() in can_be_read or medical.is_nifti_file(path) or medical.is_dicom_file(path)
 
 
 def count_images(source: str | Path | bytes | None, slices: int | None = None) -> int:
@@ -110,7 +69,7 @@ def read_image(
         channels: resolves ambiguity: the axis of an array or the gray pages of a TIFF file that have this length.
         frames: what the frames or pages of a file are: "first" reads the first one, "channels" makes each a channel.
         frame: read this one, counted from 0.
-        slices: the axis of an array along which each index is an image.
+        slices: the axis of an array or a NIfTI volume along which each index is an image.
 
     Raises:
         BadImage: the file is broken, empty, too large or of an unknown format.
@@ -140,12 +99,12 @@ def read_image(
     if pixels.dtype.kind not in "uif":
         raise BadImage(f"contains {pixels.dtype}, not numbers")
     if not has_opacity:
-        return Picture(pixels, None, pages.nodata)
+        return Picture(pixels, None, pages.nodata, pages.window)
     opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
     opacity = pixels[..., -1:].astype(np.float32) / opaque
     if not (opacity.min() >= 0 and opacity.max() <= 1):
         raise BadImage(f"has an opacity of {opacity.min():g} ... {opacity.max():g}, outside [0, 1]")
-    return Picture(pixels[..., :-1], opacity, pages.nodata)
+    return Picture(pixels[..., :-1], opacity, pages.nodata, pages.window)
 
 
 @contextlib.contextmanager
@@ -180,10 +139,20 @@ def _open(source, channels: int | None, slices: int | None, several: bool) -> Pa
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not content:
         raise BadImage("is empty")
-    return _kept_open(content) if several else _open_content(content)
+    return _kept_open(content, channels, slices) if several else _open_content(content, channels, slices)
 
 
-def _open_content(content: bytes) -> Pages:
+def _open_content(content: bytes, channels: int | None, slices: int | None) -> Pages:
+    if medical.is_dicom(content):
+        return medical.dicom_pages(content)
+    if medical.is_nifti(content):
+        volume = medical.nifti_array(content)
+        if volume.ndim == 3 and slices is None:
+            raise WrongSetting(
+                f"is a volume of {'x'.join(map(str, volume.shape))} values: give --slices 0 (axial), 1 (coronal) or 2 "
+                "(sagittal)"
+            )
+        return _array_pages(volume, channels, slices)
     return _tiff_pages(content) if content[:4] in TIFF_MAGIC else _pillow_pages(content)
 
 
@@ -193,7 +162,7 @@ _kept_open = functools.lru_cache(maxsize=1)(_open_content)
 
 def _as_channels(pages: Pages) -> np.ndarray:
     """All images in a file as the channels of one, (H, W, number)."""
-    _check_size(pages.nbytes, f"{pages.number} {pages.word}s")
+    check_size(pages.nbytes, f"{pages.number} {pages.word}s")
     planes = [pages.read(k) for k in range(pages.number)]
     first = planes[0][0]
     if any(pixels.shape[2] != 1 for pixels, _ in planes):
@@ -251,7 +220,7 @@ def _is_deep_png(image: Image.Image, content: bytes) -> bool:
 
 def _check_pillow(image: Image.Image, content: bytes) -> None:
     each = 4 if image.mode in DEEP_MODES else 1 + _is_deep_png(image, content)
-    _check_size(image.width * image.height * len(image.getbands()) * each, image.size)
+    check_size(image.width * image.height * len(image.getbands()) * each, image.size)
 
 
 def _pillow_pixels(image: Image.Image, content: bytes) -> tuple[np.ndarray, bool]:
@@ -325,7 +294,7 @@ def _tiff_pixels(page) -> tuple[np.ndarray, bool] | None:
         return None
     if kind not in ("MINISBLACK", "RGB"):
         raise BadImage(f"is a TIFF file of {samples} {kind} channels of {page.bitspersample} bits")
-    _check_size(page.nbytes, page.shape)
+    check_size(page.nbytes, page.shape)
     pixels = page.asarray()
     if page.axes.startswith("S"):
         pixels = np.moveaxis(pixels, 0, -1)
@@ -360,7 +329,7 @@ def _array_pages(array: np.ndarray, channels: int | None, slices: int | None) ->
 
     def read(k: int) -> tuple[np.ndarray, bool]:
         image = array if one_image else array[(slice(None),) * slices + (k,)]
-        _check_size(image.nbytes, image.shape)
+        check_size(image.nbytes, image.shape)
         return _channels_last(np.array(image), channels, is_slice=not one_image), False
 
     if not one_image and not slices < array.ndim in (3, 4):
@@ -385,13 +354,3 @@ def _channels_last(array: np.ndarray, channels: int | None, is_slice: bool) -> n
         )
     is_first = first == channels != last if channels in (first, last) else first < last
     return np.ascontiguousarray(np.moveaxis(array, 0, -1)) if is_first else array
-
-
-def _check_size(size: int, what: tuple[int, ...] | str) -> None:
-    """Raise BadImage, before an image (its shape, or words for it) is decoded, if that would take too much memory."""
-    if size > MOST_BYTES:
-        words = what if isinstance(what, str) else f"{'x'.join(map(str, what))} values"
-        raise BadImage(
-            f"is too large: {words} are {size:,} bytes when decoded, more than the limit of {MOST_BYTES:,}; cut or "
-            "scale it into smaller images"
-        )

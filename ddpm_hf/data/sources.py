@@ -11,6 +11,7 @@ import numpy as np
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+from ddpm_hf.data import medical
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.frames import Frames, has_several_a_file
 from ddpm_hf.data.reading import is_image_file
@@ -135,7 +136,8 @@ def _folder(config: DataConfig, streaming: bool, groups: Groups):
 
     def item(file: Path, split: Path) -> Item:
         path = file.relative_to(split)
-        return Item(str(file), file, labels.get(path.parts[0]), group=groups.of_path(str(file), path))
+        group = groups.of_path(str(file), path) or medical.patient_of(file)
+        return Item(str(file), file, labels.get(path.parts[0]), group=group)
 
     items = [[item(file, split) for file in files] for files, split in zip(found, splits, strict=True)]
     return items[0], items[1] if len(items) > 1 else [], names

@@ -22,7 +22,7 @@ from ddpm_hf.data.dataset import (
     windows,
 )
 from ddpm_hf.data.missing import split_missing
-from ddpm_hf.data.reading import BadImage
+from ddpm_hf.data.pages import BadImage
 from ddpm_hf.data.sources import Item, Rows, source_of
 
 HELD_OUT_ONE_IN, HELD_OUT_STREAMED = 10, 256
