@@ -43,3 +43,4 @@ grid(
     column_names=[f"{scale:g}" for scale in args.scales],
     row_names=names,
 ).save(args.output)
+print(args.output)

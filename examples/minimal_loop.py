@@ -42,3 +42,4 @@ for step in range(args.steps):
 pipeline = DDPMCustomPipeline(unet.eval(), scheduler)
 samples = pipeline(64, torch.Generator().manual_seed(0), num_inference_steps=100, output_type="np").images
 grid(samples, columns=8).save(args.output)
+print(args.output)

@@ -27,12 +27,14 @@ def save(rows, path, title):
     """`rows`: {name: images (columns, C, H, W) in [0, 1]}."""
     images = torch.cat(list(rows.values())).permute(0, 2, 3, 1).cpu().numpy()
     grid(images, len(images) // len(rows), title=title, row_names=list(rows)).save(path)
+    print(path)
 
 
 film = Film({*range(0, args.steps, max(1, args.steps // 10)), args.steps - 1})
 images = pipe(9, image_generators(0, range(9)), callback_on_step_end=film, **settings).images
 film.save("film.gif", of="pred_original_samples")
 film.contact_sheet().save("trajectory.png")
+print("film.gif", "trajectory.png", sep="\n")
 
 a, b, T = images[0], images[1], pipe.scheduler.config.num_train_timesteps
 between = [pipe.interpolate(a, b, T // 2, generator=torch.Generator().manual_seed(0), **settings).images]

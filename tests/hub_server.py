@@ -87,6 +87,7 @@ class Fault:
     status: int | None
     after_bytes: int | None
     code: str | None
+    headers: dict[str, str]
 
 
 @dataclass
@@ -187,14 +188,16 @@ class HubServer:
             repo.headers |= headers or {}
             return repo.commit(revision, before | files, "Planted", repo_id.split("/")[0])
 
-    def fail(self, pattern: str, times=1, status: int | None = None, after_bytes: int | None = None, code=None):
+    def fail(
+        self, pattern: str, times=1, status: int | None = None, after_bytes: int | None = None, code=None, headers=None
+    ):
         """Let the next `times` requests whose "METHOD path" matches fail.
 
-        With a status, the response has that status and, if given, the error code of the Hub. Otherwise the connection
-        breaks: at once, or after so many bytes of the body of the request (upload) or the response (download). An
-        upload of fewer bytes than `after_bytes` succeeds, and only its response is lost.
+        With a status, the response has that status and, if given, the error code of the Hub and more headers. Otherwise
+        the connection breaks: at once, or after so many bytes of the body of the request (upload) or the response
+        (download). An upload of fewer bytes than `after_bytes` succeeds, and only its response is lost.
         """
-        self.faults.append(Fault(pattern, times, status, after_bytes, code))
+        self.faults.append(Fault(pattern, times, status, after_bytes, code, headers or {}))
 
     def hold(self, pattern: str = "", seconds: float = 20):
         """Delay requests whose "METHOD path" matches until `release`, but at most `seconds`."""
@@ -602,7 +605,7 @@ class Handler(BaseHTTPRequestHandler):
             request = Request(self.command, url.path, parse_qs(url.query, keep_blank_values=True), headers, content)
             try:
                 if fault and not breaks:
-                    raise RefusedError(fault.status, "a fault on demand", fault.code)
+                    raise RefusedError(fault.status, "a fault on demand", fault.code, **fault.headers)
                 with hub.lock:
                     answer = hub.handle(request)
             except RefusedError as refusal:

@@ -157,17 +157,28 @@ def test_a_mistake_has_no_traceback_in_a_real_process(tmp_path):
 
 @pytest.mark.slow
 def test_the_examples_run(tmp_path):
+    printed = ""
     command = [sys.executable, ROOT / "examples/minimal_loop.py", "--steps", "3", "--output", "grid.png"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    printed += subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert Image.open(tmp_path / "grid.png").size > (32, 32)
     train(tiny_config(tmp_path / "model", class_conditional=True))
     command = [sys.executable, ROOT / "examples/guidance.py", "model", "--scales", "1", "4", "--steps", "2"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    printed += subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert Image.open(tmp_path / "guidance.png").height > 10 * 65
     command = [sys.executable, ROOT / "examples/sample.py", "model", "--class_label", "3", "--steps", "6"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    printed += subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     for name in ("film.gif", "trajectory.png", "interpolation.png", "variations.png", "inpainting.png"):
         assert Image.open(tmp_path / name).width > 100
+    names = {
+        "grid.png",
+        "guidance.png",
+        "film.gif",
+        "trajectory.png",
+        "interpolation.png",
+        "variations.png",
+        "inpainting.png",
+    }
+    assert names <= set(printed.split())
     for path in (ROOT / "examples").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60, path
 

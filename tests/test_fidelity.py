@@ -80,13 +80,16 @@ class Counting:
         return images.sum((1, 3)), images.flatten(1)[:, :2]
 
 
-def test_features_are_cached_by_the_content_of_the_images(tmp_path):
+def test_features_are_cached_by_the_content_of_the_images(tmp_path, capsys):
     network = Counting()
     extractor = Extractor("sums", "0" * 64, "none", network, channels=1, classifies=True)
     pixels = torch.arange(10 * 16, dtype=torch.uint8).reshape(10, 1, 4, 4)
     images = ImageData(pixels)
     first = measure_cached(extractor, images, tmp_path, batch_size=4)
     assert network.seen == 10
+    bar = capsys.readouterr().err
+    assert "features of reference images" in bar
+    assert "0/3" in bar
     again = measure_cached(extractor, ImageData(pixels.clone()), tmp_path)
     assert network.seen == 10
     for key in ("features", "logits"):

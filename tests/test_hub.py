@@ -62,7 +62,7 @@ def run(made_once, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch):
-    monkeypatch.setattr("ddpm_hf.hub.upload.WAITS", (0, 0))
+    monkeypatch.setattr("ddpm_hf.pipelines.loading.WAITS", (0, 0))
 
 
 def sample(pipeline) -> torch.Tensor:
@@ -288,7 +288,7 @@ def test_a_commit_by_others_during_the_push_is_respected(hub, run, monkeypatch):
 def test_only_status_404_means_that_a_repository_does_not_exist(hub, run, status, code):
     HfApi().create_repo("digits")
     for settings in ({"private": True}, {"create_pr": True}):
-        hub.fail("GET /api/models/me/digits", times=2, status=status, code=code)
+        hub.fail("GET /api/models/me/digits", times=9, status=status, code=code)
         with pytest.raises(ValueError, match=f"the Hub could not look up 'me/digits': .*{status}"):
             check_right_to_push("digits", **settings)
         hub.faults.clear()
@@ -451,6 +451,75 @@ def test_push_retries_after_a_broken_connection(hub, run, break_it):
     assert set(hub.files("me/digits")) == MODEL
     assert len(hub.repo("me/digits").commits) == 2  # the Hub makes the first commit
     assert set(hub.uploads.values()) == {1}
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    """The seconds that this process waits for, without waiting."""
+    found, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: found.append(seconds) if seconds >= 1 else sleep(seconds))
+    return found
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_one_refusal_of_any_request_of_a_push_is_waited_for(hub, run, slept, status):
+    push(run, "me/first")
+    requests = {f"{method} {path.split('?')[0]}" for method, path in hub.requests}
+    kinds = {re.sub(r"/[0-9a-f]{40,}.*", "/", each) for each in requests}
+    assert len(kinds) >= 10
+    for number, kind in enumerate(sorted(kinds)):
+        slept.clear()
+        (run / "log.csv").write_text(f"step\n{number}\n")  # something new to upload
+        for path in run.rglob("*.gif"):
+            path.write_bytes(b"GIF89a" + bytes([number]))
+        hub.fail(re.escape(kind.replace("me/first", f"me/m{number}")), status=status, headers={"Retry-After": "7"})
+        push(run, f"me/m{number}")
+        assert all(fault.times == 0 for fault in hub.faults), kind
+        assert slept in ([7], [8]), kind  # ours, or the client's own
+        hub.faults.clear()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_one_refusal_of_any_request_of_a_download_is_waited_for(hub, run, slept, tmp_path, status):
+    push(run, "me/digits")
+    hub.requests.clear()
+    DDPMCustomPipeline.from_pretrained("me/digits", cache_dir=tmp_path / "first")
+    requests = sorted({f"{method} {path.split('?')[0]}" for method, path in hub.requests})
+    assert len(requests) >= 5
+    for number, request in enumerate(requests):
+        slept.clear()
+        hub.fail(f"^{re.escape(request)}", status=status, headers={"Retry-After": "7"})
+        assert DDPMCustomPipeline.from_pretrained("me/digits", cache_dir=tmp_path / str(number))
+        assert all(fault.times == 0 for fault in hub.faults), request
+        # ours, or the client's own, which asks once more for a file without waiting
+        assert slept in ([7], [8]) or (slept == [] and request.startswith("HEAD ")), request
+        hub.faults.clear()
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Retry-After": "30"}, [30, 30]),
+        ({"RateLimit": '"api";r=0;t=40'}, [40, 40]),
+        ({"Retry-After": "3600"}, []),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, [1, 2]),
+        ({}, [1, 2]),
+    ],
+)
+def test_a_hub_that_goes_on_refusing_ends_in_one_sentence(
+    hub, run, slept, monkeypatch, capsys, caplog, headers, expected
+):
+    monkeypatch.setattr("ddpm_hf.pipelines.loading.WAITS", (1, 2))
+    hub.fail("GET /api/whoami-v2", times=99, status=429, headers=headers)
+    assert main(["push", str(run), "me/digits"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddpm-hf: error: the Hub could not look up the login: ")
+    assert slept == expected
+    waited = [
+        f"the Hub asks to wait (status 429): trying again in {seconds} seconds" for seconds in expected if seconds > 2
+    ]
+    assert [record.message for record in caplog.records if "asks to wait" in record.message] == waited
+    assert not hub.repos
 
 
 def test_the_error_of_a_failed_push_has_the_command_to_try_again(hub, run, capsys):

@@ -35,7 +35,7 @@ from ddpm_hf.training.log import read_log
 from ddpm_hf.training.previews import Previews
 from ddpm_hf.training.resume import check_same
 from ddpm_hf.utils.files import locked
-from ddpm_hf.utils.signals import Stopped, StopSignals
+from ddpm_hf.utils.signals import LAUNCHED, Stopped, StopSignals, exit_status, raise_if_stopped, stop_requested
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -557,6 +557,39 @@ def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
         stop.usual[signal.SIGTERM] = lambda *_: usual.append("later")
         os.kill(os.getpid(), signal.SIGTERM)
         assert usual == ["later"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert (stop.name, stop_requested()) == (None, False)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+def test_the_end_of_the_launcher_stops_the_processes_that_it_started(monkeypatch, caplog):
+    monkeypatch.setattr(os, "getppid", lambda: 10)
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    with StopSignals():  # of a shell, say, which may end
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert not stop_requested()
+    for name in LAUNCHED:
+        monkeypatch.setattr(os, "getppid", lambda: 10)
+        with monkeypatch.context() as launched:
+            launched.setenv(name, "0")
+            with StopSignals() as stop:
+                assert not stop_requested()
+                monkeypatch.setattr(os, "getppid", lambda: 1)
+                assert stop_requested()
+                with pytest.raises(Stopped, match="stopped by SIGHUP"):
+                    raise_if_stopped()
+                assert exit_status(stop.name) == 129
+    assert caplog.text.count("the launcher (process 10) has ended") == len(LAUNCHED)
 
 
 def test_the_usual_handlers_come_back(tmp_path):

@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import diffusers
@@ -181,6 +184,53 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
     assert all(np.array_equal(whole[name], image) for name, image in there.items())
 
 
+@pytest.mark.parametrize("round", range(5))
+def test_several_at_once_in_one_folder_break_nothing(tmp_path, round):
+    """Each fills the folder or says who does; in threads, which begin at the same moment."""
+    settings = {"num_inference_steps": 2, "batch_size": 2, "num_images": 6}
+    sample_to_folder(pipeline_of(), tmp_path / "alone", **settings)
+    start = threading.Barrier(4)
+
+    def sample(pipeline):
+        start.wait()
+        time.sleep(0.05 * round * random.random())
+        try:
+            return sample_to_folder(pipeline, tmp_path / "out", **settings)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        ends = [each.result() for each in [pool.submit(sample, pipeline_of()) for _ in range(4)]]
+    in_use = (
+        rf"{re.escape(str(tmp_path / 'out'))} is in use by .*: wait until it ends, stop it, or choose another folder"
+    )
+    made = [end for end in ends if isinstance(end, int)]
+    assert all(isinstance(end, int) or re.fullmatch(in_use, end) for end in ends)
+    assert sum(made) == 6
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "alone"))
+    assert_alike(pixels(tmp_path / "out"), pixels(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_several_commands_at_once_in_one_folder_break_nothing(tmp_path):
+    pipeline_of().save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "ddpm_hf", "sample", "model", "--num_images", "60", "--batch_size", "2"]
+    command += ["--num_inference_steps", "10", "--output_dir"]
+    subprocess.run([*command, "alone"], cwd=tmp_path, check=True, capture_output=True)
+    processes = [
+        subprocess.Popen([*command, "out"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    ends = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert any(status == 0 for _, _, status in ends)
+    for _, errors, status in ends:
+        last = errors.splitlines()[-1]
+        assert status == 0 or (status == 2 and re.match(r"ddpm-hf: error: out is in use by process \d+ on ", last))
+        assert "Traceback" not in errors
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "alone"))
+    assert_alike(pixels(tmp_path / "out"), pixels(tmp_path / "alone"))
+
+
 def test_parquet_is_a_data_set(digits_model, tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_hf.commands.sample_folder.SHARD", 10)
     pipeline = DDPMCustomPipeline.from_pretrained(digits_model)
@@ -284,10 +334,11 @@ def test_all_processes_of_a_launcher_take_part(tmp_path):
     assert len(list((tmp_path / "out").glob("[0-9]*.png"))) == 12
 
 
-def test_comparing_begins_with_the_same_noise():
+def test_comparing_begins_with_the_same_noise(capsys):
     pipeline, seen = pipeline_of(), []
     pipeline.unet.register_forward_hook(lambda _, args, out: seen.append(args[0]))
     compare_solvers(pipeline, ["ddim", "dpm++"], [2], num_images=3)
+    assert "0/2" in capsys.readouterr().err  # one bar for all cells
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[0], seen[4])
 

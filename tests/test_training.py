@@ -1174,21 +1174,25 @@ def test_bf16(tmp_path):
     assert read_log(tmp_path / "log.csv")[-1]["loss"] < 1.5
 
 
-def test_a_stop_signal_saves_and_ends_cleanly(tmp_path):
-    usual = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
+def test_a_stop_signal_saves_and_ends_cleanly(tmp_path, name, status):
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
+    number = signal.Signals[name]
+    usual = signal.signal(number, signal.SIG_DFL)  # pytest may run under nohup
 
     def ask_to_stop(run):
         def kill():
             while run.step == 0:
                 time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
         threading.Thread(target=kill).start()
 
     run = train(tiny_config(tmp_path, max_train_steps=100_000), callbacks=[calls(on_init_end=ask_to_stop)])
     assert 0 < run.step < 100_000
-    assert (run.stopped_by, run.exit_status) == ("SIGTERM", 143)
-    assert signal.getsignal(signal.SIGTERM) is usual
+    assert (run.stopped_by, run.exit_status) == (name, status)
+    assert signal.signal(number, usual) is signal.SIG_DFL
     assert (tmp_path / "model_index.json").exists()
     (checkpoint,) = Checkpoints(tmp_path, 9).found()
     assert checkpoint.name == f"checkpoint-{run.step}"
@@ -1313,6 +1317,27 @@ def test_a_stopped_process_ends_cleanly(tmp_path, number):
     assert process.returncode == 0
     assert "Traceback" not in error
     assert f"stopped by {number.name} after update" in error
+    assert Checkpoints(tmp_path / "run", 9).found()
+    assert DDPMCustomPipeline.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
+    path = script(tmp_path, tmp_path / "run", max_train_steps=100_000)
+    with open(tmp_path / "errors", "w", encoding="utf-8") as errors:
+        launcher = launch(path, 2, stderr=errors)
+    while not (tmp_path / "run/log.csv").exists() or not read_log(tmp_path / "run/log.csv"):
+        time.sleep(0.05)
+        assert launcher.poll() is None
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(workers) >= 2
+    launcher.kill()
+    launcher.wait()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    error = (tmp_path / "errors").read_text(encoding="utf-8")
+    assert f"the launcher (process {launcher.pid}) has ended" in error
+    assert "stopped by SIGHUP after update" in error
+    assert "Traceback" not in error
     assert Checkpoints(tmp_path / "run", 9).found()
     assert DDPMCustomPipeline.from_pretrained(tmp_path / "run")
 

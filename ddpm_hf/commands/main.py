@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 on success, 2 after an error that one line on stderr explains, 143 or 130 after SIGTERM or
-        Ctrl-C.
+        The exit status: 0 on success, 2 after an error that one line on stderr explains, 128 + the number of the signal
+        after one that stopped it: 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -5,6 +5,7 @@ import logging
 import time
 
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ddpm_hf.pipelines.images import NotFiniteError
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
@@ -41,7 +42,7 @@ def compare_solvers(
             raise ValueError(f"solvers: {solver!r} is not a solver; choose from ddpm, {', '.join(SOLVERS)}")
     cells, captions, failed = [], [], None
     warm = False  # the first call takes longer, so its time is not shown
-    for solver, n in itertools.product(solvers, steps):
+    for solver, n in tqdm(list(itertools.product(solvers, steps)), "solvers", leave=False):
         call = {"scheduler": solver, "num_inference_steps": n, **settings}
         try:
             pipeline.check_call(**call)

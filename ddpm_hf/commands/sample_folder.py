@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.images import PIL_MODES, to_pil
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
-from ddpm_hf.utils.arguments import checked, integer, matching, one_of, optional, path
+from ddpm_hf.utils.arguments import checked, integer, matching, one_of, optional, path, read_json
 from ddpm_hf.utils.files import clear_parts, locked, save_picture, write
 from ddpm_hf.utils.pictures import grid
 from ddpm_hf.utils.seeds import image_generators
@@ -206,11 +206,10 @@ def _check_settings(output: Path, settings: dict) -> None:
     others = [file for file in files if file.name not in (GRID, COMPARISON) and not file.name.startswith(".")]
     if path.exists():
         try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            before = read_json(path)
+        except ValueError as error:
             raise ValueError(
-                f"{path} is damaged ({error}), so the settings of the samples in that folder are unknown: "
-                "choose another folder"
+                f"{error}, so the settings of the samples in that folder are unknown: choose another folder"
             ) from error
         for name in sorted(before.keys() | settings.keys()):
             if before.get(name) != settings.get(name):
@@ -290,7 +289,7 @@ def draw_grid(output, unet_config: Mapping, scale: int | None = None) -> Path:
         scale: how many times an image is enlarged; see `grid`.
     """
     output = Path(output)
-    settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    settings = read_json(output / SETTINGS)
     format, value_range = settings["format"], _pixel_values(unet_config)
     if format == "parquet":
         import pyarrow.parquet

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import diffusers
+import torch
 
 from ddpm_hf import convert as sources
 from ddpm_hf.convert.source import Source, Weights
@@ -17,7 +18,7 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.loading import weights_not_finite
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.schedulers.noise import LinearNoiseScheduler
-from ddpm_hf.utils.arguments import checked, optional, path
+from ddpm_hf.utils.arguments import checked, optional, path, short_errors, shorten, show
 from ddpm_hf.utils.files import part_of, sync, write, writing_tree
 from ddpm_hf.utils.yaml_files import read_yaml
 
@@ -37,6 +38,7 @@ SCHEDULER_KEYS |= dict.fromkeys(("num_train_timesteps", "num_timesteps", "n_step
 PATHS = {"source": path, "output": path, "source_config": optional(path)}
 
 
+@short_errors()
 @checked(PATHS)
 def convert(source, output, kind: str | None = None, source_config=None) -> list[str]:
     """Convert a checkpoint of another project to the pipeline folder `output`.
@@ -72,12 +74,14 @@ def convert(source, output, kind: str | None = None, source_config=None) -> list
         unet, scheduler, notes = _from_tutorial(weights, kind, source, source_config)
     if (bad := weights_not_finite(unet)) is not None:
         raise ValueError(f"source={str(source)!r}: {bad}")
+    notes = [shorten(note) for note in notes]
     card = f"---\nlibrary_name: diffusers\ntags:\n- ddpm\n- ddpm_hf\n---\n\nConverted by ddpm_hf from {source.name}"
     card += f" ({kind}).\n" + "".join(f"\n- {note}" for note in notes) + "\n"
     _save(DDPMCustomPipeline(unet, scheduler), output, card)
     return [f"{kind}: {sum(p.numel() for p in unet.parameters()):,} parameters -> {output}", *notes]
 
 
+@short_errors()
 @checked(PATHS)
 def convert_back(source, output) -> list[str]:
     """Convert a pipeline folder of this package to a `DDPMPipeline` of diffusers.
@@ -146,13 +150,13 @@ def _from_tutorial(weights: Weights, kind: str, path: Path, source_config):
     for key, value in _read_source_config(source_config).items():
         key = source.aliases.get(key, key)
         if key in source.never_read:
-            notes.append(f"{key}: {value!r} in the configuration is ignored: the code of {kind} does not use it")
+            notes.append(f"{key}: {show(value)} in the configuration is ignored: the code of {kind} does not use it")
         elif key in SCHEDULER_KEYS:
             schedule[SCHEDULER_KEYS[key]] = value
         elif key not in known | source.defaults:
-            notes.append(f"{key}: {value!r} in the configuration is ignored: it is no setting of the network")
+            notes.append(f"{key}: {show(value)} in the configuration is ignored: it is no setting of the network")
         elif key in known and known[key] != value:
-            raise ValueError(f"{key} is {value!r} in {source_config} but {known[key]!r} in the weights of {path}")
+            raise ValueError(f"{key} is {show(value)} in {source_config} but {known[key]!r} in the weights of {path}")
         else:
             known[key] = value
     for key, value in source.defaults.items():
@@ -165,7 +169,9 @@ def _from_tutorial(weights: Weights, kind: str, path: Path, source_config):
     if configured != stored:
         raise ValueError(f"{source_config} has {configured} timesteps but the weights of {path} have {stored}")
     try:
-        unet, scheduler = DDPMUNet(**source.settings(known)), LinearNoiseScheduler(**schedule)
+        with torch.device("meta"):
+            unet = DDPMUNet(**source.settings(known))
+        scheduler = LinearNoiseScheduler(**schedule)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} with {source_config or 'the source defaults'}: {first_line(error)}") from error
     taken = {}

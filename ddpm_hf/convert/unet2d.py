@@ -1,6 +1,5 @@
 """Conversion of diffusers' `UNet2DModel` and schedulers, in both directions."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,9 +9,11 @@ import torch
 from ddpm_hf.convert.flat_row import settings_of
 from ddpm_hf.convert.source import Weights
 from ddpm_hf.convert.weights import check_shape, first_line, load_checked, load_weights
-from ddpm_hf.models.unet import DDPMUNet
+from ddpm_hf.models.unet import ARGUMENTS, DDPMUNet
+from ddpm_hf.pipelines.loading import read_scheduler_config
 from ddpm_hf.schedulers.noise import LinearNoiseScheduler
 from ddpm_hf.schedulers.solvers import scheduler_class
+from ddpm_hf.utils.arguments import check_all, read_json, show
 
 BLOCKS = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}  # with attention?
 # Settings with the same name and meaning in both networks
@@ -38,14 +39,12 @@ def read_folder(folder: Path):
     config_file = unet_folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"source={str(folder)!r} has neither unet/config.json nor config.json")
-    try:
-        stored = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
-    kind = stored.get("_class_name", "UNet2DModel") if isinstance(stored, dict) else stored
+    stored = read_json(config_file)
+    kind = stored.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
-        raise ValueError(f"{config_file} configures {kind!r}; it must be 'UNet2DModel'")
+        raise ValueError(f"{config_file} configures {show(kind)}; it must be 'UNet2DModel'")
     try:
+        check_all(stored, {name: ARGUMENTS[name] for name in ("block_out_channels", *SAME)})  # before it is built
         with torch.device("meta"):
             config = dict(diffusers.UNet2DModel.from_config(stored).config)  # adds defaults
     except Exception as error:  # invalid values raise various exceptions in its constructor
@@ -59,7 +58,8 @@ def read_folder(folder: Path):
     weights = {}
     for file in files:
         weights |= load_weights(file)
-    unet = DDPMUNet(**settings_from(config))
+    with torch.device("meta"):
+        unet = DDPMUNet(**settings_from(config))
     load_checked(unet, weights_from(weights, unet.state_dict(), unet_folder), unet_folder)
     # Next to unet/, in the same folder as the weights (google/ddpm-*), or next to the given unet/
     places = [folder / "scheduler", folder, *([folder.parent / "scheduler"] if folder.name == "unet" else [])]
@@ -72,7 +72,7 @@ def read_folder(folder: Path):
 def _read_scheduler(file: Path):
     """A scheduler of this package if it supports the configuration, else `DDPMScheduler`; and notes."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_scheduler_config(file)
         name = config.get("_class_name", "DDPMScheduler")
         try:
             scheduler = scheduler_class(config).from_config(config)

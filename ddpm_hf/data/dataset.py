@@ -1,6 +1,7 @@
 """Decodes all images of a data set once, keeps them in memory as stored (mostly uint8) and makes batches in [-1, 1]."""
 
 import collections
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -30,8 +31,9 @@ from ddpm_hf.data.pages import BadImage
 from ddpm_hf.data.sources import Item, source_of
 from ddpm_hf.data.split import HELD_OUT_LIMIT, Traits, digest, random_split, shared, stratified_split
 from ddpm_hf.utils.arguments import show
+from ddpm_hf.utils.files import os_errors_of
 from ddpm_hf.utils.seeds import seeded_generator
-from ddpm_hf.utils.signals import raise_if_stopped
+from ddpm_hf.utils.signals import STOPPING, raise_if_stopped
 
 MEMORY_SHARE = 0.5  # fraction of the free memory for the images of all processes; larger sets are memory-mapped
 CHUNK = 16  # images per task of a worker process
@@ -309,10 +311,13 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
             raise_if_stopped()
             yield item, _decode(decoder, item)
         return
-    pool, ahead = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker), collections.deque()
+    with _explain_no_workers(workers):
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
+    ahead = collections.deque()
     try:
         while chunk := list(islice(items, CHUNK)):
-            ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
+            with _explain_no_workers(workers):  # the first calls start the processes
+                ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
             raise_if_stopped()
             if len(ahead) > 2 * workers:
                 chunk, results = ahead.popleft()
@@ -329,10 +334,22 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _explain_no_workers(workers: int) -> Iterator[None]:
+    """Raise ValueError where the machine does not let this process start another one."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"dataloader_num_workers={workers}: worker processes can't be started ({error}): they need room in "
+            "/dev/shm (in a container, --shm-size), open files and memory; 0 decodes without them"
+        ) from error
+
+
 def _begin_worker() -> None:
     """Use one thread, ignore signals, which the main process handles, and exit when it exits or is killed."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -390,7 +407,7 @@ def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
         return np.empty(shape, dtype)
     folder = next(f for f in (output_dir.absolute(), *output_dir.absolute().parents) if f.is_dir())
     log.warning(f"the images take {size / 2**30:.1f} GiB and are memory-mapped from a temporary file in {folder}")
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with os_errors_of(folder), tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)  # raises OSError now if the disk is too small
         return np.memmap(file, dtype, "w+", shape=shape)

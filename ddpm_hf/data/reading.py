@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.data import medical
 from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
+from ddpm_hf.utils.arguments import OF_THE_MACHINE
 
 ARRAY_SUFFIX = ".npy"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -23,7 +24,7 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 GDAL_NODATA = 42113  # the TIFF tag
 MOST_BANDS = 16  # of an array whose number of channels nobody has given; more may also be the slices of a volume
-NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of machine or network
+NOT_OF_THE_FILE = (*OF_THE_MACHINE, errno.EIO)  # of machine or network
 ORIENTED = {  # EXIF orientation -> the upright array
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_hf.pipelines.images import PIL_MODES
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.schedulers.solvers import plain_config
+from ddpm_hf.utils.arguments import NOT_FINITE, read_json
 from ddpm_hf.utils.checksums import weights_sha256
 from ddpm_hf.utils.files import write
 from ddpm_hf.utils.results import noise_warning, number, read_evaluation
@@ -49,12 +50,9 @@ def read_facts(path: Path) -> dict:
     """
     if not path.exists():
         return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    facts = read_json(path, constants=NOT_FINITE)
     kinds = {"data": dict, "training": dict, "versions": dict, "metrics": list}
-    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+    if not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{path} must hold {', '.join(kinds)}, as training writes them")
     return facts
 

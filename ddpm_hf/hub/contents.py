@@ -10,6 +10,7 @@ from ddpm_hf.hub.cards import CARD, EVALUATION, FACTS, PICTURES, evaluation_of, 
 from ddpm_hf.hub.self_contained import code_of
 from ddpm_hf.pipelines.loading import INDEX, check_inside, is_hub_id, root_of
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
+from ddpm_hf.utils.arguments import NOT_FINITE, parse_json, read_json
 
 CONFIG = "train_config.json"
 # Checkpoints are left out. So are pictures that show images of the data, which the user may have no right to publish:
@@ -57,9 +58,7 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 def _without_paths(name: str, content: Path | bytes) -> bytes:
     """A JSON file in which local paths of data or weights are cut to their last part."""
-    settings = json.loads(content.read_bytes() if isinstance(content, Path) else content)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{content} must hold a JSON object, not {type(settings).__name__}")
+    settings = (read_json if isinstance(content, Path) else parse_json)(content, constants=NOT_FINITE)
     settings.pop("_name_or_path", None)
     for key, value in settings.items() if name == CONFIG else ():
         may_be_id = key in ("dataset_name", "pretrained_model_name_or_path", "hub_model_id")

@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from ddpm_hf.hub.cards import CARD, is_generated
 from ddpm_hf.hub.contents import files_of
 from ddpm_hf.hub.upload import repo_info, upload
+from ddpm_hf.pipelines.loading import TRANSIENT, response_of, retried
 from ddpm_hf.pipelines.pipeline import load_pipeline
 
 
@@ -77,13 +78,16 @@ def check_right_to_push(repo_id: str, private: bool = False, create_pr: bool = F
     validate_repo_id(repo_id)  # raises a ValueError
     api = HfApi()
     try:
-        account = api.whoami()
+        account = retried(api.whoami)
     except Exception as error:  # a missing token, a wrong token and a broken network raise different exceptions
-        raise ValueError(f"uploading needs a login (run `hf auth login`): {error}") from error
+        response = response_of(error)
+        is_busy = response is not None and response.status_code in TRANSIENT
+        what = "the Hub could not look up the login" if is_busy else "uploading needs a login (run `hf auth login`)"
+        raise ValueError(f"{what}: {error}") from error
     user = account["name"]
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
     try:
-        existing = repo_info(repo_id, repo_type)
+        existing = retried(lambda: repo_info(repo_id, repo_type))
     except Exception as error:
         raise ValueError(f"the Hub could not look up {repo_id!r}: {error}") from error
     if create_pr:
@@ -94,7 +98,7 @@ def check_right_to_push(repo_id: str, private: bool = False, create_pr: bool = F
     if existing is None:  # it will be created
         return repo_id
     try:
-        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        retried(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
     except Exception as error:
         raise ValueError(f"{user} may not write to {repo_id!r}: {error}") from error
     if private and not existing.private:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ddpm_hf.pipelines.loading import INDEX, OURS
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
+from ddpm_hf.utils.arguments import read_json
 
 # Names of the code files in a repository
 SHIPPED = ["pipeline.py", "ddpm_hf_*.py", "unet/ddpm_hf_*.py", "scheduler/ddpm_hf_*.py"]
@@ -34,7 +35,7 @@ def code_of(folder: Path) -> dict[str, bytes]:
     code = {module: IMPORT.sub(relative, source).encode() for module, source in sources.items()}
     files = {"pipeline.py": code.pop(DDPMCustomPipeline.__module__)}
     files |= {f"{name_of(module)}.py": content for module, content in code.items()}
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json(folder / INDEX)
     for component in ("unet", "scheduler"):
         if cls := OURS.get(index[component][1]):
             index[component][0] = name_of(cls.__module__)

@@ -1,21 +1,23 @@
 """Committing files to a repository on the Hugging Face Hub, and verifying that they have arrived."""
 
+import functools
 import hashlib
 import json
 import logging
-import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from ddpm_hf.hub.cards import CARD, MARK
 from ddpm_hf.hub.contents import UPLOADED, Files
 from ddpm_hf.hub.self_contained import SHIPPED
+from ddpm_hf.pipelines.loading import TRANSIENT, response_of, retried
+from ddpm_hf.utils.arguments import parse_json
 
 MANIFEST = "pushed.json"  # lists what a push wrote, so that a later push deletes nothing else
 ABOUT = (
@@ -23,8 +25,6 @@ ABOUT = (
     "a file that it no longer uploads only if the file is listed here and has not changed since."
 )
 CONFLICT = 412  # the status of a commit whose parent is no longer the head of the branch
-RETRIED = (408, CONFLICT, 425, 429, 500, 502, 503, 504)
-WAITS = (1, 5, 20)  # seconds before each retry
 Checksums = dict[str, dict[str, str]]  # by file: its checksums in Git and in Git LFS
 log = logging.getLogger(__name__)
 
@@ -63,15 +63,18 @@ def upload(
         ValueError: the upload failed.
     """
     repo, branch = {"repo_id": repo_id, "repo_type": repo_type}, {"revision": revision, "create_pr": create_pr}
+    retry = functools.partial(retried, statuses=(*TRANSIENT, CONFLICT), broken=True)  # what has arrived stays
     try:
-        _retry(lambda: _create(private, revision, **repo))
+        retry(lambda: _create(private, revision, **repo))
         if create_pr:  # not retried: a second request would open a second pull request
             commit, written, warnings = _commit(files, message, repo, branch)
         else:  # each attempt reads the repository again, which may have changed
-            commit, written, warnings = _retry(lambda: _commit(files, message, repo, branch))
-        _retry(lambda: _check_arrived(written, revision=commit.oid, **repo))
+            commit, written, warnings = retry(lambda: _commit(files, message, repo, branch))
+        retry(lambda: _check_arrived(written, revision=commit.oid, **repo))
     except Exception as error:  # the Hub, its client, the network and the disk raise different exceptions
-        reasons, cause = ["the repository keeps changing during the upload"] * (_status(error) == CONFLICT), error
+        response = response_of(error)
+        conflict = response is not None and response.status_code == CONFLICT
+        reasons, cause = ["the repository keeps changing during the upload"] * conflict, error
         while cause is not None:
             reasons, cause = [*reasons, str(cause)], cause.__cause__
         reason = " ".join(": ".join(filter(None, reasons)).split())
@@ -137,8 +140,8 @@ def _read_revision(revision: str | None, **repo) -> _Revision:
 
 def _parse_manifest(manifest: bytes | None) -> Checksums | None:
     try:
-        return {name: dict(sums) for name, sums in json.loads(manifest or "")["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing or edited
+        return {name: dict(sums) for name, sums in parse_json(manifest or "")["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # missing or edited
         return None
 
 
@@ -213,24 +216,3 @@ def repo_info(repo_id: str, repo_type: str = "model", revision: str | None = Non
         if error.response.status_code != 404:
             raise
         return None
-
-
-def _retry(call):
-    """The result of a call, which is repeated after a transient status or a broken connection.
-
-    The client itself retries uploads of weights, downloads and listings, but not repo_info, create_repo, create_branch,
-    get_paths_info, list_repo_refs and create_commit. Files that have arrived are not sent again.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return call()
-        except Exception as error:
-            # By name, because versions of the client use different HTTP libraries
-            broken = any(cls.__name__ == "TransportError" for cls in type(error).__mro__)
-            if wait is None or not (broken or _status(error) in RETRIED):
-                raise
-            time.sleep(wait)
-
-
-def _status(error: Exception) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None

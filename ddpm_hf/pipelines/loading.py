@@ -2,22 +2,24 @@
 
 import contextlib
 import inspect
-import json
+import logging
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import diffusers
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ddpm_hf.models.unet import ARGUMENTS, LARGEST_SIDE, DDPMUNet
 from ddpm_hf.schedulers.noise import MOST_TIMESTEPS, CosineNoiseScheduler, LinearNoiseScheduler
 from ddpm_hf.utils.arguments import (
+    INFINITE,
     any_of,
     boolean,
     check,
@@ -26,6 +28,7 @@ from ddpm_hf.utils.arguments import (
     did_you_mean,
     matching,
     optional,
+    read_json,
     shorten,
     show,
     text,
@@ -41,7 +44,10 @@ MODEL_OPTIONS = ("device_map", "max_memory", "low_cpu_mem_usage", "offload_folde
 MOST_TENSORS, MOST_SHOWN = 10**5, 240
 # Old names of the attention weights of UNet2DModel, which older files still have
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # statuses of the Hub
+WAITS, LONGEST_WAIT = (1, 5, 20), 120  # seconds before each retry, and what the Hub may ask for at most
 FLOATS = ("F64", "F32", "F16", "BF16")
+log = logging.getLogger(__name__)
 _OPTIONAL_TEXT = optional(matching(lambda v: isinstance(v, str) and "\0" not in v, "must be a text"))
 _PATH = any_of("must be a folder, or user/model on the Hub", path_rule)
 LOADING = {
@@ -144,7 +150,7 @@ def _read_index(folder: Path, root: Path) -> dict:
     path = folder / INDEX
     with _naming(path):
         check_inside(path, root)
-        index = _read_json(path)
+        index = read_json(path)
         components = {name for name, entry in index.items() if name[:1] != "_" and _is_component(entry)}
         if others := ", ".join(sorted(components - KINDS.keys())):
             raise ValueError(f"{path}: unknown components {others}; a DDPM has only unet and scheduler")
@@ -158,8 +164,45 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         raise ValueError(shorten(message if str(path.parent) in message else f"{path}: {message}")) from error
+
+
+def retried(call: Callable, statuses: Collection[int] = TRANSIENT, broken: bool = False):
+    """The result of a call of the Hub's client, which is repeated after a transient status, at most three times.
+
+    The client itself retries uploads of weights, downloads of files and listings, but not, for instance, `repo_info`,
+    `whoami`, `auth_check` and `create_commit`. It waits as long as the Hub asks for, up to two minutes.
+
+    Args:
+        broken: repeat it also after a broken connection.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except Exception as error:
+            # By name, because versions of the client use different HTTP libraries
+            transient = broken and any(cls.__name__ == "TransportError" for cls in type(error).__mro__)
+            response = response_of(error)
+            asked = 0 if response is None else _seconds_to_wait(response.headers)
+            transient = transient or (response is not None and response.status_code in statuses)
+            if wait is None or not transient or asked > LONGEST_WAIT:
+                raise
+            if asked > wait:
+                log.warning(f"the Hub asks to wait (status {response.status_code}): trying again in {asked} seconds")
+            time.sleep(max(wait, asked))
+
+
+def response_of(error: BaseException | None):
+    """The Hub's response that an exception or one of its causes is about; None if there is none."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return getattr(error, "response", None)
+
+
+def _seconds_to_wait(headers) -> int:
+    """What a response asks for, in seconds; 0 if nothing."""
+    after, rate = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
+    return int(after) if after.isdecimal() else rate.reset_in_seconds if rate and not rate.remaining else 0
 
 
 def _download(source: str, subfolder: str, variant: str | None, options: dict) -> Path:
@@ -168,7 +211,7 @@ def _download(source: str, subfolder: str, variant: str | None, options: dict) -
     def fetch(*names: str) -> Path:
         patterns = [str(PurePosixPath(subfolder) / name) for name in names]
         try:
-            return Path(snapshot_download(source, allow_patterns=patterns, **options))
+            return Path(retried(lambda: snapshot_download(source, allow_patterns=patterns, **options)))
         except Exception as error:  # no network, no such repository, no access, no space: many types
             reason = " ".join(str(error).split())[:MOST_SHOWN]
             raise OSError(f"{show(source)} is not a local folder, and downloading it failed: {reason}") from None
@@ -200,7 +243,7 @@ def _weight_names(variant: str | None) -> tuple[str, str]:
 
 def _shards_of(index: Path) -> list[str]:
     """File names of the shards in an index of weights."""
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: weight_map must map each weight to its file")
     shards = sorted(set(names.values()))
@@ -252,23 +295,6 @@ def check_inside(path: Path, root: Path) -> None:
         raise ValueError(f"{path} is a link to {path.resolve()}, outside of {root}; replace it by the file")
 
 
-def _read_json(path: Path, infinite: bool = False) -> dict:
-    """The object in a JSON file. `infinite` allows Infinity, which diffusers writes for some schedulers."""
-
-    def constant(name):
-        if not infinite or name == "NaN":
-            raise ValueError(f"{name} is not valid JSON")
-        return float(name.replace("Infinity", "inf"))
-
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must contain an object, not {type(content).__name__}")
-    return content
-
-
 def _defaults(kind: type) -> dict:
     return {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
 
@@ -281,15 +307,21 @@ def _check_keys(path: Path, config: dict, kind: type, others: Iterable[type] = (
         raise ValueError(f"{path}: unknown settings {', '.join(unknown)[:MOST_SHOWN]}{hint}")
 
 
-def _check_scheduler(path: Path, kind: type, root: Path) -> None:
-    check_inside(path, root)
-    config = _read_json(path, infinite=True)
+def read_scheduler_config(path: Path) -> dict:
+    """The configuration in a file, in which Infinity is a number. Raises ValueError for more than 10^6 timesteps."""
+    config = read_json(path, constants=INFINITE)
     timesteps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas") or ()
     if type(timesteps) is not int or not 1 <= timesteps <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS:
         raise ValueError(f"{path}: num_train_timesteps={timesteps!r} must be an integer in 1 ... {MOST_TIMESTEPS:,}")
     for name, value in config.items():  # includes settings of solvers that may be built from this config
         if type(value) is int and abs(value) > MOST_TIMESTEPS:
             raise ValueError(f"{path}: {name}={value!r} must be at most {MOST_TIMESTEPS:,}")
+    return config
+
+
+def _check_scheduler(path: Path, kind: type, root: Path) -> None:
+    check_inside(path, root)
+    config = read_scheduler_config(path)
     if kind in OURS.values():
         _check_keys(path, config, kind, kind()._get_compatibles())  # `from_config` keeps settings of other solvers
     kind.from_config(config)
@@ -298,7 +330,7 @@ def _check_scheduler(path: Path, kind: type, root: Path) -> None:
 def _check_unet(folder: Path, kind: type, variant: str | None, root: Path) -> None:
     path = folder / "config.json"
     check_inside(path, root)
-    config = _read_json(path)
+    config = read_json(path)
     tensors = {}
     for file in _weight_files(folder, variant, root):
         tensors |= _header(file)

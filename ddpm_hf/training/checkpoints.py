@@ -15,6 +15,8 @@ from pathlib import Path
 from safetensors.torch import load
 
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.utils.arguments import NOT_FINITE, OF_THE_MACHINE, read_json
+from ddpm_hf.utils.checksums import file_sha256
 from ddpm_hf.utils.files import (
     clear_parts,
     free_name,
@@ -28,6 +30,7 @@ from ddpm_hf.utils.files import (
 )
 
 WEIGHTS = ("unet", "ema", "optimizer")
+MOST_STATE_BYTES = 2**26  # of state.json, which lists the broken images of a stream
 SAVING = ".saving-"
 REPLACING, REPLACED, SUPERSEDED = ".replacing", ".replaced", "superseded"
 TRAIN_CONFIG, LOG = "train_config.json", "log.csv"
@@ -169,11 +172,10 @@ class Checkpoints:
 
     def _state(self, path: Path) -> dict:
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            seal = state.pop("seal")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise Damaged(f"state.json can't be read: {error}") from error
-        if seal != _seal(state):
+            state = read_json(path / "state.json", MOST_STATE_BYTES, NOT_FINITE)
+        except ValueError as error:
+            raise Damaged(str(error)) from error
+        if state.pop("seal", None) != _seal(state):
             raise Damaged("state.json has a wrong checksum")
         return state
 
@@ -185,6 +187,8 @@ class Checkpoints:
             try:
                 content = (path / file).read_bytes()
             except OSError as error:
+                if error.errno in OF_THE_MACHINE:
+                    raise
                 raise Damaged(f"{file} can't be read: {error.strerror}") from error
             if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
                 raise Damaged(f"{file} has a wrong checksum")
@@ -269,27 +273,36 @@ class Checkpoints:
             if not weight.isfinite().all():
                 kept = ", ".join(path.name for path in self.found()) or "none before"
                 raise FloatingPointError(f"after update {step} {name} is not finite: no checkpoint was saved ({kept})")
-        beside = self.folder / f".{target.name}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
         moments = {
             f"{key}/{name}": value
             for name, parameter in unet.named_parameters()
             for key, value in optimizer.state[parameter].items()
         }
-        sums = {}
-        for name, tensors in zip(WEIGHTS, (unet.state_dict(), ema.model.state_dict(), moments), strict=True):
-            save_tensors(tensors, beside / f"{name}.safetensors")
-            with open(beside / f"{name}.safetensors", "rb") as file:
-                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        state = {"step": step, "total_steps": total_steps, "sha256": sums, **more}
-        write(beside / "state.json", json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
-        os.replace(beside, target)
+        tensors = dict(zip(WEIGHTS, (unet.state_dict(), ema.model.state_dict(), moments), strict=True))
+        beside = self.folder / f".{target.name}"
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            _write(beside, tensors, {"step": step, "total_steps": total_steps, **more})
+            os.replace(beside, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)  # if something failed
         sync(self.folder)  # before older ones are removed
         if (self.folder / REPLACED).is_dir():
             remove_tree(self.folder / REPLACED)
         for path in self.found()[: -self.limit]:
             remove_tree(path)
+
+
+def _write(folder: Path, tensors: dict[str, dict], state: dict) -> None:
+    """Write the files of a checkpoint to a new folder."""
+    folder.mkdir()
+    sums = {}
+    for name in WEIGHTS:
+        path = folder / f"{name}.safetensors"
+        save_tensors(tensors[name], path)
+        sums[name] = file_sha256(path)
+    state = {**state, "sha256": sums}
+    write(folder / "state.json", json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
 
 
 def is_quarantine(path: Path) -> bool:

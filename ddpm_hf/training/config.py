@@ -13,7 +13,7 @@ from ddpm_hf.models.unet import ARGUMENTS
 from ddpm_hf.schedulers.noise import PREDICTION_TYPES, SETTINGS
 from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.utils import files
-from ddpm_hf.utils.arguments import check, check_all, check_names, integer, matching, number, one_of, show
+from ddpm_hf.utils.arguments import check, check_all, check_names, integer, matching, number, one_of, parse_json, show
 from ddpm_hf.utils.yaml_files import read_yaml
 
 AT_LEAST_1, POSITIVE = integer(1), number(above=0)
@@ -205,7 +205,7 @@ def _as_dict(name, value) -> dict:
     """Parse arguments of a class from a dict, the JSON of one, or None."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}={show(value)} is not JSON: {str(error)[:200]}") from None
+            value = parse_json(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={show(value)} is not a JSON object: {str(error)[:200]}") from None
     return check(name, {} if value is None else value, MAPPING)

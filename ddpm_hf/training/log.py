@@ -1,6 +1,7 @@
 """Logs a training run: the progress bar, log.csv and, if set, a tracker."""
 
 import csv
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ddpm_hf.utils.files import set_aside, write
+from ddpm_hf.utils.files import append, set_aside, write
 
 LOG_EVERY = 10  # updates per row of log.csv
 PARTS = 10  # the loss is logged for each of so many equal ranges of timesteps
@@ -143,8 +144,9 @@ class TrainingLog:
         shown = {"loss": f"{loss:.4f}" if loss is not None else "-", "images/s": f"{self.images_per_second:.0f}"}
         self.bar.set_postfix({**shown, "loader": f"{self.loaded / taken:.1%}"})
         if self.accelerator.is_main_process:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, row, lineterminator="\n").writerow(row)
+            line = io.StringIO(newline="")
+            csv.DictWriter(line, row, lineterminator="\n").writerow(row)
+            append(self.path, line.getvalue())
             run.log_history.append(row)
         self.accelerator.log({name: value for name, value in row.items() if value is not None}, step=run.step)
         self._begin_row()

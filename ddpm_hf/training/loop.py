@@ -20,8 +20,9 @@ def train(config, callbacks: Iterable[TrainCallback] = (), objective: Callable[.
 
     Order, noise, timesteps, augmentations and dropped labels are functions of (seed, update, position in the global
     batch), dropout of (seed, update, micro-batch), so a resumed run continues as if it had not been interrupted, and
-    several processes do what one does. SIGTERM and Ctrl-C save a checkpoint and the pipeline and end the run before its
-    time; `stopped_by` of the result says so. The process's own random numbers are left as they were.
+    several processes do what one does. SIGTERM, SIGHUP, SIGUSR1, Ctrl-C and the end of the launcher save a checkpoint
+    and the pipeline and end the run before its time; `stopped_by` of the result says so. The process's own random
+    numbers are left as they were.
 
     Args:
         callbacks: what else happens, in this order at each event.
@@ -31,7 +32,7 @@ def train(config, callbacks: Iterable[TrainCallback] = (), objective: Callable[.
         ValueError: a setting is invalid; nothing has been written then, except quarantine.csv if too many images are
             invalid. Or an update runs out of memory or can't be compiled; earlier checkpoints are complete.
         FloatingPointError: losses or gradients were not finite too many times in a row, or the training has diverged.
-        Stopped: SIGTERM or Ctrl-C came before the first update; nothing has been written then.
+        Stopped: one of the signals came before the first update; nothing has been written then.
     """
     with open_run(config, list(callbacks), objective) as training:
         run, began_at = training.run, training.run.step

@@ -1,4 +1,4 @@
-"""Types and ranges of arguments: tables of rules, and errors of one short sentence.
+"""Types and ranges of arguments and limits of JSON files: tables of rules, and errors of one short sentence.
 
 A rule is a function from a value to the plain Python value that it stands for, so NumPy and PyTorch scalars are numbers
 too. It raises ValueError with what would be right; `check` puts the name and the value before that. The code in a
@@ -7,15 +7,23 @@ self-contained repository carries this module, so it imports only the standard l
 
 import contextlib
 import difflib
+import errno
 import functools
 import inspect
+import json
 import math
+import os
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterable, Mapping
 from os import PathLike
 
 Rule = Callable[[object], object]
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 1e30  # in any rule that names no limit; float32 ends at 3e38
+# Of a JSON file, far above any configuration or index of weights. Its values can take 25 times its bytes of memory.
+MOST_JSON_BYTES, MOST_JSON_LEVELS = 2**23, 50
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)  # errors that say nothing about a file
+INFINITE, NOT_FINITE = ("Infinity", "-Infinity"), ("Infinity", "-Infinity", "NaN")
 
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 12
@@ -119,9 +127,88 @@ def show(value, most: int = 100) -> str:
 
 
 def shorten(message: str, most: int = 500) -> str:
-    """A message in one line, without the middle of a long one: its beginning and its end tell enough."""
+    """A message in one line without control characters and without the middle of a long one."""
+    message = message if len(message) <= 10**4 else f"{message[:5000]} ... {message[-1000:]}"
+    message = "".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in message)
     message = " ".join(message.split())
     return message if len(message) <= most else f"{message[: most - 155]} ... {message[-150:]}"
+
+
+@contextlib.contextmanager
+def short_errors():
+    """Context or decorator: the ValueErrors of the block have one short line, whatever names its files contain."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(shorten(str(error))) from error
+
+
+# ---------------------------------------------------------------- JSON files
+
+
+def read_json(path, most_bytes: int = MOST_JSON_BYTES, constants: Collection[str] = ()) -> dict:
+    """Read the object in a JSON file, which may come from anybody.
+
+    Args:
+        most_bytes: a larger file is refused without being read.
+        constants: see `parse_json`.
+
+    Raises:
+        ValueError: there is no such file, it can't be read or is too large, or see `parse_json`.
+        OSError: the machine or the network fails, and says nothing about the file.
+    """
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            raise ValueError("it is not a file")
+        limit("it has {} bytes", found.st_size, most_bytes, "such files are far smaller")
+        with open(path, "rb") as file:
+            return parse_json(file.read(most_bytes), constants)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in OF_THE_MACHINE:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(shorten(f"{path} can't be read: {reason}")) from error
+
+
+def parse_json(content: str | bytes, constants: Collection[str] = ()) -> dict:
+    """Parse a JSON object.
+
+    Args:
+        constants: those of `NOT_FINITE` that are read as numbers. JSON has none of them.
+
+    Raises:
+        ValueError: it is not JSON or not an object, is nested more than 50 levels deep, or has a name twice.
+    """
+
+    def number_of(constant: str) -> float:
+        if constant not in constants:
+            raise ValueError(f"it has the value {constant}, which is not valid JSON")
+        return float(constant)
+
+    def unique(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has the name {show(next(n for n in names if names.count(n) > 1))} twice")
+        return found
+
+    too_deep = "its values are nested too deeply"
+    try:
+        found = json.loads(content, object_pairs_hook=unique, parse_constant=number_of)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it must hold an object, not {type(found).__name__}")
+    level = [found]
+    for _ in range(MOST_JSON_LEVELS):
+        values = (value for each in level for value in (each.values() if isinstance(each, dict) else each))
+        level = [value for value in values if isinstance(value, dict | list)]
+    if level:
+        raise ValueError(too_deep)
+    return found
 
 
 # ---------------------------------------------------------------- rules

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 PART = ".part-"  # prefix of the names of temporary files
-NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)  # errors of file systems without fsync
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS}  # errors of file systems without fsync
+NO_FOLDER_FSYNC = NO_FSYNC | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}  # or that open no folder
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +39,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = part_of(path)
     try:
-        with _os_errors_of(path):
+        with os_errors_of(path):
             yield beside
             _finish(beside)
             os.replace(beside, path)
@@ -55,7 +56,7 @@ def writing_tree(folder: Path) -> Iterator[None]:
     Raises:
         OSError: a file can't be written, for instance because the disk is full.
     """
-    with _os_errors_of(folder):
+    with os_errors_of(folder):
         yield
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -63,7 +64,7 @@ def writing_tree(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _os_errors_of(path: Path) -> Iterator[None]:
+def os_errors_of(path: Path) -> Iterator[None]:
     """Raise OSErrors, and the error of safetensors for a full disk, as OSErrors that name `path`."""
     try:
         yield
@@ -90,20 +91,31 @@ def sync(path: Path) -> None:
     """Flush a file, or the list of files of a folder, to the disk (fsync)."""
     if os.name == "nt":  # fsync needs a writable file there, and folders can't be opened
         return
-    number = os.open(path, os.O_RDONLY)
+    harmless = NO_FOLDER_FSYNC if os.path.isdir(path) else NO_FSYNC
     try:
-        os.fsync(number)
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
     except OSError as error:
-        if error.errno not in NO_FSYNC:
+        if error.errno not in harmless:
             raise
-    finally:
-        os.close(number)
 
 
 def write(path: str | Path, content: str | bytes) -> None:
     """Write text, as UTF-8, or bytes."""
     with writing(path) as beside:
         beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def append(path: Path, text: str) -> None:
+    """Append text, as UTF-8. If that fails, the file is as it was."""
+    with os_errors_of(path), open(path, "ab", buffering=0) as file:
+        size, content = file.tell(), text.encode("utf-8")
+        if file.write(content) < len(content):  # the disk is full
+            os.ftruncate(file.fileno(), size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
@@ -199,7 +211,8 @@ def locked(folder: str | Path, name: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         try:
-            lock.acquire(blocking=False)
+            with os_errors_of(folder):
+                lock.acquire(blocking=False)
         except Timeout:
             with contextlib.suppress(OSError):  # it may end just now
                 other = holder.read_text(encoding="utf-8")
@@ -211,8 +224,8 @@ def locked(folder: str | Path, name: str) -> Iterator[None]:
                 holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             yield
         finally:
-            holder.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
+                holder.unlink(missing_ok=True)
                 os.unlink(lock.lock_file)  # before the release: a process that waits for it makes a new one
             lock.release()
     finally:

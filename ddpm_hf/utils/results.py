@@ -1,8 +1,9 @@
 """Reading evaluation.json, and formatting of metrics in reports, charts, tables and model cards."""
 
-import json
 import math
 from pathlib import Path
+
+from ddpm_hf.utils.arguments import read_json
 
 
 def read_evaluation(path: str | Path) -> dict:
@@ -11,11 +12,8 @@ def read_evaluation(path: str | Path) -> dict:
     Raises:
         ValueError: the file does not exist, is not JSON, or lacks "protocol" or "metrics".
     """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("protocol", "metrics")):
+    found = read_json(path)
+    if not all(isinstance(found.get(key), dict) for key in ("protocol", "metrics")):
         raise ValueError(f'{path} is not an evaluation; it must hold {{"protocol": {{...}}, "metrics": {{...}}}}')
     return found
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.evaluation.features.extractor import Extractor
@@ -112,7 +113,9 @@ def measure_cached(
     if found is None:
         shard = torch.arange(len(images)).tensor_split(world)[rank]
         batches = unit_batches(images, batch_size, shard) if len(shard) else ()
-        found = _joined(in_all(lambda: [extractor(batch) for batch in batches], accelerator))
+        total = -(-len(shard) // batch_size)
+        bar = tqdm(batches, "features of reference images", total, leave=False, disable=rank != 0)
+        found = _joined(in_all(lambda: [extractor(batch) for batch in bar], accelerator))
         if rank == 0:
             _write(path, found)
     return found
