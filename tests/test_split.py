@@ -88,6 +88,14 @@ def test_large_groups_are_held_out_whole_if_need_be_the_smallest():
     assert split_of(labels, groups)[1] == list(range(400, 500))  # the only group of class 1 is for training
 
 
+def test_large_groups_of_many_classes_hold_out_at_most_twice_a_tenth():
+    labels, groups = [k // 40 for k in range(2000)], [k // 20 for k in range(2000)]  # 50 classes of 2 groups of 20
+    train, aside = split_of(labels, [str(group) for group in groups])
+    assert 180 <= len(aside) <= 400
+    assert not {groups[k] for k in train} & {groups[k] for k in aside}
+    assert {labels[k] for k in train} == set(labels)
+
+
 def test_groups_that_are_classes_are_held_out_all_the_same():
     labels = [k // 10 for k in range(200)]
     train, aside = split_of(labels, [str(label) for label in labels])

@@ -126,34 +126,38 @@ def _units(traits: Traits) -> np.ndarray:
 
 
 def _choose(unit: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Whether each image is held out, bool (N,)."""
-    sizes = np.bincount(classes)
-    wanted, held = _seats(sizes, num_held_out(len(unit))), np.zeros_like(sizes)
-    by_unit, order = np.argsort(unit, kind="stable"), _order(len(unit)).numpy()
+    """Whether each image is held out, bool (N,).
+
+    A unit is held out if that brings the classes nearer to what is wanted. Of a class whose units are all too large,
+    the smallest is held out, unless that makes more than twice what is wanted in all.
+    """
+    sizes, order = np.bincount(classes), _order(len(unit)).numpy()
+    wanted, held, held_out = _seats(sizes, num_held_out(len(unit))), np.zeros_like(sizes), np.zeros(len(unit), bool)
+    by_unit = np.argsort(unit, kind="stable")
     starts = np.searchsorted(unit[by_unit], np.arange(len(unit) + 1))
-    by_class = np.split(order[np.argsort(classes[order], kind="stable")], np.cumsum(sizes)[:-1])
-    held_out = np.zeros(len(unit), bool)
+    lengths = np.diff(starts)
 
-    def members(image: int) -> np.ndarray:
-        return by_unit[starts[unit[image]] : starts[unit[image] + 1]]
-
-    def take(image: int, least_gain: float) -> None:
-        """Hold out the unit of `image` if that brings the classes nearer to what is wanted and leaves each an image."""
-        counts = np.bincount(classes[members(image)], minlength=len(sizes))
-        gain = np.abs(held - wanted).sum() - np.abs(held + counts - wanted).sum()
-        if gain > least_gain and (held + counts < sizes).all() and not held_out[image]:
-            held_out[members(image)] = True
+    def take(number: int, needed: bool) -> None:
+        members = by_unit[starts[number] : starts[number + 1]]
+        counts = np.bincount(classes[members], minlength=len(sizes))
+        nearer = np.abs(held + counts - wanted).sum() < np.abs(held - wanted).sum()
+        if (nearer or needed) and (held + counts < sizes).all() and not held_out[members[0]]:
+            held_out[members] = True
             held[:] += counts
 
-    for number in np.argsort(sizes, kind="stable"):
-        for image in by_class[number]:
-            if held[number] >= wanted[number]:
+    by_class = np.split(order[np.argsort(classes[order], kind="stable")], np.cumsum(sizes)[:-1])
+    for label in np.argsort(sizes, kind="stable"):
+        units = unit[by_class[label]]
+        units = units[np.sort(np.unique(units, return_index=True)[1])]
+        for number in units:
+            if held[label] >= wanted[label]:
                 break
-            take(image, least_gain=0)
-        if wanted[number] and not held[number]:  # all units are too large: the smallest that can be spared
-            for image in sorted(by_class[number], key=lambda image: len(members(image))):
-                if not held[number]:
-                    take(image, least_gain=-np.inf)
+            if lengths[number] < 2 * np.maximum(wanted - held, 0).sum():  # a larger one brings nothing nearer
+                take(number, needed=False)
+        for number in units[np.argsort(lengths[units], kind="stable")] if wanted[label] else ():
+            if held[label] or (held.any() and held.sum() + lengths[number] > 2 * wanted.sum()):
+                break
+            take(number, needed=True)
     return held_out
 
 
