@@ -109,6 +109,7 @@ def test_the_flags_are_frozen():
     """What people have in their scripts. Add here; take away or rename only with a major version."""
     assert {f.name for f in dataclasses.fields(TrainConfig)} == {
         "config", "output_dir", "overwrite_output_dir", "dataset_name", "dataset_config_name", "train_data_dir",
+        "image_column", "label_column",
         "resolution", "resize", "channels", "frames", "slices", "value_range", "clip_values", "nodata", "nodata_fill",
         "background", "max_bad_fraction", "group_by", "held_out_split", "streaming",
         "dataloader_num_workers", "random_crop", "random_vertical_flip", "random_rotate90", "class_balance",

@@ -69,7 +69,8 @@ def test_folders_are_classes(tmp_path):
     assert train.labels.tolist() == [0] * 6 + [1] * 3
     assert held_out.labels.tolist() == [0, 0, 0, -1, -1, -1]  # nobody has told what a mouse is
     folder_of(tmp_path / "train", pictures(1))  # an image of no class
-    assert load_images(config(tmp_path))[0].label_names is None
+    train, _ = load_images(config(tmp_path))
+    assert (train.label_names, train.labels.tolist()) == (["cat", "dog"], [-1] + [0] * 6 + [1] * 3)
 
 
 def test_one_folder_is_no_class(tmp_path):

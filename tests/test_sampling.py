@@ -58,6 +58,27 @@ def test_the_command_fills_a_folder(digits_model, tmp_path, capsys):
     assert_alike(pixels(tmp_path / "out"), {f"{k:06d}": np.asarray(im).astype(int) for k, im in enumerate(expected)})
 
 
+def test_classes_whose_names_are_indices_of_others(tmp_path):
+    """On the command line a word is a name; in Python an integer is an index."""
+    unet = tiny_unet(num_classes=3, class_names=["1", "2", "3"])
+    unet.class_embedding.weight.data *= 3  # so that the classes of an untrained network differ
+    pipeline = DDPMCustomPipeline(unet, LinearNoiseScheduler(num_train_timesteps=20))
+    pipeline.save_pretrained(tmp_path / "model")
+    for out, words in (("names", ["1", "2"]), ("and_index", ["1", "0"])):
+        command = ["sample", str(tmp_path / "model"), "--output_dir", str(tmp_path / out), "--num_images", "2", *STEPS]
+        assert main([*command, "--class_labels", *words]) == 0
+    from ddpm_hf.utils.seeds import image_generators
+
+    def drawn(labels):
+        made = pipeline(generator=image_generators(0, range(2)), class_labels=labels, num_inference_steps=5).images
+        return {f"{k:06d}": np.asarray(image).astype(int) for k, image in enumerate(made)}
+
+    assert_alike(pixels(tmp_path / "names"), drawn(["1", "2"]))
+    assert_alike(drawn(["1", "2"]), drawn([0, 1]))
+    assert_alike(pixels(tmp_path / "and_index"), drawn([0, 0]))  # no class is called 0
+    assert abs(drawn([1, 2])["000000"] - drawn(["1", "2"])["000000"]).max() > 1
+
+
 def test_the_same_images_at_every_batch_size_and_in_two_processes(digits_model, tmp_path):
     command = [sys.executable, "-m", "ddpm_hf", "sample", str(digits_model), *STEPS]
     command += ["--num_images", "23", "--class_labels", "1", "2", "3"]

@@ -25,7 +25,9 @@ def add_arguments(parser) -> None:
         both, "--output_dir", "samples in the model's folder", help="folder to write to; existing samples are kept"
     )
     both.add_argument("--seed", type=int, default=0, help="image k depends only on the seed and k")
-    both.add_argument("--class_labels", nargs="+", help="classes that the images take in turn; default: all")
+    both.add_argument(
+        "--class_labels", nargs="+", help="names or indices of classes, which the images take in turn; default: all"
+    )
     both.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 disables it")
     add_device(both)
     folder = parser.add_argument_group("folder of images")
@@ -60,7 +62,7 @@ def run(args) -> None:
     pipeline = load_pipeline(args.model, "model").to(device)
     pipeline.set_progress_bar_config(leave=False, desc="steps", disable=os.environ.get("RANK", "0") != "0")
     names = pipeline.unet.config.get("class_names") or []
-    labels = args.class_labels and [int(x) if x.isdigit() and x not in names else x for x in args.class_labels]
+    labels = args.class_labels and [int(x) if x.isdecimal() and x not in names else x for x in args.class_labels]
     labels = labels or list(range(num_classes(pipeline.unet) or 0)) or None
     output = Path(args.output_dir) if hasattr(args, "output_dir") else _folder_of(args.model)
     (_compare if args.compare else _fill)(pipeline, labels, output, args)

@@ -77,6 +77,11 @@ class DataConfig:
     train_data_dir: str | None = _data(
         "use this folder instead of dataset_name: it holds images, or train*.parquet and optionally test*.parquet"
     )
+    image_column: str | None = _data("the column of the images; default: the only one, else an error asks")
+    label_column: str | None = _data(
+        "the column of the classes: of type ClassLabel, or of integers or texts; default: the only one of type "
+        "ClassLabel, or one called label or cls"
+    )
     resolution: int | list[int] | None = _data(
         "height and width in pixels, or one number for both; default: keep the size", rule=_resolution
     )

@@ -65,6 +65,7 @@ class ImageData:
         window: (height, width) of the windows of the images that a network sees; None: it sees whole images.
         class_balance: see `Order`.
         fill: what takes the place of missing values, in [-1, 1]; None if none can be missing.
+        no_classes: why the data set has no classes, if that is not plain.
     """
 
     pixels: torch.Tensor
@@ -76,6 +77,7 @@ class ImageData:
     window: tuple[int, int] | None = None
     class_balance: float = 0.0
     fill: float | None = None
+    no_classes: str = ""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -84,6 +86,12 @@ class ImageData:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what a network sees."""
         return self.pixels.shape[1], *(self.window or self.pixels.shape[2:])
+
+    def order_classes(self, names: list[str] | None) -> None:
+        """Number the classes as in `names` if these are the same names in another order."""
+        if self.label_names and names and sorted(names) == sorted(self.label_names):
+            numbers = torch.tensor([*map(names.index, self.label_names), -1])  # label -1 is the last entry
+            self.labels, self.label_names = numbers[self.labels], list(names)
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
         """Indices (B,) -> images (B, C, H, W), float32 in [-1, 1]; a window is at the same place each time."""
@@ -185,7 +193,7 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
     if has_embedded_digits(config):
         return _digits(config)
     train, test, label_names = source_of(config)
-    license = getattr(train, "license", None)
+    license, no_classes = getattr(train, "license", None), getattr(train, "no_classes", "")
     if not len(test) and config.held_out_split == EARLIER_SPLIT:
         train, test = (Subset(train, indices.tolist()) for indices in random_split(len(train)))
     elif test_limit is not None and len(test) > test_limit:
@@ -205,7 +213,8 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
         images, held_out = _separate(images, *stratified_split(traits, images.labels))
         if held_out is None and len(images) > 1:
             _log("no image is held out: each class has a single image, or all images are of one group or copies")
-    images.bad, images.license, images.window = bad + bad_too, license, window_of(config)
+    images.bad, images.license, images.no_classes = bad + bad_too, license, no_classes
+    images.window = window_of(config)
     if held_out is not None:
         held_out = replace(held_out, window=images.window).cropped()
     if config.value_range and tuple(config.value_range) != images.value_range:
@@ -274,6 +283,8 @@ def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
         raise ValueError(f"random_crop={config.random_crop}: the embedded digits have 8x8 pixels; leave it out")
     if config.group_by is not None:
         raise ValueError(f"group_by={show(config.group_by)}: the embedded digits have no groups; leave it out")
+    if config.image_column is not None or config.label_column is not None:
+        raise ValueError("the embedded digits have no columns: leave image_column and label_column out")
     if config.streaming:
         raise ValueError("streaming=True: the embedded digits are in memory already; leave it out")
     digits = load_digits()

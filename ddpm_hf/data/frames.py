@@ -23,6 +23,7 @@ class Frames(Sequence):
 
     def __init__(self, items, slices: int | None):
         self.items, self.slices, self.license = items, slices, getattr(items, "license", None)
+        self.no_classes = getattr(items, "no_classes", "")
 
     def __iter__(self) -> Iterator:
         """Without opening more files than are asked for."""

@@ -1,5 +1,7 @@
 """Finds images in folders, parquet files and data sets on the Hub, without decoding them."""
 
+import functools
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -13,12 +15,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 
 from ddpm_hf.data import medical
 from ddpm_hf.data.config import DataConfig
+from ddpm_hf.data.folders import MARKS, UNKNOWN, Inventory, mark_of, take_inventory
 from ddpm_hf.data.frames import Frames, has_several_a_file
-from ddpm_hf.data.reading import is_image_file
 from ddpm_hf.data.split import NO_GROUPS, Groups
+from ddpm_hf.utils.arguments import shorten, show
 
-# Files that mark a folder as output of this package. Such folders below a data folder are ignored.
-MARKS = {"train_config.json": "a run", "model_index.json": "a model", "sampling.json": "samples"}
 log = logging.getLogger(__name__)
 
 
@@ -71,8 +72,7 @@ def _find(config: DataConfig, streaming: bool, groups: Groups):
         raise ValueError(f"dataset_name={name!r} can't be loaded: {' '.join(str(error).split())}") from error
     if "train" not in loaded:
         raise ValueError(f"dataset_name={name!r} must have a split 'train'; it has {', '.join(loaded)}")
-    held_out = next((split for split in ("test", "validation") if split in loaded), None)
-    train, test, label_names = _rows_of(loaded, held_out, name, groups)
+    train, test, label_names = _rows_of(loaded, _held_out_split(loaded), name, config, groups)
     train.license = train.license or license_on_card(name)
     return train, test, label_names
 
@@ -103,122 +103,189 @@ def _folder(config: DataConfig, streaming: bool, groups: Groups):
     path, folder = config.train_data_dir, Path(config.train_data_dir)
     if not folder.is_dir():
         raise ValueError(f"train_data_dir={path!r} is not a folder; it must be a folder of images or of train*.parquet")
-    mark = _mark(folder)
+    mark = mark_of(folder)
     if mark in ("train_config.json", "model_index.json"):  # a folder of samples is allowed
         raise ValueError(
             f"train_data_dir={path!r} is the folder of {MARKS[mark]} (it has {mark}): give a folder of images"
         )
     _check_output(config, [folder])
-    parquet = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in ("train", "test")}
-    if parquet["train"]:
-        import datasets
-
-        try:
-            # load_dataset would contact the Hub even for local files
-            read = datasets.Dataset.from_parquet
-            loaded = {split: read(files, streaming=streaming) for split, files in parquet.items() if files}
-        except Exception as error:  # datasets and pyarrow raise many types
-            raise ValueError(f"train_data_dir={path!r}: its parquet files can't be read: {error}") from error
-        return _rows_of(loaded, "test" if "test" in loaded else None, path, groups)
-    if streaming:
-        raise ValueError(f"streaming=True needs train*.parquet, and train_data_dir={path!r} has none: leave it out")
-    splits = _splits(folder)
-    found = [sorted(f for here, files in _walk(s) for f in files if is_image_file(f)) for s in splits]
-    if not found[0]:
+    inventory = take_inventory(folder)
+    if streaming and inventory.kind in (None, "images"):
         raise ValueError(
-            f"train_data_dir={path!r} contains no images and no train*.parquet; hidden files and the folders of runs, "
-            "models and samples are ignored"
+            f"streaming=True needs train*.parquet, and train_data_dir={path!r} has none: leave streaming out"
         )
-    folders = {file.parent for files in found for file in files}
-    _check_output(config, {up for f in folders for up in (f, *f.parents) if any(up.is_relative_to(s) for s in splits)})
-    names = _classes(found[0], splits[0])
+    if inventory.kind is None:
+        raise ValueError(
+            f"train_data_dir={path!r} contains no images and no train*.parquet: it holds "
+            f"{inventory.left_out_in_words() or 'no files'}; hidden files and the folders of runs, models and samples "
+            "are ignored"
+        )
+    if inventory.kind != "images":
+        try:
+            loaded = _read_tables(inventory, streaming)
+        except Exception as error:  # datasets and pyarrow raise many types
+            kind = inventory.kind.removeprefix(".")
+            raise ValueError(
+                f"train_data_dir={path!r}: its {kind} files can't be read: {shorten(str(error), 250)}"
+            ) from error
+        _report(path, "", inventory)
+        return _rows_of(loaded, _held_out_split(loaded), path, config, groups)
+    _check_output(config, {up for file in (*inventory.train, *inventory.held_out) for up in file.parents})
+    return _images(config, inventory, groups)
+
+
+def _read_tables(inventory: Inventory, streaming: bool):
+    """A mapping from splits to data sets, as `datasets` reads them. Only its builders: load_dataset calls the Hub."""
+    import datasets
+    from datasets.data_files import DataFilesDict, DataFilesList
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+    from datasets.packaged_modules.parquet.parquet import Parquet
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    if inventory.kind == "saved":
+        loaded = datasets.load_from_disk(str(inventory.folder))
+        loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+        return {split: part.to_iterable_dataset() for split, part in loaded.items()} if streaming else loaded
+    name, builder = {".parquet": ("parquet", Parquet), ".tar": ("webdataset", WebDataset)}[inventory.kind]
+    loaded = {}
+    for split, files in (("train", inventory.train), (inventory.held_out_name, inventory.held_out)):
+        if files:  # a list, not patterns, so files may have any name; a reader of its own, for its own names of classes
+            versions = [(str(file.stat().st_mtime_ns), str(file.stat().st_size)) for file in files]
+            listed = DataFilesDict(train=DataFilesList([str(file.absolute()) for file in files], versions))
+            reader = builder(data_files=listed, hash=_PACKAGED_DATASETS_MODULES[name][1])
+            if not streaming:
+                reader.download_and_prepare()
+            loaded[split] = (reader.as_streaming_dataset if streaming else reader.as_dataset)(split="train")
+    return loaded
+
+
+def _images(
+    config: DataConfig, inventory: Inventory, groups: Groups
+) -> tuple[list[Item], list[Item], list[str] | None]:
+    """The images of a folder, with the classes in its metadata files, or else those of its folders."""
+    from ddpm_hf.data.columns import Metadata, class_names
+
+    path, splits = config.train_data_dir, (inventory.train, inventory.held_out)
+    metadata = Metadata(inventory.metadata, config.image_column, config.label_column, path)
+    for file in metadata.unread:
+        inventory.left_out[file.suffix] += 1
+    others = [file for split in splits for file in split if metadata.is_other(file)]
+    if others:
+        inventory.left_out["images of other columns of the metadata"] += len(others)
+    splits = [[file for file in split if not metadata.is_other(file)] for split in splits]
+    without = len(metadata.values) - sum(map(metadata.names, itertools.chain(*splits)))
+    if without:
+        inventory.left_out["rows of metadata without an image here"] += without
+    if metadata.has_labels:
+        names, value = class_names(map(metadata.value, splits[0])), metadata.value
+    else:
+        names, value = inventory.classes, inventory.class_of.get
     labels = {name: k for k, name in enumerate(names or [])}
 
-    def item(file: Path, split: Path) -> Item:
-        path = file.relative_to(split)
-        group = groups.of_path(str(file), path) or medical.patient_of(file)
-        return Item(str(file), file, labels.get(path.parts[0]), group=group)
+    def item(file: Path) -> Item:
+        group = groups.of_path(str(file), inventory.below[file]) or medical.patient_of(file)
+        return Item(str(file), file, labels.get(str(value(file))), group=group)
 
-    items = [[item(file, split) for file in files] for files, split in zip(found, splits, strict=True)]
-    return items[0], items[1] if len(items) > 1 else [], names
-
-
-def _mark(folder: Path) -> str | None:
-    """The name of a file that marks the folder as output of this package, or None."""
-    return next((name for name in MARKS if (folder / name).is_file()), None)
-
-
-def _splits(folder: Path) -> list[Path]:
-    """The folders `train` and, if it exists, `test`; or the whole folder."""
-    splits = [s for s in (folder / "train", folder / "test") if s.is_dir() and not _mark(s)]
-    return splits if folder / "train" in splits else [folder]
+    splits = [list(map(item, split)) for split in splits]
+    found = f"{len(splits[0])} images" + (f" in {len(names)} classes" if names else "")
+    found += f", {len(splits[1])} held out ({inventory.held_out_name})" if splits[1] else ""
+    for split, items in zip(("training", "held-out"), splits):
+        if names and (none := sum(item.label is None for item in items)):
+            found += f", {none} {split} images without one of these classes"
+    _report(path, found, inventory)
+    return *splits, names
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """The folders with training data, from `folder` down, each with its files.
+def _report(path: str, found: str, inventory: Inventory) -> None:
+    """Log in one line what a folder holds: a warning if something is left out. The main process does so once."""
+    left_out = inventory.left_out_in_words()
+    words = "; ".join(filter(None, (found, left_out and f"left out: {left_out}")))
+    if words:
+        _log_once(f"train_data_dir={path!r}: {words}", logging.WARNING if left_out else logging.INFO)
 
-    Hidden files and folders, and folders marked by `MARKS` with all below them, are left out.
-    """
-    for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _mark(Path(here, name))]
-        yield Path(here), [Path(here, name) for name in files if not name.startswith(".")]
+
+@functools.cache
+def _log_once(message: str, level: int = logging.WARNING) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        log.log(level, message)
 
 
 def among_images(folder: Path, place: Path) -> bool:
     """Whether files in `place`, which need not exist yet, would be among the images of the data folder."""
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir()).resolve()
-    return any(there == here.resolve() for here in (folder, *(here for s in _splits(folder) for here, _ in _walk(s))))
+    return any(there == here.resolve() for here in (folder, *take_inventory(folder).searched))
 
 
 def _check_output(config: DataConfig, folders) -> None:
     """Raise ValueError if output_dir is one of `folders`: a run marks its folder, whose images are then ignored."""
     output = Path(config.output_dir).resolve()
-    if any(output == folder.resolve() for folder in folders):
+    top = Path(config.train_data_dir).resolve()
+    if any(output == folder.resolve() for folder in folders if folder.resolve().is_relative_to(top)):
         raise ValueError(
             f"output_dir={config.output_dir!r} contains images of train_data_dir={config.train_data_dir!r}, which will "
             "be ignored later: give a separate folder for the run"
         )
 
 
-def _classes(files: list[Path], folder: Path) -> list[str] | None:
-    """The class names: the subfolders of `folder`, if there are several and all files are in them."""
-    parts = [file.relative_to(folder).parts for file in files]
-    names = sorted({first for first, *_ in parts})
-    return names if len(names) > 1 and all(len(p) > 1 for p in parts) else None
+def _held_out_split(loaded) -> str | None:
+    return next((split for split in ("test", "validation") if split in loaded), None)
 
 
-def _rows_of(loaded, held_out: str | None, name: str, groups: Groups):
-    train = Rows(loaded["train"], name, groups=groups)
-    test = Rows(loaded[held_out], f"{name} {held_out}", train.label_names, groups) if held_out else []
+def _rows_of(loaded, held_out: str | None, name: str, config: DataConfig, groups: Groups):
+    columns = {"image_column": config.image_column, "label_column": config.label_column, "groups": groups}
+    train = Rows(loaded["train"], name, **columns)
+    test = Rows(loaded[held_out], f"{name} {held_out}", train.label_names, **columns) if held_out else []
+    lacking = [each for each in getattr(test, "own_names", None) or [] if each not in (train.label_names or [])]
+    if lacking and train.label_names:
+        _log_once(f"{name!r}: images of these classes are held out and none is for training: {show(lacking)}")
     return train, test, train.label_names
 
 
 class Rows:
-    """The rows of a data set as `Item`s. Image and label are the first columns of type Image and ClassLabel.
+    """The rows of a data set as `Item`s. `data/columns.py` says which columns are image and label.
 
     Args:
         names: the names of the classes in the order of the labels to return; None: those of the data set.
         groups: reads the group of a row, from a column or from the path of the image.
+        image_column, label_column: the columns; None: those that the types tell.
     """
 
-    def __init__(self, dataset, source: str, names: list[str] | None = None, groups: Groups = NO_GROUPS):
+    def __init__(
+        self,
+        dataset,
+        source: str,
+        names: list[str] | None = None,
+        groups: Groups = NO_GROUPS,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ):
         import datasets
+
+        from ddpm_hf.data.columns import choose_image, choose_label, class_names
 
         if dataset.features is None:  # a stream knows them after its first row
             dataset = dataset._resolve_features()
         features = dataset.features
-        columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        if not columns:
-            raise ValueError(f"{source!r} has no column of type Image; its columns are {', '.join(features)}")
-        labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        self.image, self.label, self.source = columns[0], labels[0] if labels else None, source
-        self.own_names = features[self.label].names if labels else None
+        self.image, self.source = choose_image(features, image_column, source), source
+        self.label, self.no_classes = choose_label(features, label_column, source)
+        self.own_names = getattr(features.get(self.label), "names", None)
+        self.is_typed = self.own_names is not None
+        if self.label and not self.is_typed:
+            if not hasattr(dataset, "unique"):
+                self.label, self.no_classes = None, f"the column {self.label!r} of a stream is not of type ClassLabel"
+            else:
+                self.own_names = class_names(dataset.unique(self.label))
+                self.no_classes = "" if self.own_names else f"the column {self.label!r} has fewer than two values"
+            if label_column and not self.own_names:
+                raise ValueError(f"label_column={label_column!r} of {source!r}: {self.no_classes}")
         self.label_names = names or self.own_names
         self.license = (dataset.info.license or None) if dataset.info else None
         self.groups, self.columns = groups, list(features)
-        group = [groups.by] if groups.by in features else []
-        self.dataset = dataset.select_columns(list(dict.fromkeys(columns[:1] + labels[:1] + group)))
-        self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False))
+        used = [self.image, self.label, groups.by if groups.by in features else None]
+        self.dataset = dataset.select_columns(list(dict.fromkeys(filter(None, used))))
+        self.array_type = getattr(features[self.image], "shape", None) and features[self.image].dtype
+        if self.array_type is None:
+            self.dataset = self.dataset.cast_column(self.image, datasets.Image(decode=False))
 
     def __len__(self):
         return len(self.dataset)
@@ -230,13 +297,17 @@ class Rows:
         return (self.item(k, row) for k, row in enumerate(self.dataset))
 
     def item(self, k: int, row: dict) -> Item:
-        encoded = row[self.image] or {"bytes": None, "path": None}
-        path, source = encoded["path"], encoded["bytes"]
-        if source is None and path and "://" in path:  # a remote file of a stream
-            with fsspec.open(path, "rb") as file:
-                source = file.read()
-        name = f"{self.source} row {k}" + (f" ({path})" if path else "")
-        source = path if source is None else source
+        content, name, path = row[self.image], f"{self.source} row {k}", None
+        if self.array_type is not None:
+            source = None if content is None else np.array(content, self.array_type)
+        else:
+            encoded = content or {"bytes": None, "path": None}
+            path, source = encoded["path"], encoded["bytes"]
+            name += f" ({path})" if path else ""
+            if source is None and path and "://" in path:  # a remote file of a stream
+                with fsspec.open(path, "rb") as file:
+                    source = file.read()
+            source = path if source is None else source
         return Item(name, source, self._label(name, row), group=self._group(name, path, row))
 
     def _group(self, name: str, path: str | None, row: dict) -> str | None:
@@ -247,9 +318,10 @@ class Rows:
 
     def _label(self, name: str, row: dict) -> int | None:
         label = row[self.label] if self.label else None
-        if label is None or label == -1:  # -1 stands for an unknown label
+        if label in UNKNOWN or not self.label_names:
             return None
-        if not 0 <= label < len(self.own_names):
-            raise ValueError(f"{name} has the label {label}, which must be in -1 ... {len(self.own_names) - 1}")
-        called = self.own_names[label]
-        return self.label_names.index(called) if called in self.label_names else None
+        if self.is_typed:
+            if not 0 <= label < len(self.own_names):
+                raise ValueError(f"{name} has the label {label}, which must be in -1 ... {len(self.own_names) - 1}")
+            label = self.own_names[label]
+        return self.label_names.index(str(label)) if str(label) in self.label_names else None

@@ -46,7 +46,7 @@ class ImageStream:
 
     def __init__(self, config: DataConfig, process_index: int, num_processes: int):
         train, test, names = source_of(config, streaming=True)
-        self.config, self.rows, self.license = config, train, train.license
+        self.config, self.rows, self.license, self.no_classes = config, train, train.license, train.no_classes
         self.process_index, self.fingerprint = process_index, "a stream"
         self.decoder, self.workers = decoder_of(config), config.dataloader_num_workers
         self.keeps_aside = not isinstance(test, Rows)
@@ -65,6 +65,11 @@ class ImageStream:
         self._keep_state()
         self.images = None
         self.shape = self.held_out.shape if self.held_out else tuple(self.first(1, config.seed).shape[1:])
+
+    def order_classes(self, names: list[str] | None) -> None:
+        """Number the classes as in `names` if these are the same names in another order."""
+        if self.label_names and names and sorted(names) == sorted(self.label_names):
+            self.label_names = self.rows.label_names = list(names)
 
     def batch_for_step(self, seed: int, step: int, batch_size: int, rows: torch.Tensor, corners=None):
         """The next `len(rows)` images (B, C, H, W) in [-1, 1] and their labels (B,), -1 for no class.

@@ -45,6 +45,7 @@ def data_config(
         changes |= {"channels": channels, "resolution": [height, width]}
         if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
             changes |= {"channels": None, "value_range": None, "resolution": None, "random_crop": None}
+            changes |= {"image_column": None, "label_column": None}
         if path is not None and dataset_name not in (None, DataConfig.from_json(path).dataset_name):
             changes["group_by"] = None  # of other data
     config = DataConfig(**changes) if path is None else DataConfig.from_json(path, **changes)
@@ -107,6 +108,8 @@ def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[I
             f"height, width), but the model generates {pipeline.image_shape}: give images of that shape"
         )
     classes, names = num_classes(pipeline.unet), train.label_names
+    if classes is not None and train.no_classes:
+        raise ValueError(f"the model is class-conditional and the images have no classes: {train.no_classes}")
     if classes is None or names is None:
         return train, held_out
     known = pipeline.unet.config.get("class_names") or (

@@ -115,8 +115,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
                 the predicted x_0}). A `"sample"` in the dict that it returns replaces x. If it sets
                 `pipeline.interrupt = True`, sampling ends and x is returned. `pipeline.num_timesteps` is the number of
                 steps.
-            class_labels: labels or names of classes, one for all images or one per image; required if the network is
-                class-conditional, invalid otherwise.
+            class_labels: classes, one for all images or one per image: an integer is the index of a class, a string its
+                name, also if that is a number. Required if the network is class-conditional, invalid otherwise.
             guidance_scale: scale s of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6 with
                 s = 1 + w): unconditional + s (conditional - unconditional). 1: no guidance; 0: any class.
             scheduler: a solver for this call, by name ("ddim", "dpm++", "unipc" ..., see

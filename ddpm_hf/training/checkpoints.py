@@ -133,11 +133,11 @@ class Checkpoints:
                 log.warning(f"{path} is damaged ({error}){': trying the previous one' if before else ''}")
         return {"step": 0, "kept": None}
 
-    def settings(self, paths: list[Path]) -> dict | None:
-        """The settings in the first state.json of `paths` that can be read, {} if it has none; None without one."""
+    def first_state(self, paths: list[Path]) -> dict | None:
+        """The first state.json of `paths` that can be read; None without one."""
         for path in paths:
             with contextlib.suppress(Damaged):
-                return self._state(path).get("settings", {})
+                return self._state(path)
         return None
 
     def _held(self) -> str | None:

@@ -123,7 +123,7 @@ def _check_classes(config: TrainConfig, unet: DDPMUNet | UNet2DModel, names: lis
     if not config.class_conditional:
         if classes is not None:
             raise ValueError(f"the network has {classes} classes (num_classes): set class_conditional=True")
-    elif names is not None and (classes != len(names) or (unet.config.class_names or names) != names):
+    elif names is not None and (classes != len(names) or sorted(unet.config.class_names or names) != sorted(names)):
         made_for = (
             "none" if classes is None else f"{classes} ({', '.join(unet.config.class_names or ['no names'])[:80]})"
         )

@@ -161,10 +161,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop) -> tuple[Training, int | None]:
     """The training at the update where it starts, and that update if the checkpoint lies in this folder (else None)."""
-    keep_split(config, checkpoints.settings(paths))
+    state = checkpoints.first_state(paths)
+    keep_split(config, None if state is None else state.get("settings", {}))
     images, held_out = _images(config, accelerator)
     torch.manual_seed(config.seed)
-    unet, scheduler = build_model(config, images.shape, images.label_names)
+    names, before = images.label_names, ((state or {}).get("network") or {}).get("class_names")
+    same_names = names and before and sorted(names) == sorted(before)
+    unet, scheduler = build_model(config, images.shape, before if same_names else names)
+    for part in filter(None, (images, held_out)):
+        part.order_classes(unet.config.get("class_names"))  # of a checkpoint or a pretrained network, as it has learnt
     if accelerator.is_main_process and (warning := signal_left(scheduler)):
         log.warning(warning)
     ema = EMA(unet, config.ema_max_decay)
@@ -261,8 +266,8 @@ def _check_images(config: TrainConfig, images) -> None:
         if getattr(config, name) and not has_classes:
             raise ValueError(
                 f"{name}={getattr(config, name)}: the images of {config.train_data_dir or config.dataset_name!r} have "
-                "no classes; they need a column of type ClassLabel, or folders, one a class, with every image in one "
-                "of them"
+                "no classes; "
+                + (images.no_classes or "they need a column of classes (--label_column), or folders, one a class")
             )
     if config.random_rotate90 and images.shape[1] != images.shape[2]:
         height, width = images.shape[1:]
