@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from ddpm_hf.data import pages as limits
 from ddpm_hf.data.decoding import Decoder
-from ddpm_hf.data.reading import ORIENTED, BadImage, read_image
+from ddpm_hf.data.reading import ORIENTED, BadImage, is_image_file, read_image
 
 HEIGHT, WIDTH = 5, 7
 rng = np.random.default_rng(0)
@@ -368,3 +368,21 @@ def test_a_sparse_array_is_refused(tmp_path):
         file.truncate(400 * 8000 * 8000 + 200)  # no block on the disk
     with pytest.raises(BadImage, match="is too large: 400x8000x8000 values are 25,600,000,000 bytes"):
         read_image(tmp_path / "a.npy", None)
+
+
+@pytest.mark.parametrize(("kind", "suffix", "most"), [("JXL", ".jxl", 0), ("HEIF", ".heic", 8), ("AVIF", ".avif", 8)])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_formats_of_plugins(tmp_path, kind, suffix, most, channels):
+    """Upright, of the channels that the file has, within what the format loses; `most` values of 256."""
+    y, x = np.mgrid[:48, :64]
+    planes = np.stack([2 * x + y, 4 * y, 255 - 3 * x, 255 - y], axis=-1).clip(0, 255).astype(np.uint8)[..., :channels]
+    turned = Image.fromarray(np.rot90(planes).squeeze().copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    settings = {"lossless": True} if kind == "JXL" else {"quality": 100}
+    turned.save(tmp_path / f"a{suffix}", kind, exif=exif.tobytes(), **settings)
+    assert is_image_file(tmp_path / f"a{suffix.upper()}")
+    pixels = Decoder(channels)(tmp_path / f"a{suffix}").pixels
+    difference = abs(pixels.transpose(1, 2, 0).astype(int) - planes)
+    assert pixels.shape == (channels, 48, 64)
+    assert np.percentile(difference, 99) <= most  # subsampled colours differ at borders

@@ -16,6 +16,7 @@ from conftest import tiny_config
 from hypothesis import strategies as st
 from PIL import Image
 
+from ddpm_hf.data import folders
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.folders import natural_order, take_inventory
 from ddpm_hf.data.sources import source_of
@@ -59,10 +60,16 @@ def left_out(folder):
     return dict(take_inventory(folder).left_out)
 
 
+@pytest.fixture
+def without_plugins(monkeypatch):
+    """Pillow as it is without plug-ins."""
+    monkeypatch.setattr(folders, "_is_suffix_of_images", lambda suffix: suffix in (".png", ".npy"))
+
+
 # ---------------------------------------------------------------- what is told
 
 
-def test_one_line_says_what_is_taken_and_what_is_not(tmp_path, caplog):
+def test_one_line_says_what_is_taken_and_what_is_not(tmp_path, caplog, without_plugins):
     touch(tmp_path, "a.png", "b.PNG", "1.raw", "2.raw", "3.raw", "x.heic", "y.HEIC", "all.zip", "LICENSE", "film.mpg")
     with caplog.at_level(logging.WARNING):
         found(tmp_path)
@@ -90,7 +97,7 @@ def test_nothing_is_said_where_nothing_is_left_out(tmp_path, caplog):
     (("a.jxl",), r"it holds 1 .jxl \(`pip install pillow-jxl-plugin`\); hidden"),
     (("run/train_config.json", "run/0.png"), "it holds 1 folder of a run; hidden"),
 ])  # fmt: skip
-def test_a_folder_without_images_says_what_it_has(tmp_path, names, words):
+def test_a_folder_without_images_says_what_it_has(tmp_path, names, words, without_plugins):
     touch(tmp_path, *names)
     with pytest.raises(ValueError, match=f"contains no images and no train.*: {words}") as error:
         found(tmp_path)

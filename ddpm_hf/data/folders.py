@@ -33,7 +33,7 @@ JUNK = ("thumbs.db", "desktop.ini", "__macosx")  # of Windows and macOS; hidden 
 HEADERS_ONLY = (".bufr", ".grib", ".h5", ".hdf", ".mpg", ".mpeg")  # formats that Pillow identifies but can't decode
 MOST_REASONS = 8
 UNKNOWN = (None, -1, "")  # labels of images without a class
-PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 

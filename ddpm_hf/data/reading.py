@@ -18,6 +18,13 @@ from ddpm_hf.data import medical
 from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
 from ddpm_hf.utils.arguments import OF_THE_MACHINE
 
+with contextlib.suppress(ImportError):  # HEIC, from pillow-heif; AVIF is in Pillow itself
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+with contextlib.suppress(ImportError):  # JPEG XL, from pillow-jxl-plugin, which registers itself
+    import pillow_jxl  # noqa: F401
+
 ARRAY_SUFFIX = ".npy"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
