@@ -1,7 +1,6 @@
 """`ddpm-hf evaluate`, from a model to its numbers."""
 
 import errno
-import html
 import json
 import logging
 import math
@@ -172,20 +171,6 @@ def test_samples_that_are_the_held_out_images(trained, tmp_path, monkeypatch):
     assert found["precision_held_out"]["value"] == found["coverage_held_out"]["value"] == 1
     assert found["memorization_pixels"]["value"] == pytest.approx(0, abs=1e-9)
     assert found["memorization_pixels"]["median_ratio"] == pytest.approx(1)
-
-
-def test_a_tint_is_told_with_what_helps(trained, tmp_path, monkeypatch, caplog):
-    images = load_images(TrainConfig())[0]
-    replace_samples(monkeypatch, SimpleNamespace(batch=lambda i: (0.8 * images.batch(i) + 0.1).clamp(-1, 1)))
-    found = quick(trained, tmp_path, num_samples=400, metrics=("drift",))["metrics"]["channel_mean_drift"]
-    assert "--prediction_type v_prediction often helps" in found["advice"]
-    assert f"the samples are tinted: the mean of a channel differs by {found['value']:.2f}. At the first" in caplog.text
-    assert found["advice"] in html.unescape((tmp_path / "report.html").read_text())
-    caplog.clear()
-    replace_samples(monkeypatch, images)
-    found = quick(trained, tmp_path, num_samples=400, metrics=("drift",))["metrics"]["channel_mean_drift"]
-    assert "advice" not in found
-    assert "tinted" not in caplog.text
 
 
 def test_a_shift_of_colour_is_measured(trained, tmp_path, monkeypatch):

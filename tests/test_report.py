@@ -13,6 +13,7 @@ from PIL import Image
 
 import ddpm_hf.evaluation.report
 from ddpm_hf.evaluation.charts import CURVES, UNITS, draw_charts
+from ddpm_hf.evaluation.comparison import tint_warning
 from ddpm_hf.evaluation.report import KNOWN, verdict, write_report
 from ddpm_hf.utils.results import noise_warning, number
 
@@ -273,3 +274,32 @@ def test_what_noise_is(value, real, noise):
     found = noise_warning({"neighbour_correlation": {"value": value, "training_images": real}})
     assert (found is not None) == noise
     assert noise_warning({}) is None
+
+
+@pytest.mark.parametrize(("value", "stderr", "prediction_type", "helps"), [
+    (0.2, 0.01, "epsilon", "--prediction_type v_prediction often helps, also with rescale_betas_zero_snr=true"),
+    (0.2, 0.01, "v_prediction", "more sampling steps (--num_inference_steps) or a longer training often help"),
+    (0.04, 0.001, "epsilon", None),
+    (0.2, 0.1, "epsilon", None),
+    (0.2, None, "epsilon", None),
+])  # fmt: skip
+def test_a_tint_is_told_with_what_helps(tmp_path, value, stderr, prediction_type, helps):
+    evaluation = only("channel_mean_drift")
+    evaluation["metrics"]["channel_mean_drift"] |= {"value": value, "stderr": stderr}
+    evaluation["protocol"]["model"]["scheduler"] = {"prediction_type": prediction_type}
+    told = tint_warning(evaluation)
+    assert (told is None) == (helps is None)
+    text = report(tmp_path / "report", evaluation).text
+    if helps:
+        assert f"the mean of a channel differs by {value} of 2" in told
+        assert helps in told
+        assert told in text
+    assert ("tinted" in text) == (helps is not None)
+
+
+def test_the_tint_of_noise_is_not_told():
+    evaluation = only("channel_mean_drift", "neighbour_correlation")
+    evaluation["metrics"]["channel_mean_drift"] |= {"value": 0.5}
+    assert "tinted" in tint_warning(evaluation)
+    evaluation["metrics"]["neighbour_correlation"] |= {"value": 0.01}
+    assert tint_warning(evaluation) is None

@@ -75,6 +75,7 @@ def run(args) -> None:
         report = evaluation.file_beside(output, evaluation.REPORT)
         written = f"{output} and {report}" if report.exists() else output  # a warning has told why there is no report
         print("\n".join([*comparison.table(found), f"-> {written}"]), flush=True)
-        for warning in (noise_warning(found["metrics"]), comparison.few_samples_warning(found)):
+        warnings = comparison.tint_warning(found), comparison.few_samples_warning(found)
+        for warning in (noise_warning(found["metrics"]), *warnings):
             if warning:
                 print(warning, file=sys.stderr)

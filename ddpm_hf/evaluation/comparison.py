@@ -2,9 +2,10 @@
 
 import math
 
-from ddpm_hf.utils.results import number, read_evaluation
+from ddpm_hf.utils.results import noise_warning, number, read_evaluation
 
 ENOUGH = 10_000  # samples; with fewer, the bias of a distance exceeds its interval
+TINT = 0.05  # of the mean of a channel in [-1, 1]: 6 of 255 values
 BIASED = ("fid_", "fd_", "precision_", "recall_", "density_", "coverage_", "inception_score")
 
 
@@ -18,6 +19,22 @@ def few_samples_warning(evaluation: dict) -> str | None:
         "intervals (±) do not include this bias. Precision, recall, density, coverage and Inception Score depend on "
         f"the number of samples too. Compare these values only with values of {n:,} samples, or generate more samples."
     )
+
+
+def tint_warning(evaluation: dict) -> str | None:
+    """A warning with what helps if the mean of a channel of the samples differs clearly from that of the data."""
+    drift = evaluation["metrics"].get("channel_mean_drift", {})
+    value, stderr = drift.get("value"), drift.get("stderr")
+    if value is None or stderr is None or value < max(TINT, 3 * stderr) or noise_warning(evaluation["metrics"]):
+        return None
+    scheduler = evaluation["protocol"].get("model", {}).get("scheduler", {})
+    helps = "more sampling steps (--num_inference_steps) or a longer training often help"
+    if scheduler.get("prediction_type", "epsilon") == "epsilon":
+        helps = (
+            "a small error of a predicted noise is a large one of the image in the first steps of sampling, so "
+            "training with --prediction_type v_prediction often helps, also with rescale_betas_zero_snr=true in --scheduler"
+        )
+    return f"The samples are tinted or too bright or dark: the mean of a channel differs by {value:.2g} of 2; {helps}."
 
 
 def table(evaluation: dict) -> list[str]:

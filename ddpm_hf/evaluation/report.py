@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ddpm_hf.evaluation.charts import BITS, DISTANCES, DRIFTS, LOSSES, QUALITIES, draw_charts, has
-from ddpm_hf.evaluation.comparison import few_samples_warning
+from ddpm_hf.evaluation.comparison import few_samples_warning, tint_warning
 from ddpm_hf.utils.files import write
 from ddpm_hf.utils.pictures import channel_names
 from ddpm_hf.utils.results import noise_warning, number
@@ -51,6 +51,7 @@ def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image],
         cards=_cards(metrics),
         noise=noise_warning(metrics),
         few=few_samples_warning({"protocol": protocol, "metrics": metrics}),
+        tint=tint_warning(evaluation),
         protocol=json.dumps(protocol, indent=2, ensure_ascii=False),
         metrics=metrics,
         tables=_tables(metrics),

@@ -1,15 +1,11 @@
 """The metric `drift`: do the colours of samples differ from those of training images?"""
 
-import logging
 import math
 
 import torch
 
 from ddpm_hf.evaluation.context import Context, channel_moments
 from ddpm_hf.evaluation.registry import Estimate, Findings, metric, record
-
-TINT = 0.05  # of the mean of a channel, in [-1, 1]: 6 of 255 values
-log = logging.getLogger(__name__)
 
 
 @metric("drift", "samples")
@@ -30,23 +26,7 @@ def drift(context: Context) -> Findings:
             samples=samples[0].tolist(),
             train=train[0].tolist(),
         )
-    drifted = rows["channel_mean_drift"]
-    if drifted["value"] > max(TINT, 3 * drifted["stderr"]):
-        drifted["advice"] = _advice(context.pipeline.scheduler.config)
-        log.warning(
-            f"the samples are tinted: the mean of a channel differs by {drifted['value']:.2f}. {drifted['advice']}"
-        )
     return Findings(rows)
-
-
-def _advice(config) -> str:
-    """What reduces a difference of the means; Lin et al. 2023, arXiv:2305.08891, explain why."""
-    if config.get("prediction_type", "epsilon") == "epsilon":
-        return (
-            "At the first steps of sampling, a small error of a predicted noise is a large one of the image; training "
-            "with --prediction_type v_prediction often helps, also with rescale_betas_zero_snr=true in --scheduler."
-        )
-    return "More sampling steps (--num_inference_steps) or a longer training often help."
 
 
 def mean_and_std(moments: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
