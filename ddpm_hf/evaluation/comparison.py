@@ -31,8 +31,8 @@ def tint_warning(evaluation: dict) -> str | None:
     helps = "more sampling steps (--num_inference_steps) or a longer training often help"
     if scheduler.get("prediction_type", "epsilon") == "epsilon":
         helps = (
-            "in the first steps of sampling a small error of a predicted noise is a large one of the image, so training "
-            "with --prediction_type v_prediction often helps, also with rescale_betas_zero_snr=true in --scheduler"
+            "in the first steps a small error of a predicted noise is a large one of the image, so training with "
+            "--prediction_type v_prediction often helps, also with rescale_betas_zero_snr=true in --scheduler"
         )
     return f"The samples are tinted or too bright or dark: the mean of a channel differs by {value:.2g} of 2; {helps}."
 
