@@ -187,6 +187,18 @@ def test_groups_that_are_nowhere(tmp_path, group_by, message):
         load_images(config(folder_of(tmp_path, pictures(2)), group_by=group_by))
 
 
+def test_groups_are_a_column_of_the_metadata_of_files(tmp_path):
+    folder_of(tmp_path, pictures(40))
+    rows = [f"{k:03d}.png,{k % 10},{'ab'[k % 2]}\n" for k in range(40)]
+    (tmp_path / "metadata.csv").write_text("file_name,patient,label\n" + "".join(rows))
+    train, held_out = load_images(config(tmp_path, group_by="patient"))
+    number = {np.asarray(image).transpose(2, 0, 1).tobytes(): k % 10 for k, image in enumerate(pictures(40))}
+    assert len(held_out) in (4, 8)
+    assert not {number[c] for c in contents(train)} & {number[c] for c in contents(held_out)}
+    with pytest.raises(ValueError, match="'who': .* in which it is not found, nor a column, which are patient, label"):
+        load_images(config(tmp_path, group_by="who"))
+
+
 def test_rows_without_the_column_name_those_that_there_are(tmp_path):
     rows = datasets.Dataset.from_dict({"image": pictures(3), "who": [1, 2, 3]}).cast_column("image", datasets.Image())
     rows.to_parquet(tmp_path / "train.parquet")

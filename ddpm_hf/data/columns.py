@@ -109,13 +109,24 @@ class Metadata:
         image_column: which of several columns of file names has the images: `image` for file_name, `mask` for
             mask_file_name.
         label_column: the column of the classes.
+        group_by: perhaps a column of groups; if there is none of that name, `has_groups` is false.
 
     Raises:
         ValueError: the settings name no such column, or there are several columns of images and none is chosen.
     """
 
-    def __init__(self, files: list[Path], image_column: str | None, label_column: str | None, source: str):
+    def __init__(
+        self,
+        files: list[Path],
+        image_column: str | None,
+        label_column: str | None,
+        source: str,
+        group_by: str | None = None,
+    ):
         self.values: dict[str, object] = {}
+        self.groups: dict[str, object] = {}
+        self.columns: dict[str, None] = {}  # without those of file names
+        self.has_groups = False
         self.others: set[str] = set()
         self.unread: list[Path] = []
         self.has_labels = False
@@ -131,10 +142,14 @@ class Metadata:
             label, _ = choose_label(plain, label_column, str(file))
             labels = table[label].to_pylist() if label else [None] * len(table)
             self.has_labels = self.has_labels or label is not None
+            groups = table[group_by].to_pylist() if group_by in plain else [None] * len(table)
+            self.has_groups = self.has_groups or group_by in plain
+            self.columns |= dict.fromkeys(plain)
             for column, name in named.items():
                 paths = [_key(file.parent / str(path)) for path in table[name].to_pylist()]
                 if column == image:
                     self.values.update(zip(paths, labels))
+                    self.groups.update(zip(paths, groups))
                 else:
                     self.others.update(paths)
         for name, given in (("image_column", image_column), ("label_column", label_column)):
@@ -151,6 +166,11 @@ class Metadata:
     def value(self, file: Path):
         """The value in the column of classes; None without one."""
         return self.values.get(_key(file))
+
+    def group(self, file: Path) -> str | None:
+        """The value in the column of groups; None without one."""
+        group = self.groups.get(_key(file))
+        return None if group is None else str(group)
 
     def is_other(self, file: Path) -> bool:
         """Whether the file is in a column of images that was not chosen."""

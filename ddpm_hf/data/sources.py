@@ -166,7 +166,7 @@ def _images(
     from ddpm_hf.data.columns import Metadata, class_names
 
     path, splits = config.train_data_dir, (inventory.train, inventory.held_out)
-    metadata = Metadata(inventory.metadata, config.image_column, config.label_column, path)
+    metadata = Metadata(inventory.metadata, config.image_column, config.label_column, path, config.group_by)
     for file in metadata.unread:
         inventory.left_out[file.suffix] += 1
     others = [file for split in splits for file in split if metadata.is_other(file)]
@@ -183,7 +183,11 @@ def _images(
     labels = {name: k for k, name in enumerate(names or [])}
 
     def item(file: Path) -> Item:
-        group = groups.of_path(str(file), inventory.below[file]) or medical.patient_of(file)
+        if metadata.has_groups:
+            group = metadata.group(file)
+        else:
+            group = groups.of_path(str(file), inventory.below[file], metadata.columns)
+        group = group or medical.patient_of(file)
         return Item(str(file), file, labels.get(str(value(file))), group=group)
 
     splits = [list(map(item, split)) for split in splits]
