@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.data import medical
 from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
-from ddpm_hf.utils.arguments import OF_THE_MACHINE
+from ddpm_hf.utils.arguments import OF_THE_MACHINE, shorten
 
 with contextlib.suppress(ImportError):  # HEIC, from pillow-heif; AVIF is in Pillow itself
     import pillow_heif
@@ -133,9 +133,9 @@ def _explained(source) -> Iterator[None]:
     except OSError as error:
         if error.errno in NOT_OF_THE_FILE:
             raise
-        raise BadImage(f"can't be read: {' '.join(str(error).split())}") from error
+        raise BadImage(f"can't be read: {shorten(str(error), 300)}") from error
     except Exception as error:  # Pillow, tifffile, imagecodecs and NumPy raise many types
-        raise BadImage(f"can't be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise BadImage(f"can't be read: {shorten(str(error), 300) or type(error).__name__}") from error
 
 
 def _open(source, channels: int | None, slices: int | None, several: bool) -> Pages:
