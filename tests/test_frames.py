@@ -135,6 +135,14 @@ def test_the_thumbnail_of_a_photo_is_no_frame():
     assert read_image(file.getvalue(), None).colours.shape == (12, 10, 3)
 
 
+@pytest.mark.parametrize("settings", [{"imagej": True}, {}])
+def test_a_page_that_stands_for_many_is_not_taken_for_one(settings):
+    content = tiff(GRAY, photometric="minisblack", truncate=True, **settings)
+    assert Image.open(io.BytesIO(content)).n_frames == 1
+    reason = Decoder(None, frames="first")(content)
+    assert str(reason).startswith("has one page that stands for an array of shape (5, 12, 10), which is not supported")
+
+
 def test_signed_bytes_are_not_taken_for_unsigned_ones():
     array = np.array([[-5, 7]], np.int8)
     assert np.array_equal(read_image(tiff(array, photometric="minisblack"), None).colours[..., 0], array)

@@ -266,6 +266,11 @@ def _tiff_pages(content: bytes) -> Pages:
     file = tifffile.TiffFile(io.BytesIO(content))
     indices = [k for k, page in enumerate(file.pages) if not (page.is_reduced or page.is_mask)] or [0]
     pages = [file.pages[k] for k in indices]
+    if len(file.pages) == 1 and file.series[0].size > pages[0].size:  # as ImageJ writes large stacks
+        raise BadImage(
+            f"has one page that stands for an array of shape {file.series[0].shape}, which is not supported: save it "
+            "again with a page for each image"
+        )
 
     def read(k: int) -> tuple[np.ndarray, bool]:
         found = _tiff_pixels(pages[k])
