@@ -213,6 +213,15 @@ def test_class_folders_that_are_links(tmp_path):
     assert found(tmp_path / "data")[0] == {"cat/0.png": "cat", "dog/1.png": "dog", "dog/2.png": "dog"}
 
 
+def test_a_run_in_a_folder_that_a_link_leads_to_is_refused(tmp_path):
+    touch(tmp_path / "far", "0.png")
+    touch(tmp_path / "data", "a/0.png")
+    (tmp_path / "data/b").symlink_to(tmp_path / "far")
+    config = TrainConfig(train_data_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "far"))
+    with pytest.raises(ValueError, match="output_dir='.*far' contains images of train_data_dir="):
+        source_of(config)
+
+
 def test_links_that_lead_nowhere_or_back(tmp_path):
     touch(tmp_path / "data", "a/0.png", "b/1.png")
     for name, target in (("a/up", ".."), ("a/self", "self"), ("b/a", "../a"), ("latest", "b"), ("top", tmp_path),

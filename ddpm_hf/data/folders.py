@@ -61,7 +61,7 @@ class Inventory:
     held_out_name: str | None = None
     classes: list[str] | None = None
     class_of: dict[Path, str] = field(default_factory=dict)
-    below: dict[Path, Path] = field(default_factory=dict)
+    below: dict[Path, str] = field(default_factory=dict)
     metadata: list[Path] = field(default_factory=list)
     searched: list[Path] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
@@ -250,7 +250,8 @@ def _home(file: Path, folder: Path) -> tuple[str, ...]:
 
 def _split_images(inventory: Inventory, files: list[Path]) -> None:
     """Assign images to splits and classes."""
-    parts = {file: file.relative_to(inventory.folder).parts for file in files}
+    above = len(inventory.folder.parts)
+    parts = {file: file.parts[above:] for file in files}
     depth = _common(list(parts.values()), "train")
     splits, paths = {}, {}
     for file, path in parts.items():
@@ -269,7 +270,7 @@ def _split_images(inventory: Inventory, files: list[Path]) -> None:
         )
     else:
         inventory.train, paths = files, parts
-    inventory.below = {file: Path(*path) for file, path in paths.items()}
+    inventory.below = {file: "/".join(path) for file, path in paths.items()}
     _find_classes(inventory, paths)
 
 

@@ -130,7 +130,8 @@ def _folder(config: DataConfig, streaming: bool, groups: Groups):
             ) from error
         _report(path, "", inventory)
         return _rows_of(loaded, _held_out_split(loaded), path, config, groups)
-    _check_output(config, {up for file in (*inventory.train, *inventory.held_out) for up in file.parents})
+    with_images = {file.parent for file in (*inventory.train, *inventory.held_out)}
+    _check_output(config, {up for here in with_images for up in (here, *here.parents) if up.is_relative_to(folder)})
     return _images(config, inventory, groups)
 
 
@@ -223,8 +224,7 @@ def among_images(folder: Path, place: Path) -> bool:
 def _check_output(config: DataConfig, folders) -> None:
     """Raise ValueError if output_dir is one of `folders`: a run marks its folder, whose images are then ignored."""
     output = Path(config.output_dir).resolve()
-    top = Path(config.train_data_dir).resolve()
-    if any(output == folder.resolve() for folder in folders if folder.resolve().is_relative_to(top)):
+    if any(output == folder.resolve() for folder in folders):
         raise ValueError(
             f"output_dir={config.output_dir!r} contains images of train_data_dir={config.train_data_dir!r}, which will "
             "be ignored later: give a separate folder for the run"
