@@ -1,6 +1,7 @@
 """Files that hold several images: animations, TIFF pages, reduced copies and volumes."""
 
 import io
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -209,6 +210,19 @@ def test_a_folder_of_animations(tmp_path, workers):
     assert [item.name.rpartition("/")[2] for item in items] == ["a.gif"] * 3 + ["b.webp"] * 3 + ["c.png"] * 3
     assert [str(item).partition(" ")[2] for item in items] == ["frame 0", "frame 1", "frame 2"] * 3
     assert [items[k] for k in range(len(items))] == list(items)
+
+
+def test_a_file_of_many_frames_is_read_once(tmp_path, monkeypatch):
+    for name in ("a.gif", "b.gif"):
+        (tmp_path / name).write_bytes(animation(flat_frames(5), "GIF"))
+    items = source_of(config(tmp_path, frames="all"))[0]
+    assert len(items) == 10
+    reads, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    images = [read_image(item.source, None, "all", item.frame).colours for item in items]
+    assert reads == ["a.gif", "b.gif"]
+    (tmp_path / "b.gif").write_bytes(animation(flat_frames(6)[::-1], "GIF"))  # a file that has changed
+    assert not np.array_equal(read_image(tmp_path / "b.gif", None, "all", 4).colours, images[9])
 
 
 def test_a_broken_frame_is_named(tmp_path):

@@ -144,13 +144,17 @@ def _open(source, channels: int | None, slices: int | None, several: bool) -> Pa
         return _array_pages(source, channels, slices)
     if isinstance(source, str | Path) and Path(source).suffix.lower() == ARRAY_SUFFIX:
         return _array_pages(_map_array(source), channels, slices)
+    if not several:
+        return _open_file(source, None, channels, slices)
+    stat = None if isinstance(source, bytes) else Path(source).stat()
+    return _kept_open(source, stat and (stat.st_mtime_ns, stat.st_size), channels, slices)
+
+
+def _open_file(source: str | Path | bytes, stamp, channels: int | None, slices: int | None) -> Pages:
+    """The images in a file. `stamp` differs when the file has changed."""
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not content:
         raise BadImage("is empty")
-    return _kept_open(content, channels, slices) if several else _open_content(content, channels, slices)
-
-
-def _open_content(content: bytes, channels: int | None, slices: int | None) -> Pages:
     if medical.is_dicom(content):
         return medical.dicom_pages(content)
     if medical.is_nifti(content):
@@ -165,7 +169,7 @@ def _open_content(content: bytes, channels: int | None, slices: int | None) -> P
 
 
 # A frame of an animation is made from the frames before it, so the file of the last one stays open
-_kept_open = functools.lru_cache(maxsize=1)(_open_content)
+_kept_open = functools.lru_cache(maxsize=1)(_open_file)
 
 
 def _as_channels(pages: Pages) -> np.ndarray:
