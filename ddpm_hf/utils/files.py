@@ -93,11 +93,12 @@ def sync(path: Path) -> None:
         return
     harmless = NO_FOLDER_FSYNC if os.path.isdir(path) else NO_FSYNC
     try:
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        with os_errors_of(path):
+            number = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
     except OSError as error:
         if error.errno not in harmless:
             raise
