@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import tiny_config
 from PIL import Image
 
 from ddpm_hf.data.columns import class_names
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.streaming import ImageStream
+from ddpm_hf.evaluation.evaluate import evaluate
 from ddpm_hf.training import train as run_training
 from ddpm_hf.training.config import TrainConfig
 
@@ -105,6 +107,21 @@ def test_of_several_columns_of_classes_one_is_asked_for(tmp_path):
     assert labels_of(folder, label_column="fine") == ({0: "c", 1: "b", 2: "a"}, ["a", "b", "c"])
     stream = ImageStream(config(folder, label_column="fine", streaming=True, max_train_steps=1), 0, 1)
     assert stream.label_names == ["a", "b", "c"]
+
+
+def test_an_evaluation_has_the_classes_of_training(tmp_path):
+    pictures = [Image.fromarray(np.full((8, 8), k, np.uint8)) for k in range(30)]
+    classes = {"coarse": [k % 2 for k in range(30)], "fine": [k % 3 for k in range(30)]}
+    write(tmp_path / "data", {"image": PICTURE, "coarse": CLASSES, "fine": CLASSES}, image=pictures, **classes)
+    settings = {"train_data_dir": str(tmp_path / "data"), "class_conditional": True, "max_train_steps": 1}
+    run_training(tiny_config(tmp_path / "run", label_column="fine", **settings))
+    quickly = {"metrics": ("drift",), "num_samples": 12, "num_inference_steps": 1, "output": tmp_path / "e.json"}
+    assert evaluate(str(tmp_path / "run"), **quickly)["protocol"]["class_labels"] == "as in the training images"
+    (tmp_path / "run/train_config.json").unlink()  # as of a model from elsewhere
+    quickly["train_data_dir"] = settings["train_data_dir"]
+    with pytest.raises(ValueError, match="the images have no classes: .* coarse, fine; choose one with --label_column"):
+        evaluate(str(tmp_path / "run"), **quickly)
+    assert evaluate(str(tmp_path / "run"), label_column="fine", **quickly)["protocol"]["reference"]["train"]
 
 
 @pytest.mark.parametrize(("kind", "values", "expected"), [

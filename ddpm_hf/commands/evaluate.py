@@ -27,6 +27,8 @@ def add_arguments(parser) -> None:
     data = parser.add_argument_group("data")
     add(data, "dataset_name", "digits, or a data set of the Hub", default="the model's training data")
     add(data, "train_data_dir", "folder of images, instead of --dataset_name")
+    add(data, "image_column", "column of the images", default="that of training, or the only one")
+    add(data, "label_column", "column of the classes", default="that of training, or the only one")
     metrics = parser.add_argument_group("metrics")
     add(metrics, "metrics", f"comma-separated: {','.join(METRICS)}", default="all")
     add(metrics, "features", f"feature extractor: {CHOICES}", default="digits for the digits, else imagenet")

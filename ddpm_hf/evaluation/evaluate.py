@@ -48,6 +48,8 @@ ARGUMENTS = {
     "model": path,
     "dataset_name": optional(text),
     "train_data_dir": optional(path),
+    "image_column": optional(text),
+    "label_column": optional(text),
     "metrics": list_of(lambda value: one_of(*METRICS)(value), "metrics"),  # another module may register more
     "features": optional(text),
     "weights": one_of("ema", "raw"),
@@ -85,6 +87,8 @@ def evaluate(
     batch_size: int = 64,
     output: str | Path | None = None,
     cache: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> dict:
     """Measure a model, write evaluation.json with a report, and return what evaluation.json contains.
 
@@ -105,6 +109,8 @@ def evaluate(
         output: the JSON file; by default evaluation.json in the model's folder, or in the working directory for a model
             on the Hub. by_timestep.csv and report.html are written next to it, and start with its name if that differs.
         cache: folder for the features of the references, which are found again by the content of the images.
+        image_column, label_column: the columns of the images and of their classes; by default those of training, or the
+            only ones.
 
     Raises:
         ValueError: an argument is invalid, or the images can't be read. Nothing has been written then.
@@ -120,7 +126,8 @@ def evaluate(
         steps = pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)  # some solvers can do T - 1
         as_trained = dataset_name is None and train_data_dir is None
         trained = train_config_path(model, required=as_trained)
-        config = data_config(model, trained, pipeline, dataset_name, train_data_dir, output)
+        columns = {"image_column": image_column, "label_column": label_column}
+        config = data_config(model, trained, pipeline, dataset_name, train_data_dir, output, **columns)
         context = Context(
             pipeline, accelerator, *load_references(config, pipeline), seed, batch_size, num_samples,
             min(50, max(1, steps)) if num_inference_steps is None else num_inference_steps, scheduler, guidance_scale,

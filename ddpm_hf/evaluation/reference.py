@@ -22,12 +22,14 @@ def data_config(
     dataset_name: str | None,
     train_data_dir: str | None,
     output: Path,
+    **columns: str | None,
 ) -> DataConfig:
     """The data set and its decoding, with the model's training settings if they are known.
 
     Args:
         path: the model's train_config.json; None if it has none.
         output: the file that the evaluation writes; the report next to it must not become one of the images.
+        columns: `image_column` and `label_column`; None: as in training, or the only one.
 
     Raises:
         ValueError: the data set is unknown or does not exist, or `output` lies among its images.
@@ -45,9 +47,9 @@ def data_config(
         changes |= {"channels": channels, "resolution": [height, width]}
         if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
             changes |= {"channels": None, "value_range": None, "resolution": None, "random_crop": None}
-            changes |= {"image_column": None, "label_column": None}
         if path is not None and dataset_name not in (None, DataConfig.from_json(path).dataset_name):
-            changes["group_by"] = None  # of other data
+            changes |= {"group_by": None, "image_column": None, "label_column": None}  # of other data
+    changes |= {name: column for name, column in columns.items() if column is not None}
     config = DataConfig(**changes) if path is None else DataConfig.from_json(path, **changes)
     folder = config.train_data_dir
     if folder is not None and not named and not Path(folder).is_dir():
