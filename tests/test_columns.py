@@ -131,21 +131,37 @@ def test_an_evaluation_has_the_classes_of_training(tmp_path):
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["label", "kind"])
 def test_columns_of_integers_and_texts(tmp_path, kind, values, expected, name):
-    write(tmp_path, {"image": PICTURE, name: kind}, image=[picture(k) for k in range(4)], **{name: values})
+    write(tmp_path, {"image": PICTURE, name: kind}, image=[picture(k) for k in range(8)], **{name: values * 2})
     found, names = labels_of(tmp_path, label_column=name)
-    assert found == dict(enumerate(expected))
+    assert found == dict(enumerate(expected * 2))
     assert names == sorted(filter(None, set(expected)), key=lambda n: (len(n), n) if n != "False" else (0, n))
     assert labels_of(tmp_path)[1] == (names if name == "label" else None)
     with pytest.raises(ValueError, match="column '.*' of a stream is not of type ClassLabel"):
         ImageStream(config(tmp_path, label_column=name, streaming=True, max_train_steps=1), 0, 1)
 
 
+def test_captions_are_no_classes_unless_someone_says_so(tmp_path):
+    captions = [f"picture {k}" for k in range(6)]
+    write(tmp_path, {"image": PICTURE, "label": TEXT}, image=[picture(k) for k in range(6)], label=captions)
+    images, held_out = load_images(config(tmp_path))
+    assert (images.label_names, len(images), len(held_out)) == (None, 5, 1)
+    assert images.no_classes.startswith("the column 'label' has 6 values for 6 images; if they are classes, choose it")
+    assert labels_of(tmp_path, label_column="label")[1] == captions
+    folder = folder_of(tmp_path / "folder", "x/0.png", "y/1.png")
+    (folder / "metadata.csv").write_text("file_name,label\nx/0.png,a house\ny/1.png,a hill\n")
+    assert labels_of(folder) == ({0: "x", 1: "y"}, ["x", "y"])
+    assert labels_of(folder, label_column="label") == ({0: "a house", 1: "a hill"}, ["a hill", "a house"])
+
+
 def test_the_test_split_is_labelled_by_the_names_of_the_training_split(tmp_path, caplog):
-    for split, values in (("train", ["x", "y"]), ("test", ["y", "z"])):
-        write(tmp_path, {"image": PICTURE, "label": TEXT}, split, image=[picture(0)] * 2, label=values)
-    _, held_out = load_images(config(tmp_path))
-    assert (held_out.label_names, held_out.labels.tolist()) == (["x", "y"], [1, -1])
+    for split, values in (("train", ["x", "y"] * 2), ("test", ["y", "z"])):
+        write(tmp_path, {"image": PICTURE, "label": TEXT}, split, image=[picture(0)] * len(values), label=values)
+    for given in (None, "label"):
+        _, held_out = load_images(config(tmp_path, label_column=given))
+        assert (held_out.label_names, held_out.labels.tolist()) == (["x", "y"], [1, -1])
     assert "images of these classes are held out and none is for training: ['z']" in caplog.text
+    write(tmp_path, {"image": PICTURE, "label": TEXT}, "test", image=[picture(0)], label=["y"])  # one class
+    assert load_images(config(tmp_path, label_column="label"))[1].labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(("kind", "values", "message"), [
@@ -170,8 +186,8 @@ def test_several_labels_per_image_are_no_classes(tmp_path):
 
 
 def test_names_of_classes():
-    assert class_names(iter([3, 10, 3, None, -1, ""])) == ["3", "10"]
-    assert class_names(["x", None]) is None
+    assert class_names(iter([3, 10, 3, None, -1, ""]), 6, False) == (["3", "10"], "")
+    assert class_names(["x", None], 6, True) == (None, "fewer than two values")
 
 
 def test_the_digits_have_no_columns():
@@ -215,13 +231,14 @@ def test_classes_in_the_metadata_of_a_folder(tmp_path, caplog, kind, name):
 
 
 def test_metadata_of_each_split_and_of_class_folders(tmp_path):
-    folder_of(tmp_path, "train/x/0.png", "train/y/1.png", "test/x/2.png")
+    folder_of(tmp_path, "train/x/0.png", "train/y/1.png", "test/x/2.png", "train/x/3.png", "train/y/4.png")
     for split, file in (("train", "x/0.png"), ("test", "x/2.png")):
         (tmp_path / split / "metadata.csv").write_text(f"file_name,caption\n{file},a picture\n")
-    assert labels_of(tmp_path) == ({0: "x", 1: "y", 2: "x"}, ["x", "y"])  # captions are no classes
-    (tmp_path / "train/metadata.csv").write_text("file_name,label\nx/0.png,5\ny/1.png,6\n")
+    assert labels_of(tmp_path) == ({0: "x", 1: "y", 2: "x", 3: "x", 4: "y"}, ["x", "y"])
+    rows = "file_name,label\nx/0.png,5\ny/1.png,6\nx/3.png,6\ny/4.png,5\n"
+    (tmp_path / "train/metadata.csv").write_text(rows)
     (tmp_path / "test/metadata.csv").write_text("file_name,label\nx/2.png,6\n")
-    assert labels_of(tmp_path) == ({0: "5", 1: "6", 2: "6"}, ["5", "6"])
+    assert labels_of(tmp_path) == ({0: "5", 1: "6", 2: "6", 3: "6", 4: "5"}, ["5", "6"])
 
 
 def test_masks_in_the_metadata_are_no_images(tmp_path):

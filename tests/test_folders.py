@@ -319,13 +319,13 @@ def write_tar(path, values, suffix="cls"):
 
 def test_webdataset(tmp_path):
     write_tar(tmp_path / "train-000.tar", [0, 10, 20, 30])
-    write_tar(tmp_path / "train-001.tar", [40])
-    write_tar(tmp_path / "val-000.tar", [50])
+    write_tar(tmp_path / "train-001.tar", [40, 50])
+    write_tar(tmp_path / "val-000.tar", [60])
     (tmp_path / "label").unlink()
     images, held_out = load_images(TrainConfig(train_data_dir=str(tmp_path), output_dir="elsewhere"))
-    assert (brightness(images), brightness(held_out)) == ([0, 10, 20, 30, 40], [50])
-    assert (images.label_names, held_out.labels.tolist()) == (["0", "1", "2"], [2])
-    assert images.labels[images.pixels[:, 0, 0, 0].argsort()].tolist() == [0, 1, 2, 0, 1]
+    assert (brightness(images), brightness(held_out)) == ([0, 10, 20, 30, 40, 50], [60])
+    assert (images.label_names, held_out.labels.tolist()) == (["0", "1", "2"], [0])
+    assert images.labels[images.pixels[:, 0, 0, 0].argsort()].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_zip_of_images_is_to_be_unpacked(tmp_path):

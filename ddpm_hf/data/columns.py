@@ -91,10 +91,20 @@ def _label_kind(feature) -> str | None:
     return "values" if kind in ("string", "large_string", "bool") or kind.startswith(("int", "uint")) else None
 
 
-def class_names(values: Iterable) -> list[str] | None:
-    """The names of the classes in a column of integers or texts, in natural order; None if there is only one."""
+def class_names(values: Iterable, number: int, is_chosen: bool) -> tuple[list[str] | None, str]:
+    """The names of the classes in a column of integers or texts, in natural order, or None and why.
+
+    Args:
+        values: the values, each at least once.
+        number: how many values the column has. Where each has its own, such as captions, they are classes only if
+            someone has chosen the column.
+    """
     names = {str(value) for value in values if value not in UNKNOWN}
-    return natural_order(names) if len(names) > 1 else None
+    if len(names) < 2:
+        return None, "fewer than two values"
+    if not is_chosen and 2 * len(names) > number:
+        return None, f"{len(names)} values for {number} images; if they are classes, choose it with --label_column"
+    return natural_order(names), ""
 
 
 def _list(names: Iterable[str]) -> str:
@@ -129,7 +139,7 @@ class Metadata:
         self.has_groups = False
         self.others: set[str] = set()
         self.unread: list[Path] = []
-        self.has_labels = False
+        self.labels: list[str] = []  # the columns of the classes
         for file in files:
             table = _read_table(file)
             named = {_image_column(name): name for name in table.column_names if _image_column(name)} if table else {}
@@ -141,7 +151,7 @@ class Metadata:
             image = choose_image({name: datasets.Image() for name in named}, image_column, str(file))
             label, _ = choose_label(plain, label_column, str(file))
             labels = table[label].to_pylist() if label else [None] * len(table)
-            self.has_labels = self.has_labels or label is not None
+            self.labels += [label] if label else []
             groups = table[group_by].to_pylist() if group_by in plain else [None] * len(table)
             self.has_groups = self.has_groups or group_by in plain
             self.columns |= dict.fromkeys(plain)

@@ -177,10 +177,14 @@ def _images(
     without = len(metadata.values) - sum(map(metadata.names, itertools.chain(*splits)))
     if without:
         inventory.left_out["rows of metadata without an image here"] += without
-    if metadata.has_labels:
-        names, value = class_names(map(metadata.value, splits[0])), metadata.value
-    else:
-        names, value = inventory.classes, inventory.class_of.get
+    names, value = inventory.classes, inventory.class_of.get
+    if metadata.labels:
+        values = list(map(metadata.value, splits[0]))
+        in_metadata, why = class_names(values, len(values), config.label_column is not None)
+        if in_metadata:
+            names, value = in_metadata, metadata.value
+        elif config.label_column is not None:
+            raise ValueError(f"label_column={config.label_column!r} of {path!r} has {why}")
     labels = {name: k for k, name in enumerate(names or [])}
 
     def item(file: Path) -> Item:
@@ -278,9 +282,10 @@ class Rows:
             if not hasattr(dataset, "unique"):
                 self.label, self.no_classes = None, f"the column {self.label!r} of a stream is not of type ClassLabel"
             else:
-                self.own_names = class_names(dataset.unique(self.label))
-                self.no_classes = "" if self.own_names else f"the column {self.label!r} has fewer than two values"
-            if label_column and not self.own_names:
+                values, number = dataset.unique(self.label), len(dataset)
+                self.own_names, why = class_names(values, number, names is not None or label_column is not None)
+                self.no_classes = why and f"the column {self.label!r} has {why}"
+            if label_column and not (names or self.own_names):
                 raise ValueError(f"label_column={label_column!r} of {source!r}: {self.no_classes}")
         self.label_names = names or self.own_names
         self.license = (dataset.info.license or None) if dataset.info else None
