@@ -145,6 +145,8 @@ def test_clipping_is_a_setting():
     ({"nodata_fill": 3}, "nodata_fill=3.0 needs nodata and must be a pixel value in 0 ... 255"),
     ({"nodata": 0, "nodata_fill": 256}, "nodata_fill=256.0 needs nodata and must be a pixel value in 0 ... 255"),
     ({"nodata": "many"}, "nodata='many' must be a number, nan or tag, or null"),
+    ({"nodata": torch.zeros(2)}, "nodata=.* must be a number, nan or tag, or null"),
+    ({"nodata": [1]}, "nodata=.* must be a number, nan or tag, or null"),
     ({"nodata": True}, "nodata=True must be a number, nan or tag, or null"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_together(settings, message):

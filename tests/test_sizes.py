@@ -205,6 +205,11 @@ def test_the_flags_of_sizes(tmp_path):
         assert load_images(read)[0].shape == shape
 
 
+def test_numbers_of_numpy_are_numbers():
+    for given, kept in ((np.int64(8), 8), ([8], 8), ((8, 8), 8), ([8, 9], [8, 9]), (np.array([8, 9]), [8, 9])):
+        assert TrainConfig(resolution=given).resolution == kept
+
+
 def test_a_network_of_diffusers_that_cannot_have_such_sides(tmp_path):
     """Ours takes any height and width."""
     unet = UNet2DModel(

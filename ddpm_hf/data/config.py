@@ -34,7 +34,7 @@ SIDES = list_of(SIDE, "one or two integers", 1, 2)
 
 def _resolution(value):
     """One side, for a square, or a list of height and width."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple) and getattr(value, "ndim", 0) != 1:
         return SIDE(value)
     sides = list(SIDES(value))
     return sides[0] if len(set(sides)) == 1 else sides
@@ -47,12 +47,13 @@ def _sides(value) -> tuple[int, int] | None:
 
 def _nodata(value):
     """A number, "nan" or "tag". NaN is text, because JSON has no such number."""
-    if value in ("nan", "tag"):
-        return value
-    if isinstance(value, str):  # from the command line
-        value = float(value)
-    value = number(-LARGEST_FLOAT64, LARGEST_FLOAT64)(value) if value == value else "nan"
-    return value if isinstance(value, str) else float(value)
+    if isinstance(value, str):
+        if value in ("nan", "tag"):
+            return value
+        value = float(value)  # from the command line
+    if isinstance(value, float) and math.isnan(value):
+        return "nan"
+    return float(number(-LARGEST_FLOAT64, LARGEST_FLOAT64)(value))
 
 
 def setting(group: str, help: str, default=None, rule=None):
