@@ -91,6 +91,7 @@ def test_nothing_is_said_where_nothing_is_left_out(tmp_path, caplog):
 @pytest.mark.parametrize(("names", "words"), [
     (("0.raw", "1.raw", "notes.txt"), "it holds 2 .raw, 1 .txt; hidden"),
     (("photos.zip",), r"it holds 1 .zip \(unpack it\); hidden"),
+    (("metadata.csv",), "it holds 1 .csv; hidden"),
     (("photos.tar.gz",), r"it holds 1 .gz \(unpack it\); hidden"),
     ((), "it holds no files; hidden"),
     ((".hidden/0.png",), "it holds no files; hidden"),

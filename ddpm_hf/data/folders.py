@@ -103,6 +103,8 @@ def take_inventory(folder: Path) -> Inventory:
             else:
                 inventory.left_out[_kind(suffix)] += 1
     inventory.kind = _kind_to_take(folder, images, tables)
+    if inventory.kind != "images":
+        inventory.left_out.update(file.suffix for file in inventory.metadata)
     for kind, files in {"images": images, **tables}.items():
         if kind == inventory.kind == "images":
             _split_images(inventory, sorted(files))
