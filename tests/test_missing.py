@@ -128,6 +128,32 @@ def test_alpha_and_missing_values():
     assert (pixels[1:, :1] == 0).all()
 
 
+@pytest.mark.parametrize("mask", [bool, np.uint8])
+def test_a_mask_page_says_what_is_missing(mask):
+    """As GDAL writes it where compression would change a nodata value; here also with reduced copies of both."""
+    rgb = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    valid = np.ones((12, 16), bool)
+    valid[:, :5] = False
+    if mask is bool:
+        content = io.BytesIO()
+        with tifffile.TiffWriter(content) as writer:
+            for step, kind in ((1, 0), (2, 1)):
+                writer.write(rgb[::step, ::step].copy(), photometric="rgb", subfiletype=kind, metadata=None)
+                writer.write(valid[::step, ::step].copy(), photometric="mask", subfiletype=kind + 4, metadata=None)
+        content = content.getvalue()
+    else:  # a mask of other values than 0 and 1
+        content = io.BytesIO()
+        images = [Image.fromarray(rgb), Image.fromarray(valid.astype(np.uint8) * 255)]
+        images[1].encoderinfo = {"tiffinfo": {254: 4}}
+        images[0].save(content, "TIFF", save_all=True, append_images=images[1:])
+        content = content.getvalue()
+    found = Decoder(None, nodata="tag")(content).pixels
+    assert np.array_equal(~np.isnan(found), np.broadcast_to(valid, (3, 12, 16)))
+    assert np.array_equal(np.moveaxis(found, 0, 2)[valid], rgb[valid])
+    assert np.array_equal(Decoder(None)(content).pixels, np.moveaxis(rgb, 2, 0))  # nobody has asked
+    assert not np.isnan(Decoder(None, nodata=-9999)(content).pixels).any()
+
+
 def test_clipping_is_a_setting():
     array = np.array([[-1000, -160, 40, 240, 3000]], np.int16)
     content = geotiff(array)

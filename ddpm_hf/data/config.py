@@ -116,8 +116,8 @@ class DataConfig:
     )
     clip_values: bool = _data("make values outside value_range black or white; else they are an error", False)
     nodata: str | float | None = _data(
-        "the pixel value that stands for missing ones, which the loss leaves out: a number, nan, or tag for that in "
-        "GDAL's nodata tag of each TIFF file",
+        "the pixel value that stands for missing ones, which the loss leaves out: a number, nan, or tag for what "
+        "GDAL's nodata tag or the mask of each TIFF file says",
         rule=any_of("must be a number, nan or tag", _nodata),
     )
     nodata_fill: float | None = _data(

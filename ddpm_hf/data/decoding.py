@@ -53,7 +53,7 @@ class Decoder:
         background: blend transparent images with this colour, 0 (black) to 1 (white), one number or one per channel;
             None: opacity becomes a channel.
         nodata: the pixel value that stands for missing ones: a number, "nan", or "tag" for that in GDAL's tag of each
-            TIFF file; None: no value does.
+            TIFF file, and for what its mask leaves out; None: no value does.
         nodata_fill: the pixel value that takes their place; None: black.
         clip_values: values outside `value_range` become black or white; else they raise ValueError.
         channels_are_inferred: `channels` is that of the first image; losing colour of later ones raises ValueError.
@@ -79,8 +79,8 @@ class Decoder:
 
     def __call__(self, source: str | Path | bytes | np.ndarray, frame: int | None = None) -> Decoded | BadImage:
         try:
-            pixels, opacity, tag, window = read_image(source, self.channels, self.frames, frame, self.slices)
-            deep, missing = pixels.dtype != np.uint8, self._missing(pixels, tag)
+            pixels, opacity, tag, window, valid = read_image(source, self.channels, self.frames, frame, self.slices)
+            deep, missing = pixels.dtype != np.uint8, self._missing(pixels, tag, valid)
             low, high = self._range_of(pixels if missing is None else pixels[~missing], tag, window)
         except BadImage as reason:
             return reason
@@ -109,12 +109,14 @@ class Decoder:
         """(height, width) of the results; None: that of the image."""
         return (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution
 
-    def _missing(self, pixels: np.ndarray, tag: float | None) -> np.ndarray | None:
+    def _missing(self, pixels: np.ndarray, tag: float | None, valid: np.ndarray | None) -> np.ndarray | None:
         """Where values are missing, bool (H, W, C); None if none can be."""
         if self.nodata is None:
             return None
         value = tag if self.nodata == "tag" else float(self.nodata)
         missing = np.zeros(pixels.shape, bool) if value is None else is_missing(pixels, value)
+        if self.nodata == "tag" and valid is not None:
+            missing |= ~valid
         if missing.all():
             raise BadImage("has only missing values")
         return missing

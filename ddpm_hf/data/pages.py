@@ -24,12 +24,14 @@ class Picture(NamedTuple):
         opacity: (H, W, 1), float32 in [0, 1]; None if the image is opaque.
         nodata: the value that stands for missing ones, as GDAL's tag of a TIFF file says, or None.
         window: the values between which viewers show the image, as a DICOM file says, or None.
+        valid: where a TIFF file's mask page says that there is an image, bool (H, W, 1), or None.
     """
 
     colours: np.ndarray
     opacity: np.ndarray | None = None
     nodata: float | None = None
     window: tuple[float, float] | None = None
+    valid: np.ndarray | None = None
 
 
 class Pages(NamedTuple):
@@ -41,7 +43,7 @@ class Pages(NamedTuple):
         read: the upright image number k, (H, W, C), and whether its last channel is opacity.
         are_bands: whether a number of channels that is `number` means that each is a channel.
         nbytes: of all of them, decoded; 0 if it is not known before.
-        nodata, window: see `Picture`.
+        nodata, window, valid: see `Picture`.
     """
 
     number: int
@@ -51,6 +53,7 @@ class Pages(NamedTuple):
     nbytes: int = 0
     nodata: float | None = None
     window: tuple[float, float] | None = None
+    valid: np.ndarray | None = None
 
 
 def check_size(size: int, what: tuple[int, ...] | str) -> None:

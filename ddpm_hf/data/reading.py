@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,12 +108,12 @@ def read_image(
     if pixels.dtype.kind not in "uif":
         raise BadImage(f"contains {pixels.dtype}, not numbers")
     if not has_opacity:
-        return Picture(pixels, None, pages.nodata, pages.window)
+        return Picture(pixels, None, pages.nodata, pages.window, pages.valid)
     opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
     opacity = pixels[..., -1:].astype(np.float32) / opaque
     if not (opacity.min() >= 0 and opacity.max() <= 1):
         raise BadImage(f"has an opacity of {opacity.min():g} ... {opacity.max():g}, outside [0, 1]")
-    return Picture(pixels[..., :-1], opacity, pages.nodata, pages.window)
+    return Picture(pixels[..., :-1], opacity, pages.nodata, pages.window, pages.valid)
 
 
 @contextlib.contextmanager
@@ -286,7 +287,17 @@ def _tiff_pages(content: bytes) -> Pages:
 
     are_gray = all(page.samplesperpixel == 1 for page in pages)
     nbytes = sum(page.nbytes for page in pages)
-    return Pages(len(pages), "page", read, are_gray, nbytes, _nodata_of(pages[0].tags.get(GDAL_NODATA)))
+    nodata, valid = _nodata_of(pages[0].tags.get(GDAL_NODATA)), _valid_of(file, pages)
+    return Pages(len(pages), "page", read, are_gray, nbytes, nodata, valid=valid)
+
+
+def _valid_of(file, pages) -> np.ndarray | None:
+    """The mask, bool (H, W, 1), of a file with one image and one mask of its size, as GDAL writes them; else None."""
+    masks = [page for page in file.pages if page.is_mask and not page.is_reduced]
+    if len(pages) != 1 or len(masks) != 1 or masks[0].shape != (pages[0].imagelength, pages[0].imagewidth):
+        return None
+    check_size(math.prod(masks[0].shape), masks[0].shape)
+    return masks[0].asarray()[..., None] != 0
 
 
 def _nodata_of(tag) -> float | None:
