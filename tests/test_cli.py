@@ -128,7 +128,7 @@ def test_the_help_of_a_command(capsys, command):
     flags = re.findall(r"^  (--\S+)", text, re.M)
     assert not [flag for flag in flags if "-" in flag[2:]]
     assert "None" not in text
-    defaults = {"train": "learning_rate .*?0.0001", "sample": "num_images .*?16", "evaluate": "num_samples .*?2000"}
+    defaults = {"train": "learning_rate .*?0.0001", "sample": "batch_size .*?64", "evaluate": "num_samples .*?2000"}
     if command in defaults:
         flag, default = defaults[command].split(" .*?")
         assert re.search(rf"^  --{flag} [^(]*\(default:\s+{default}\)", text, re.M)

@@ -651,3 +651,23 @@ def test_transparent_pixels_have_no_colour_for_features():
     of(image)
     assert torch.equal(seen[0][0], torch.full((3, 3, 3), 0.5))
     assert torch.equal(seen[0][1], (255 * image[1, :3]).round() / 255)
+
+
+def test_references_of_more_than_8_bits(tmp_path):
+    """A model without train_config.json knows the values of its training images; other data have flags of their own."""
+    rng = np.random.default_rng(0)
+    for name, most in (("same", 4096), ("other", 1000)):
+        (tmp_path / name).mkdir()
+        for k in range(12):
+            np.save(tmp_path / name / f"{k}.npy", rng.integers(0, most, (8, 8), dtype=np.uint16))
+    model = DDPMCustomPipeline(tiny_unet(value_range=[0, 4095]), LinearNoiseScheduler())
+    model.save_pretrained(tmp_path / "model")
+    command = ["evaluate", str(tmp_path / "model"), "--num_samples", "10", "--num_inference_steps", "1"]
+    command += ["--metrics", "drift", "--output", str(tmp_path / "out.json"), "--train_data_dir"]
+    means = []
+    for more in ([str(tmp_path / "same")], [str(tmp_path / "other"), "--value_range", "0", "999"]):
+        assert main([*command, *more]) == 0
+        means += json.loads((tmp_path / "out.json").read_text())["metrics"]["channel_mean_drift"]["train"]
+    assert max(map(abs, means)) < 0.2  # each has its own black and white
+    with pytest.raises(ValueError, match="evaluate: there is no setting 'value_ranges'; did you mean 'value_range'?"):
+        evaluate(str(tmp_path / "model"), value_ranges=[0, 1])

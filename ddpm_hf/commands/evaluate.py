@@ -1,15 +1,18 @@
 """Evaluate a model: write metrics with standard errors and a report, or compare evaluations."""
 
+import dataclasses
 import inspect
 import os
 import sys
+import typing
 from pathlib import Path
 
 from ddpm_hf.commands.device import add_device, pop_device
-from ddpm_hf.commands.parsing import add_setting
+from ddpm_hf.commands.parsing import add_field, add_setting
 
 
 def add_arguments(parser) -> None:
+    from ddpm_hf.data.config import READING, DataConfig
     from ddpm_hf.evaluation.evaluate import METRICS, evaluate
     from ddpm_hf.evaluation.features.choose import CHOICES
     from ddpm_hf.schedulers.solvers import SOLVERS
@@ -27,8 +30,10 @@ def add_arguments(parser) -> None:
     data = parser.add_argument_group("data")
     add(data, "dataset_name", "digits, or a data set of the Hub", default="the model's training data")
     add(data, "train_data_dir", "folder of images, instead of --dataset_name")
-    add(data, "image_column", "column of the images", default="that of training, or the only one")
-    add(data, "label_column", "column of the classes", default="that of training, or the only one")
+    types = typing.get_type_hints(DataConfig)
+    for field in dataclasses.fields(DataConfig):
+        if field.name in READING:
+            add_field(data, field, types[field.name])
     metrics = parser.add_argument_group("metrics")
     add(metrics, "metrics", f"comma-separated: {','.join(METRICS)}", default="all")
     add(metrics, "features", f"feature extractor: {CHOICES}", default="digits for the digits, else imagenet")

@@ -1,8 +1,10 @@
 """Parsing of command lines: help with defaults, former spellings of flags, and hints for unknown flags."""
 
 import argparse
+import dataclasses
 import re
 import sys
+import typing
 from typing import NoReturn
 
 from ddpm_hf.utils.arguments import did_you_mean, shorten, show
@@ -11,6 +13,36 @@ from ddpm_hf.utils.arguments import did_you_mean, shorten, show
 def add_setting(group, flag: str, default, **options) -> None:
     """Add a flag that is absent from the parsed arguments unless it is given. Its help shows `default`."""
     group.add_argument(flag, default=argparse.SUPPRESS, **options).shown_default = default
+
+
+def add_field(group, field: dataclasses.Field, hint) -> None:
+    """Add the flag of a field of a configuration, whose type is `hint`."""
+    options = _options(hint) | {"help": field.metadata["help"].replace("%", "%%")}
+    default = None if field.default is dataclasses.MISSING else field.default
+    add_setting(group, f"--{field.name}", default, **options)
+
+
+def _options(hint) -> dict:
+    """The options of argparse for a field of this type. A dict is passed as JSON, which `TrainConfig` parses."""
+    kinds = typing.get_args(hint) or (hint,)
+    if hint is bool:
+        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    for entry in (float, int):
+        if list[entry] in kinds:
+            return {"type": entry, "nargs": "+"}
+    if dict in kinds:
+        return {"metavar": "JSON"}
+    return {"type": kinds[0]}
+
+
+def _boolean(text: str) -> bool:
+    choices = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in choices:
+        raise ValueError(text)
+    return choices[text.lower()]
+
+
+_boolean.__name__ = "true or false"  # for argparse's message: invalid true or false value: 'maybe'
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -6,7 +6,7 @@ import sys
 import typing
 
 from ddpm_hf.commands.device import add_device, pop_device
-from ddpm_hf.commands.parsing import add_setting
+from ddpm_hf.commands.parsing import add_field
 
 # Flags of diffusers' training scripts that have another name here, or no equivalent.
 HINTS = {
@@ -44,32 +44,7 @@ def add_settings(parser) -> None:
         heading = field.metadata["group"]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        options = _options(types[field.name]) | {"help": field.metadata["help"].replace("%", "%%")}
-        default = None if field.default is dataclasses.MISSING else field.default
-        add_setting(groups[heading], f"--{field.name}", default, **options)
-
-
-def _options(hint) -> dict:
-    """The options of argparse for a field of this type. A dict is passed as JSON, which `TrainConfig` parses."""
-    kinds = typing.get_args(hint) or (hint,)
-    if hint is bool:
-        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-    for entry in (float, int):
-        if list[entry] in kinds:
-            return {"type": entry, "nargs": "+"}
-    if dict in kinds:
-        return {"metavar": "JSON"}
-    return {"type": kinds[0]}
-
-
-def _boolean(text: str) -> bool:
-    choices = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in choices:
-        raise ValueError(text)
-    return choices[text.lower()]
-
-
-_boolean.__name__ = "true or false"  # for argparse's message: invalid true or false value: 'maybe'
+        add_field(groups[heading], field, types[field.name])
 
 
 def run(args) -> int:

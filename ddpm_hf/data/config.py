@@ -56,6 +56,11 @@ def _nodata(value):
     return float(number(-LARGEST_FLOAT64, LARGEST_FLOAT64)(value))
 
 
+# What a data set of its own may need to be read, which `evaluate` takes for the images that it compares with
+READING = ("image_column", "label_column", "resize", "frames", "slices", "value_range", "clip_values", "nodata",
+           "nodata_fill", "background")  # fmt: skip
+
+
 def setting(group: str, help: str, default=None, rule=None):
     """A field with its heading and text in `--help`, its default and its rule, by default that of its type."""
     metadata = {"group": group, "help": help, "rule": rule}

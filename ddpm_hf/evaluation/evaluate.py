@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 
 import ddpm_hf.evaluation.metrics
-from ddpm_hf.data.config import DataConfig
+from ddpm_hf.data.config import READING, DataConfig
 from ddpm_hf.data.dataset import has_embedded_digits
 from ddpm_hf.evaluation.context import FEWEST, Context, protocol_of
 from ddpm_hf.evaluation.features.choose import make_extractor
@@ -25,7 +25,7 @@ from ddpm_hf.evaluation.registry import METRICS, Findings
 from ddpm_hf.evaluation.report import write_report
 from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
-from ddpm_hf.utils.arguments import checked, integer, list_of, one_of, optional, path, text
+from ddpm_hf.utils.arguments import check_names, checked, integer, list_of, one_of, optional, path, text
 from ddpm_hf.utils.files import locked, write
 from ddpm_hf.utils.versions import versions
 
@@ -48,8 +48,6 @@ ARGUMENTS = {
     "model": path,
     "dataset_name": optional(text),
     "train_data_dir": optional(path),
-    "image_column": optional(text),
-    "label_column": optional(text),
     "metrics": list_of(lambda value: one_of(*METRICS)(value), "metrics"),  # another module may register more
     "features": optional(text),
     "weights": one_of("ema", "raw"),
@@ -87,8 +85,7 @@ def evaluate(
     batch_size: int = 64,
     output: str | Path | None = None,
     cache: str | Path | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    **reading,
 ) -> dict:
     """Measure a model, write evaluation.json with a report, and return what evaluation.json contains.
 
@@ -109,13 +106,14 @@ def evaluate(
         output: the JSON file; by default evaluation.json in the model's folder, or in the working directory for a model
             on the Hub. by_timestep.csv and report.html are written next to it, and start with its name if that differs.
         cache: folder for the features of the references, which are found again by the content of the images.
-        image_column, label_column: the columns of the images and of their classes; by default those of training, or the
-            only ones.
+        reading: settings of `DataConfig` in `READING`, for a data set that is to be read in another way than that of the
+            training; by default its settings, or the pixel values of the training images.
 
     Raises:
         ValueError: an argument is invalid, or the images can't be read. Nothing has been written then.
         UnwrittenError: evaluation.json can't be written. The error has its contents.
     """
+    check_names("evaluate", reading, READING)
     output = _writable(output_of(model) if output is None else Path(output))
     accelerator = Accelerator()
     # Two evaluations in one folder would mix their reports
@@ -126,8 +124,7 @@ def evaluate(
         steps = pipeline.scheduler.config.num_train_timesteps - (scheduler is not None)  # some solvers can do T - 1
         as_trained = dataset_name is None and train_data_dir is None
         trained = train_config_path(model, required=as_trained)
-        columns = {"image_column": image_column, "label_column": label_column}
-        config = data_config(model, trained, pipeline, dataset_name, train_data_dir, output, **columns)
+        config = data_config(model, trained, pipeline, dataset_name, train_data_dir, reading, output)
         context = Context(
             pipeline, accelerator, *load_references(config, pipeline), seed, batch_size, num_samples,
             min(50, max(1, steps)) if num_inference_steps is None else num_inference_steps, scheduler, guidance_scale,
@@ -136,7 +133,7 @@ def evaluate(
         found = _measure(context, _prepare(context, metrics, features, config))
         protocol = protocol_of(context, model, config)
         protocol["weights"] = weights if weights == "raw" or trained else "as saved"
-        protocol["reference"]["as_trained"] = as_trained
+        protocol["reference"]["as_trained"] = as_trained and not reading
         evaluation = {"protocol": protocol | found.protocol | {"versions": versions(PACKAGES)}, "metrics": found.rows}
         if accelerator.is_main_process:
             _write(output, evaluation, found)

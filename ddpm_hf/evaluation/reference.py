@@ -1,6 +1,7 @@
 """The images that a model is compared with: their data set, their decoding, and the labels of their classes."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,15 +22,15 @@ def data_config(
     pipeline: DDPMCustomPipeline,
     dataset_name: str | None,
     train_data_dir: str | None,
+    reading: Mapping,
     output: Path,
-    **columns: str | None,
 ) -> DataConfig:
     """The data set and its decoding, with the model's training settings if they are known.
 
     Args:
         path: the model's train_config.json; None if it has none.
+        reading: settings of `DataConfig`; the others are those of the training.
         output: the file that the evaluation writes; the report next to it must not become one of the images.
-        columns: `image_column` and `label_column`; None: as in training, or the only one.
 
     Raises:
         ValueError: the data set is unknown or does not exist, or `output` lies among its images.
@@ -45,11 +46,13 @@ def data_config(
         channels, height, width = pipeline.image_shape
         changes |= {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "dataset_config_name": None}
         changes |= {"channels": channels, "resolution": [height, width]}
+        if path is None:
+            changes["value_range"] = pipeline.unet.config.get("value_range")
         if dataset_name == EMBEDDED_DIGITS and train_data_dir is None:
             changes |= {"channels": None, "value_range": None, "resolution": None, "random_crop": None}
         if path is not None and dataset_name not in (None, DataConfig.from_json(path).dataset_name):
             changes |= {"group_by": None, "image_column": None, "label_column": None}  # of other data
-    changes |= {name: column for name, column in columns.items() if column is not None}
+    changes |= reading
     config = DataConfig(**changes) if path is None else DataConfig.from_json(path, **changes)
     folder = config.train_data_dir
     if folder is not None and not named and not Path(folder).is_dir():
