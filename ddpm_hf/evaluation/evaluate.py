@@ -106,8 +106,7 @@ def evaluate(
         output: the JSON file; by default evaluation.json in the model's folder, or in the working directory for a model
             on the Hub. by_timestep.csv and report.html are written next to it, and start with its name if that differs.
         cache: folder for the features of the references, which are found again by the content of the images.
-        reading: settings of `DataConfig` in `READING`, for a data set that is to be read in another way than that of the
-            training; by default its settings, or the pixel values of the training images.
+        reading: settings of `DataConfig` in `READING`, for data that are to be read in another way than for training.
 
     Raises:
         ValueError: an argument is invalid, or the images can't be read. Nothing has been written then.
