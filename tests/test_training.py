@@ -1350,6 +1350,9 @@ KILLED = {
     "gradient_accumulation_steps": 2,
     "unet": {**TINY_UNET, "dropout": 0.1},
     "random_flip": True,
+    "random_vertical_flip": True,
+    "random_rotate90": True,
+    "class_balance": 1.0,
     "lr_scheduler": "cosine",
 }
 
