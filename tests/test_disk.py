@@ -148,6 +148,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, half, name, once, eve
             sentence = ends(functools.partial(save, folder))
         if sentence is not None:
             assert sentence.startswith(f"[Errno {number}] {os.strerror(number)}: '{folder}"), first
+            assert ".saving-" not in sentence  # the temporary name, which is gone
         assert Checkpoints(folder, 9).found()
         check_whole(folder)
         if number in (errno.ENOSPC, errno.EDQUOT):

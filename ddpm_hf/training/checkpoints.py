@@ -20,6 +20,7 @@ from ddpm_hf.utils.checksums import file_sha256
 from ddpm_hf.utils.files import (
     clear_parts,
     free_name,
+    os_errors_of,
     remove,
     remove_tree,
     save_tensors,
@@ -322,7 +323,7 @@ def save_pipeline(folder: Path, pipeline, unet) -> None:
 
     Files are written under other names and renamed when complete, so a reader never sees a partial file.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
+    with os_errors_of(folder), tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
         beside = Path(beside)
         with writing_tree(beside):
             pipeline.save_pretrained(beside)
