@@ -66,8 +66,8 @@ def measure(of: tuple, busy: bool, rounds: int, turn: float) -> dict:
     try:
         for k in range(rounds):
             for policy in POLICIES[:: -1 if k % 2 else 1]:
-                run = subprocess.run(command, env=environments[policy], check=True, stdout=subprocess.PIPE, text=True)
-                taken[policy].append(1000 * float(run.stdout))
+                done = subprocess.run(command, env=environments[policy], check=True, stdout=subprocess.PIPE)
+                taken[policy].append(1000 * float(done.stdout))
     finally:
         for other in others:
             other.kill()

@@ -244,8 +244,8 @@ def test_torchscript_from_a_path(tmp_path):
         assert extractor.classifies == (logits is not None) == isinstance(network, MeansAndLogits)
         assert extractor.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert (extractor.name, extractor.is_inception_2015) == (path.stem, False)
-        with pytest.raises(ValueError, match="images with 3 channels, but these have 2"):
-            make_extractor(str(path), 2)
+        with pytest.raises(ValueError, match="images with 3 channels, but these have 5"):
+            make_extractor(str(path), 5)
         with pytest.raises(ValueError, match="can't be computed for images"):
             extractor(images(size=2))
 
@@ -478,8 +478,8 @@ def test_a_vision_transformer_by_its_path(tmp_path, pooler):
     assert other.sha256 != first.sha256
     assert not torch.equal(other(x)[0], first(x)[0])
     settings.write_text(json.dumps(before))
-    with pytest.raises(ValueError, match="images with 3 channels, but these have 4"):
-        make_extractor(spec, 4)
+    with pytest.raises(ValueError, match="images with 3 channels, but these have 5"):
+        make_extractor(spec, 5)
 
 
 def test_other_vision_models(tmp_path):

@@ -481,7 +481,7 @@ def test_a_stop_is_seen_while_images_are_decoded(tmp_path, monkeypatch, capsys):
         Image.fromarray(np.full((8, 8), k, np.uint8)).save(folder / f"{k:02d}.png")
     decoded = []
 
-    def slowly(decoder, item, decode=Decoder.__call__):
+    def slowly(decoder, item, frame=None, decode=Decoder.__call__):
         decoded.append(item)
         if len(decoded) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -514,7 +514,7 @@ def test_a_stop_while_a_stream_is_read_keeps_the_place_after_the_last_update(tmp
     train(tiny_config(tmp_path / "whole", **settings))
     seen, decode = [], Decoder.__call__
 
-    def stop_within_a_batch(decoder, item):
+    def stop_within_a_batch(decoder, item, frame=None):
         seen.append(item)
         if len(seen) == 200:  # of about 192 that are trained on and 6 held out, and before them looks ahead
             os.kill(os.getpid(), signal.SIGTERM)

@@ -176,6 +176,8 @@ def test_files_have_the_pixel_values_of_the_training_images(tmp_path, channels, 
     assert [file.name for file in files] == [f"{k:06d}.{suffix}" for k in range(3)]
     assert (tmp_path / "out/grid.png").exists()
     expected = pipeline(3, image_generators(0, range(3)), 5, "np").images
+    if channels in (2, 4):
+        expected[..., :-1][expected[..., -1] < 0.5 / 65535] = 0  # the decoder reads no colour where nothing is opaque
     low, high = value_range or ((0, 1) if suffix == "npy" else (0, 255))
     decode = Decoder(channels=channels, value_range=None if suffix == "png" and not value_range else (low, high))
     for file, image in zip(files, expected):

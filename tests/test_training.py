@@ -362,7 +362,7 @@ def test_a_checkpoint_that_can_not_be_written_whole_is_none(trained, tmp_path, m
         with pytest.raises(OSError, match="No space left"):
             train(tiny_config(tmp_path, **settings))
     assert [path.name for path in Checkpoints(tmp_path, 9).found()] == ["checkpoint-10"]
-    assert (tmp_path / ".checkpoint-20").exists()
+    assert not (tmp_path / ".checkpoint-20").exists()  # half a checkpoint would take what little room there is
     train(tiny_config(tmp_path, **settings, resume_from_checkpoint="latest"))
     assert not list(tmp_path.glob(".*"))
     for name in FILES:

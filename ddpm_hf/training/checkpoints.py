@@ -175,7 +175,7 @@ class Checkpoints:
         try:
             state = read_json(path / "state.json", MOST_STATE_BYTES, NOT_FINITE)
         except ValueError as error:
-            raise Damaged(str(error)) from error
+            raise Damaged(str(error).replace(f"{path}{os.sep}", "")) from error  # who logs it names the folder
         if state.pop("seal", None) != _seal(state):
             raise Damaged("state.json has a wrong checksum")
         return state
