@@ -142,6 +142,19 @@ def test_labels_may_be_numbers_or_names_and_one_or_many():
         assert pipeline(generator=seeded(0), class_labels=label, **settings).images.shape == (1, 1, 8, 8)
 
 
+def test_an_index_that_is_the_name_of_another_class_is_an_error():
+    """Classes "1", "2", "3": is 1 the first or the second?"""
+    pipeline = tiny_pipeline(num_classes=3, class_names=["1", "2", "3"])
+    settings = {"num_inference_steps": 1, "output_type": "pt"}
+    with pytest.raises(ValueError, match=r"class_labels=\[1, 2\]: 1 is the index of one class and the name of another"):
+        pipeline(class_labels=[1, 2], **settings)
+    named = pipeline(generator=seeded(0), class_labels=["2", "3"], **settings).images
+    for indices in (torch.tensor([1, 2]), np.array([1, 2])):
+        assert_close(pipeline(generator=seeded(0), class_labels=indices, **settings).images, named)
+    same = tiny_pipeline(num_classes=3, class_names=["0", "1", "2"])
+    assert len(same(class_labels=[1, 2], **settings).images) == 2  # names that are the indices
+
+
 def test_guidance_is_one_batch_of_both():
     pipeline, seen = of_classes(), []
     pipeline.unet.register_forward_hook(

@@ -159,7 +159,7 @@ def test_the_samples_of_classes_have_a_row_each(tmp_path, monkeypatch):
     sample = DDPMCustomPipeline.__call__
 
     def note(self, *args, **settings):
-        asked.append((settings["class_labels"], settings["guidance_scale"]))
+        asked.append((settings["class_labels"].tolist(), settings["guidance_scale"]))
         return sample(self, *args, **settings)
 
     monkeypatch.setattr(DDPMCustomPipeline, "__call__", note)

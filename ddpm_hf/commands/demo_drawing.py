@@ -221,5 +221,5 @@ def _settings(pipeline, solver, steps, labels, guidance_scale, progress, film=No
             film.steps = _spread(pipeline.num_timesteps, FILM_FRAMES)
             film(pipeline, step, timestep, tensors)
 
-    classes = {"class_labels": labels, "guidance_scale": guidance_scale} if class_names(pipeline) else {}
+    classes = {"class_labels": torch.tensor(labels), "guidance_scale": guidance_scale} if class_names(pipeline) else {}
     return {"num_inference_steps": steps, "scheduler": solver or None, "callback_on_step_end": on_step, **classes}

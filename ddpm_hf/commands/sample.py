@@ -63,7 +63,7 @@ def run(args) -> None:
     pipeline.set_progress_bar_config(leave=False, desc="steps", disable=os.environ.get("RANK", "0") != "0")
     names = pipeline.unet.config.get("class_names") or []
     labels = args.class_labels and [int(x) if x.isdecimal() and x not in names else x for x in args.class_labels]
-    labels = labels or list(range(num_classes(pipeline.unet) or 0)) or None
+    labels = labels or names or list(range(num_classes(pipeline.unet) or 0)) or None
     output = Path(args.output_dir) if hasattr(args, "output_dir") else _folder_of(args.model)
     (_compare if args.compare else _fill)(pipeline, labels, output, args)
 

@@ -144,7 +144,7 @@ class Context:
 
     def _generate_samples(self, numbers: torch.Tensor) -> tuple:
         """The first of the numbers, and what `Samples` holds of the samples with these numbers."""
-        classes = {} if self.sample_labels is None else {"class_labels": self.sample_labels[numbers].tolist()}
+        classes = {} if self.sample_labels is None else {"class_labels": self.sample_labels[numbers]}
         images = self.pipeline(
             len(numbers), image_generators(self.seed, numbers.tolist()), self.num_inference_steps, output_type="pt",
             scheduler=self.solver, guidance_scale=self.guidance_scale, **classes,

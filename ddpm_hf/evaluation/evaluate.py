@@ -11,6 +11,7 @@ import pkgutil
 import tempfile
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 
@@ -167,7 +168,7 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     pipeline.check_call(
         num_inference_steps=context.num_inference_steps, scheduler=context.solver,
         guidance_scale=context.guidance_scale,
-        class_labels=None if num_classes(pipeline.unet) is None else [0],
+        class_labels=None if num_classes(pipeline.unet) is None else torch.zeros(1, dtype=torch.long),
     )  # fmt: skip
     names = [name for name in METRICS if name in metrics]
     if any("samples" in METRICS[name].needs for name in names):

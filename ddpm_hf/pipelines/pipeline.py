@@ -116,7 +116,9 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
                 `pipeline.interrupt = True`, sampling ends and x is returned. `pipeline.num_timesteps` is the number of
                 steps.
             class_labels: classes, one for all images or one per image: an integer is the index of a class, a string its
-                name, also if that is a number. Required if the network is class-conditional, invalid otherwise.
+                name, also if that is a number. An integer that is the name of another class is an error, because it is
+                easily mistaken; in a tensor or an array, numbers are always indices. Required if the network is
+                class-conditional, invalid otherwise.
             guidance_scale: scale s of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6 with
                 s = 1 + w): unconditional + s (conditional - unconditional). 1: no guidance; 0: any class.
             scheduler: a solver for this call, by name ("ddim", "dpm++", "unipc" ..., see
@@ -256,7 +258,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             choices += f" or names {', '.join(names[:10])}{' ...' if classes > 10 else ''}"
         if class_labels is None:
             raise ValueError(f"class_labels=None: this model is class-conditional; choose from {choices}")
-        if isinstance(class_labels, torch.Tensor | np.ndarray):
+        are_indices = isinstance(class_labels, torch.Tensor | np.ndarray)
+        if are_indices:
             class_labels = class_labels.tolist()
         several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
         given = class_labels if several else [class_labels] * (batch_size or 1)
@@ -271,6 +274,12 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             except ValueError:
                 what = f"class_labels={show(class_labels)}: {show(label, 40)}"
                 raise ValueError(f"{what} is not a class; choose from {choices}") from None
+            name, is_clear = str(labels[-1]), are_indices or isinstance(label, str)
+            if not is_clear and name in names and names.index(name) != labels[-1]:
+                raise ValueError(
+                    f"class_labels={show(class_labels)}: {name} is the index of one class and the name of another "
+                    f"({', '.join(names[:10])}); give a name as a text, {name!r}, or indices as a tensor"
+                )
         return torch.tensor(labels, dtype=torch.int64, device=self._execution_device)
 
     def _to_model_range(self, name: str, images) -> torch.Tensor:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
@@ -112,7 +113,7 @@ def _sample(pipeline, numbers: Sequence[int], steps: int, seed, frame_steps, lab
     while len(done) < len(numbers):
         part = slice(len(done), len(done) + batch_size)
         batch, frames = numbers[part], []
-        classes = {} if labels is None else {"class_labels": labels[part], "guidance_scale": guidance}
+        classes = {} if labels is None else {"class_labels": torch.tensor(labels[part]), "guidance_scale": guidance}
 
         def keep(_, i, timestep, tensors, frames=frames):
             if stop_requested():
