@@ -1336,7 +1336,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     error = (tmp_path / "errors").read_text(encoding="utf-8")
     assert f"the launcher (process {launcher.pid}) has ended" in error
-    assert "stopped by SIGHUP after update" in error
+    assert re.search("stopped by (SIGHUP|another process) after update", error)  # which of them notices it first
     assert "Traceback" not in error
     assert Checkpoints(tmp_path / "run", 9).found()
     assert DDPMCustomPipeline.from_pretrained(tmp_path / "run")
