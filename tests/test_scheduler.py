@@ -2,6 +2,7 @@ import json
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -612,3 +613,11 @@ def test_set_timesteps_reads_clip_sample():
         scheduler.set_timesteps(1000)
         x0 = scheduler.step(torch.zeros_like(x), 0, x).pred_original_sample
         assert_close(x0, torch.full_like(x, most), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("timestep", [[5], np.array(5), {}])
+def test_a_timestep_of_a_step_is_one_number(timestep):
+    scheduler, x = LinearNoiseScheduler(), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="timestep=.* must be an integer or a tensor of one"):
+        scheduler.step(x, timestep, x)
+    assert scheduler.step(x, np.int64(5), x).prev_sample.shape == x.shape

@@ -398,7 +398,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """Return `sample`: a variance-preserving process needs no scaling."""
         return sample
 
-    @explained(_CALL)
+    @explained({**_CALL, "timestep": matching(lambda v: hash(v) is not None, "must be an integer or a tensor of one")})
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         """Draw x_{t-1} from p(x_{t-1} | x_t) (algorithm 2, with x_0 predicted and clamped first).
 
