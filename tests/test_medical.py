@@ -215,3 +215,16 @@ def test_volumes_train(tmp_path):
     settings = {"slices": 0, "value_range": [0, 3000], "resolution": 8}
     run = train(tiny_config(tmp_path / "run", train_data_dir=str(tmp_path), **settings))
     assert (len(run.images), len(run.held_out)) == (20, 10)  # a volume is on one side
+
+
+def test_numbers_in_headers_that_the_file_cannot_hold(tmp_path):
+    """They would be an index of two billion frames, or terabytes of voxels."""
+    path = dicom(tmp_path / "a.dcm", ct().astype(np.uint8), NumberOfFrames=2**31 - 1)
+    with pytest.raises(BadImage, match="is broken: it says that it has 2,147,483,647 frames, and it has"):
+        read(path)
+    assert count_images(path) == 1
+    nifti(tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[42:48] = np.array([32767] * 3, "<i2").tobytes()
+    with pytest.raises(BadImage, match="is cut off: it says that it has 70,362,301,923,326 bytes of values"):
+        read(bytes(content), slices=0, frame=0)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import logging
+import math
 import zlib
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def dicom_pages(content: bytes) -> Pages:
     except (AttributeError, TypeError, ValueError) as error:
         raise BadImage(f"is a DICOM file without a valid image ({type(error).__name__})") from None
     check_size(size, (header.Rows, header.Columns))
+    if not 1 <= number <= len(content):
+        raise BadImage(f"is broken: it says that it has {number:,} frames, and it has {len(content):,} bytes")
 
     def read(k: int) -> tuple[np.ndarray, bool]:
         try:
@@ -135,6 +138,8 @@ def nifti_array(content: bytes) -> np.ndarray:
             raise BadImage(f"is too large: it has more than {MOST_OF_A_VOLUME:,} bytes when decompressed")
     kind = nibabel.Nifti1Image if content[344:348] in NIFTI_MAGIC else nibabel.Nifti2Image
     image = kind.from_bytes(content)
+    if (size := math.prod(image.shape) * image.get_data_dtype().itemsize) > len(content):  # before it is in memory
+        raise BadImage(f"is cut off: it says that it has {size:,} bytes of values, and it has {len(content):,} bytes")
     shape = image.shape[:3] if all(n == 1 for n in image.shape[3:]) else image.shape
     if len(shape) > 3:
         raise BadImage(f"is a NIfTI file of shape {shape}; it must have up to three dimensions of more than 1")
