@@ -20,7 +20,7 @@ from ddpm_hf.data.dataset import ImageData, load_images
 from ddpm_hf.evaluation.features.choose import make_extractor
 from ddpm_hf.evaluation.features.stats import measure, measure_cached, unit_batches
 from ddpm_hf.evaluation.metrics.fidelity import frechet_estimate, kernel_distance, precision_recall_density_coverage
-from ddpm_hf.evaluation.reference import data_config
+from ddpm_hf.evaluation.reference import data_config, train_config_path
 from ddpm_hf.pipelines.images import from_unit
 from ddpm_hf.pipelines.pipeline import load_pipeline
 from ddpm_hf.utils.pictures import grid
@@ -50,7 +50,9 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
 
 def main(model: str, early: str, features: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    train, held_out = load_images(data_config(model, load_pipeline(model, "model"), None, None, out), test_limit=N)
+    pipeline = load_pipeline(model, "model")
+    config = data_config(model, train_config_path(model), pipeline, None, None, {}, out / "evaluation.json")
+    train, held_out = load_images(config, test_limit=N)
     extractor = make_extractor(features, train.shape[0])
     reference = measure_cached(extractor, train, out / "cache")
     chosen = torch.linspace(0, len(train) - 1, N).round().long()
