@@ -77,7 +77,7 @@ def test_one_line_says_what_is_taken_and_what_is_not(tmp_path, caplog, without_p
     (line,) = [r.getMessage() for r in caplog.records]
     assert line == (
         f"train_data_dir={str(tmp_path)!r}: 2 images; left out: 3 .raw, 2 .heic (`pip install pillow-heif`), "
-        "1 without a known suffix, 1 .zip (unpack it), 1 .mpg"
+        "1 without a known suffix, 1 .mpg, 1 .zip beside images"
     )
 
 
@@ -90,7 +90,7 @@ def test_nothing_is_said_where_nothing_is_left_out(tmp_path, caplog):
 
 @pytest.mark.parametrize(("names", "words"), [
     (("0.raw", "1.raw", "notes.txt"), "it holds 2 .raw, 1 .txt; hidden"),
-    (("photos.zip",), r"it holds 1 .zip \(unpack it\); hidden"),
+    (("photos.zip",), "it holds 1 .zip that is damaged; hidden"),
     (("metadata.csv",), "it holds 1 .csv; hidden"),
     (("photos.tar.gz",), r"it holds 1 .gz \(unpack it\); hidden"),
     ((), "it holds no files; hidden"),
@@ -329,11 +329,129 @@ def test_webdataset(tmp_path):
     assert images.labels[images.pixels[:, 0, 0, 0].argsort()].tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_a_zip_of_images_is_to_be_unpacked(tmp_path):
-    with zipfile.ZipFile(draw(tmp_path, "0.png") / "more.zip", "w") as file:
-        file.write(tmp_path / "0.png", "1.png")
+def zipped(folder, archive, root="", **settings):
+    """Write what is in a folder to an archive, below `root`, and return its path."""
+    with zipfile.ZipFile(archive, "w", **settings) as file:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                file.write(path, os.path.join(root, path.relative_to(folder)))
+    return archive
+
+
+TREES = {
+    "plain": ["0.png", "1.png", "2.png"],
+    "classes": ["cat/0.png", "cat/1.png", "dog/2.png", "dog/more/3.png", "__MACOSX/cat/._0.png", "cat/._1.png"],
+    "splits": ["train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png", "notes.txt"],
+    "nested": ["data/v1/train/0.png", "data/v1/train/1.png", "data/v1/val/2.png", "run/train_config.json", "run/0.png"],
+    "metadata": ["sub/0.png", "sub/1.png", "sub/2.png", "sub/metadata.csv"],
+    "arrays": ["0.npy", "1.npy"],
+}
+
+
+@pytest.mark.parametrize(
+    ("tree", "way", "workers"),
+    [(tree, way, 0) for tree in TREES for way in ("the archive", "in a folder", "with a root")]
+    + [("classes", "in a folder", 1)],
+)
+def test_an_archive_gives_what_its_content_gives_as_a_folder(tmp_path, tree, way, workers):
+    content = touch(tmp_path / "content", *(name for name in TREES[tree] if "png" not in name or "._" in name))
+    draw(content, *(name for name in TREES[tree] if name.endswith(".png") and "._" not in name))
+    for k, path in enumerate(content.glob("*.npy")):
+        np.save(path, np.full((4, 5, 3), k, np.uint8))
+    for path in content.rglob("metadata.csv"):
+        path.write_text("file_name,label\n0.png,b\n1.png,a\n2.png,b\n")
+    (tmp_path / "data").mkdir()
+    archive = zipped(content, tmp_path / "data/photos.zip", "photos" if way == "with a root" else "",
+                     compression=zipfile.ZIP_DEFLATED)  # fmt: skip
+    place = archive if way == "the archive" else archive.parent
+
+    def both(folder, workers=0):
+        images = load_images(TrainConfig(train_data_dir=str(folder), output_dir="elsewhere", channels=3,
+                                         dataloader_num_workers=workers))  # fmt: skip
+        return [(each.fingerprint, each.label_names, each.labels is not None and each.labels.tolist())
+                for each in images if each]  # fmt: skip
+
+    assert both(place, workers) == both(content)
+    assert take_inventory(place).left_out == take_inventory(content).left_out
+
+
+def test_archives_are_read_as_if_unpacked_in_their_place(tmp_path):
+    draw(tmp_path / "a", "cat/0.png", "dog/1.png")
+    (tmp_path / "parts").mkdir()
+    for name in ("part_1", "part_2"):
+        zipped(tmp_path / "a", tmp_path / f"parts/{name}.zip")
+    train, test, names = found(tmp_path / "parts")
+    assert (set(train.values()), len(train), test, names) == ({"cat", "dog"}, 4, {}, ["cat", "dog"])
+    assert all(os.path.dirname(os.path.dirname(name)) in ("part_1.zip", "part_2.zip") for name in train)
+
+
+@pytest.mark.parametrize("root", ["", "train", "images"])
+def test_archives_that_are_named_after_splits(tmp_path, root):
+    draw(tmp_path / "a", "cat/0.png", "dog/1.png")
+    (tmp_path / "b").mkdir()
+    zipped(tmp_path / "a", tmp_path / "b/toys_train.zip", root)
+    zipped(tmp_path / "a", tmp_path / "b/Test.ZIP", root.replace("train", "test"))
+    train, test, names = found(tmp_path / "b")
+    assert [sorted(split.values()) for split in (train, test)] == [["cat", "dog"], ["cat", "dog"]]
+    assert names == ["cat", "dog"]
+    (tmp_path / "c").mkdir()
+    draw(tmp_path / "d", "train/0.png", "test/1.png")
+    zipped(tmp_path / "d", tmp_path / "c/train_and_test.zip")  # its folders say more than its name
+    assert files(tmp_path / "c") == (["train_and_test.zip/train/0.png"], ["train_and_test.zip/test/1.png"])
+
+
+def test_an_archive_beside_its_own_content_is_not_taken_twice(tmp_path):
+    zipped(draw(tmp_path, "0.png"), tmp_path / "more.zip")
     assert files(tmp_path) == (["0.png"], [])
-    assert left_out(tmp_path) == {".zip (unpack it)": 1}
+    assert left_out(tmp_path) == {".zip beside images": 1}
+    (tmp_path / "0.png").rename(tmp_path / "train.parquet")
+    assert left_out(tmp_path) == {".zip beside .parquet": 1}
+
+
+def test_names_in_an_archive_lead_nowhere(tmp_path):
+    secret = draw(tmp_path, "secret.png") / "secret.png"
+    data = tmp_path / "data"
+    data.mkdir()
+    with zipfile.ZipFile(data / "a.zip", "w") as file:
+        for name in (str(secret), "../secret.png", "x/../../../secret.png", "C:/secret.png", "D:\\secret.png"):
+            file.writestr(name, secret.read_bytes())
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, str(secret))
+        locked = zipfile.ZipInfo("locked.png")
+        file.writestr(locked, secret.read_bytes())
+        locked.flag_bits |= 1
+        file.writestr("x\\good.png", secret.read_bytes())  # as some programs for Windows write it
+        file.writestr("inner.zip", b"")
+        file.writestr("train.parquet", b"")
+        file.writestr("notes.txt", b"")
+    assert files(data) == (["a.zip/x/good.png"], [])
+    assert left_out(data) == {
+        "files with unsafe names in a .zip": 5, "links in a .zip": 1, "files with a password in a .zip": 1,
+        ".zip in a .zip": 1, ".parquet in a .zip": 1, ".txt": 1,
+    }  # fmt: skip
+    images, _ = load_images(TrainConfig(train_data_dir=str(data), output_dir="elsewhere"))
+    assert len(images) == 1
+
+
+def test_damaged_and_changed_archives(tmp_path, monkeypatch):
+    draw(tmp_path / "a", *(f"{k}.png" for k in range(4)))
+    archive = zipped(tmp_path / "a", tmp_path / "a.zip")
+    content = bytearray(archive.read_bytes())
+    content[content.find(b"IDAT")] ^= 1  # the archive has its own checksum
+    archive.write_bytes(content)
+    config = TrainConfig(train_data_dir=str(archive), output_dir="elsewhere", max_bad_fraction=0.5)
+    images, held_out = load_images(config)
+    assert (len(images), len(held_out)) == (2, 1)
+    ((name, reason),) = images.bad
+    assert name == str(archive / "0.png")
+    assert "Bad CRC-32" in reason
+    monkeypatch.setattr("ddpm_hf.data.archives.MOST_OF_A_FILE", 10)
+    with pytest.raises(ValueError, match="too large: it says that it has .* bytes when decompressed"):
+        load_images(config)
+    archive.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="contains no images .* it holds 1 .zip that is damaged"):
+        load_images(config)
 
 
 # ---------------------------------------------------------------- the order of classes

@@ -5,6 +5,7 @@ import gzip
 import io
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm_hf.data import pages
+from ddpm_hf.data.config import DataConfig
+from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decoding import Decoded, Decoder
 from ddpm_hf.data.pages import BadImage, WrongSetting
 from ddpm_hf.data.reading import count_images
@@ -115,4 +118,31 @@ def test_damaged_files(tmp_path_factory, kind, changes, cut, ways, channels, sid
             assert type(result) in (ValueError, BadImage, WrongSetting)
             assert 0 < len(str(result)) <= LONGEST
             assert "\n" not in str(result)
+    assert time.perf_counter() - began < SECONDS
+
+
+@functools.cache
+def archive() -> bytes:
+    with zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as into:
+        for k, kind in enumerate(("png", "jpg", "png", "jpg")):
+            into.writestr(f"{'ab'[k // 2]}/{k}.{kind}", originals()[kind])
+        into.writestr("metadata.csv", "file_name,label\na/0.png,x\nb/2.png,y\n")
+    return file.getvalue()
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(FRACTION | st.floats(0.6, 1, exclude_max=True), st.integers(0, 255)), max_size=6), FRACTION)
+def test_damaged_archives(tmp_path_factory, changes, cut):
+    """Its directory is in the last 40 %."""
+    path = tmp_path_factory.getbasetemp() / "damaged.zip"
+    path.write_bytes(damage(archive(), changes, max(cut, 0.9999 * (cut > 0.2))))
+    began = time.perf_counter()
+    config = DataConfig(train_data_dir=str(path), output_dir="elsewhere", max_bad_fraction=0.9, resolution=4)
+    try:
+        result = load_images(config)[0].shape
+    except ValueError as error:
+        result = str(error)
+    assert result == (3, 4, 4) or (isinstance(result, str) and 0 < len(result) <= LONGEST and "\n" not in result)
     assert time.perf_counter() - began < SECONDS

@@ -199,7 +199,7 @@ def test_a_flat_nifti_is_an_image(tmp_path):
 def test_bombs_and_broken_volumes(tmp_path, monkeypatch):
     nifti(tmp_path / "a.nii")
     content = (tmp_path / "a.nii").read_bytes()
-    monkeypatch.setattr("ddpm_hf.data.medical.MOST_OF_A_VOLUME", 1000)
+    monkeypatch.setattr("ddpm_hf.data.medical.MOST_OF_A_FILE", 1000)
     with pytest.raises(BadImage, match="is too large: it has more than 1,000 bytes when decompressed"):
         read(gzip.compress(content))
     with pytest.raises(BadImage):

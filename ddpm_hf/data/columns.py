@@ -3,6 +3,7 @@
 One column that could be meant is taken. Of several, none is: the error names the setting that chooses.
 """
 
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ddpm_hf.data.archives import read_bytes
 from ddpm_hf.data.folders import UNKNOWN, natural_order
 from ddpm_hf.utils.arguments import show
 
@@ -206,6 +208,6 @@ def _read_table(file: Path) -> pyarrow.Table | None:
         ".parquet": pyarrow.parquet.read_table,
     }
     try:
-        return read[file.suffix.lower()](str(file))
-    except (pyarrow.ArrowException, OSError, ValueError):
+        return read[file.suffix.lower()](io.BytesIO(read_bytes(file)))
+    except Exception:  # pyarrow and zipfile raise many types
         return None

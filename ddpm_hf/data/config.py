@@ -81,7 +81,8 @@ class DataConfig:
     )
     dataset_config_name: str | None = _data("the configuration (subset) of the data set on the Hub")
     train_data_dir: str | None = _data(
-        "use this folder instead of dataset_name: it holds images, parquet files, WebDataset tars, or a saved `Dataset`"
+        "use this folder instead of dataset_name: it holds images, parquet files, WebDataset tars, zips of images, or "
+        "a saved `Dataset`; or use this .zip of images"
     )
     image_column: str | None = _data("the column of the images; default: the only one, else an error asks")
     label_column: str | None = _data(

@@ -4,19 +4,21 @@ Nothing is decoded here. What lies in a folder is taken by the first of these ru
 
 1. a folder of `datasets.Dataset.save_to_disk`;
 2. tables: parquet files that are named as a training split, or any parquet or tar (WebDataset) file without images;
-3. images.
+3. images;
+4. `.zip` files, as if their content were in the folder in their place.
 
-Splits are named by folders, or by the beginning or a word of the file name of a table, in any case: `SPLITS`.
+Splits are named by folders, or by the beginning or a word of the file name of a table or a .zip, in any case: `SPLITS`.
 """
 
 import functools
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ddpm_hf.data.archives import ZIP, is_zip, list_files
 from ddpm_hf.data.reading import is_image_file
 
 # Files that mark a folder as output of this package. Such folders below a data folder are ignored.
@@ -34,7 +36,7 @@ HEADERS_ONLY = (".bufr", ".grib", ".h5", ".hdf", ".mpg", ".mpeg")  # formats tha
 MOST_REASONS = 8
 UNKNOWN = (None, -1, "")  # labels of images without a class
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
-ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+ARCHIVES = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Inventory:
 
     def left_out_in_words(self) -> str:
         """The reasons with their numbers, most frequent first: "3 .dcm, 2 .heic (`pip install pillow-heif`)"."""
-        singular = functools.partial(re.sub, "^(folder|image|link|row)s", r"\1")
+        singular = functools.partial(re.sub, "^(folder|file|image|link|row)s", r"\1")
         most = self.left_out.most_common(MOST_REASONS)
         words = [f"{number} {reason if number > 1 else singular(reason)}" for reason, number in most]
         more = len(self.left_out) - MOST_REASONS
@@ -89,30 +91,39 @@ def take_inventory(folder: Path) -> Inventory:
     if is_saved or (folder / "dataset_dict.json").is_file():
         inventory.kind = "saved"
         return inventory
-    images, tables = [], {suffix: [] for suffix in TABLES}
-    for here, files in _walk(folder, inventory.left_out):
+    files = {ZIP: [folder]} if is_zip(folder) else _by_kind(_walk(folder, inventory.left_out), inventory)
+    inventory.kind = _kind_to_take(folder, files)
+    if inventory.kind in TABLES:
+        _split_tables(inventory, sorted(files[inventory.kind]))
+    elif inventory.kind == "images":
+        _split_images(inventory, {file: file.relative_to(folder).parts for file in sorted(files["images"])})
+    elif inventory.kind == ZIP:
+        inventory.kind = _take_archives(inventory, sorted(files.pop(ZIP)))
+    if inventory.kind != "images":
+        inventory.left_out.update(file.suffix for file in inventory.metadata)
+    for kind, others in files.items():
+        if others and kind != inventory.kind:
+            reason = f"images beside {inventory.kind} files" if kind == "images" else kind
+            inventory.left_out[f"{ZIP} beside {inventory.kind}" if kind == ZIP else reason] += len(others)
+    return inventory
+
+
+def _by_kind(folders: Iterable[tuple[Path, list[Path]]], inventory: Inventory) -> dict[str, list[Path]]:
+    """The files in these folders that can be taken: the images, and tables and archives by their suffixes."""
+    found = {kind: [] for kind in ("images", *TABLES, ZIP)}
+    for here, files in folders:
         inventory.searched.append(here)
         for file in files:
             suffix = file.suffix.lower()
             if file.name.lower() in METADATA:
                 inventory.metadata.append(file)
-            elif suffix in tables:
-                tables[suffix].append(file)
+            elif suffix in found:
+                found[suffix].append(file)
             elif _is_image(file):
-                images.append(file)
+                found["images"].append(file)
             else:
                 inventory.left_out[_kind(suffix)] += 1
-    inventory.kind = _kind_to_take(folder, images, tables)
-    if inventory.kind != "images":
-        inventory.left_out.update(file.suffix for file in inventory.metadata)
-    for kind, files in {"images": images, **tables}.items():
-        if kind == inventory.kind == "images":
-            _split_images(inventory, sorted(files))
-        elif kind == inventory.kind:
-            _split_tables(inventory, sorted(files))
-        elif files:
-            inventory.left_out[f"images beside {inventory.kind} files" if kind == "images" else kind] += len(files)
-    return inventory
+    return found
 
 
 def mark_of(folder: str | Path) -> str | None:
@@ -187,6 +198,50 @@ def _walk(folder: Path, left_out: Counter) -> Iterator[tuple[Path, list[Path]]]:
         yield here, files
 
 
+def _folders_in_zip(archive: Path, inventory: Inventory) -> Iterator[tuple[Path, list[Path]]]:
+    """As `_walk`, the folders in an archive, each with its files."""
+    folders, marks = {}, {}
+    for file in list_files(archive, inventory.left_out):
+        inside = file.relative_to(archive).parts
+        if not any(name.startswith(".") or name.lower() in JUNK for name in inside):
+            folders.setdefault(file.parent, []).append(file)
+            if file.name in MARKS and file.parent != inventory.folder:
+                marks.setdefault(file.parent, MARKS[file.name])
+    for here in sorted(folders):
+        above = [place for place in (here, *here.parents) if place in marks]
+        if not above:
+            yield here, sorted(folders[here])
+        elif above == [here]:
+            inventory.left_out[f"folders of {marks[here]}"] += 1
+
+
+def _take_archives(inventory: Inventory, archives: list[Path]) -> str | None:
+    """Take the images in the archives, each as if it were unpacked in its place, and return the kind of the inventory.
+
+    An archive that is named after a split is that split, unless folders in it are named after splits.
+    """
+    searched, paths = inventory.searched.copy(), {}
+    for archive in archives:
+        try:
+            found = _by_kind(_folders_in_zip(archive, inventory), inventory)
+        except ValueError:
+            inventory.left_out[f"{ZIP} that is damaged"] += 1
+            continue
+        inside = {file: file.relative_to(archive).parts for file in found.pop("images")}
+        inventory.left_out.update(f"{file.suffix.lower()} in a .zip" for files in found.values() for file in files)
+        if not inside:
+            continue
+        split = _split_of_file(archive.name)
+        depth = _common(list(inside.values()), split)
+        has_splits = any(len(path) > depth + 1 and _split_of_folder(path[depth]) for path in inside.values())
+        above = archive.relative_to(inventory.folder).parts[:-1] + ((split,) if split and not has_splits else ())
+        paths |= {file: above + path for file, path in inside.items()}
+    inventory.searched = searched  # no file can be put into an archive
+    if paths:
+        _split_images(inventory, dict(sorted(paths.items(), key=lambda each: (each[1], each[0]))))
+    return "images" if paths else None
+
+
 def _split_of_folder(name: str) -> str | None:
     """The split that a folder is named after: `Train`, `train`, `val2017`."""
     return WORDS.get(re.sub(r"[\W\d_]+$", "", name.lower()))
@@ -194,17 +249,20 @@ def _split_of_folder(name: str) -> str | None:
 
 def _split_of_table(path: Path) -> str | None:
     """The split that a table is named after, by a folder or its own name: `test/0000.parquet`, `a_train-1.parquet`."""
-    *folders, name = path.parts
+    return next(filter(None, map(_split_of_folder, path.parts[:-1])), None) or _split_of_file(path.name)
+
+
+def _split_of_file(name: str) -> str | None:
+    """The split that a table or an archive is named after."""
     words = re.findall(r"[^\W\d_]+", Path(name).stem.lower())
     start = next((split for split in ("train", "test") if name.lower().startswith(split)), None)
-    named = (*map(_split_of_folder, folders), *map(WORDS.get, words), start)
-    return next(filter(None, named), None)
+    return next(filter(None, map(WORDS.get, words)), start)
 
 
-def _kind_to_take(folder: Path, images: list[Path], tables: dict[str, list[Path]]) -> str | None:
-    if any(_split_of_table(file.relative_to(folder)) == "train" for file in tables[".parquet"]):
+def _kind_to_take(folder: Path, found: dict[str, list[Path]]) -> str | None:
+    if any(_split_of_table(file.relative_to(folder)) == "train" for file in found.get(".parquet", ())):
         return ".parquet"
-    return next((kind for kind, files in {"images": images, **tables}.items() if files), None)
+    return next((kind for kind, files in found.items() if files), None)
 
 
 def _choose_held_out(inventory: Inventory, splits: dict[str | None, list[Path]], what: str) -> None:
@@ -250,10 +308,8 @@ def _home(file: Path, folder: Path) -> tuple[str, ...]:
     return tuple(part for part in file.relative_to(folder).parts[:-1] if not _split_of_folder(part))
 
 
-def _split_images(inventory: Inventory, files: list[Path]) -> None:
-    """Assign images to splits and classes."""
-    above = len(inventory.folder.parts)
-    parts = {file: file.parts[above:] for file in files}
+def _split_images(inventory: Inventory, parts: dict[Path, tuple[str, ...]]) -> None:
+    """Assign images, in the order of `parts`, to splits and classes; these are the parts of their paths."""
     depth = _common(list(parts.values()), "train")
     splits, paths = {}, {}
     for file, path in parts.items():
@@ -271,7 +327,7 @@ def _split_images(inventory: Inventory, files: list[Path]) -> None:
             "train on: name their folder train"
         )
     else:
-        inventory.train, paths = files, parts
+        inventory.train, paths = list(parts), parts
     inventory.below = {file: "/".join(path) for file, path in paths.items()}
     _find_classes(inventory, paths)
 

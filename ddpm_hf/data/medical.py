@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_hf.data.pages import BadImage, Pages, WrongSetting, check_size
+from ddpm_hf.data.archives import open_file, read_bytes
+from ddpm_hf.data.pages import MOST_OF_A_FILE, BadImage, Pages, WrongSetting, check_size
 
-MOST_OF_A_VOLUME = 2**31  # bytes when decoded: 512x512 pixels in 4,000 slices of int16
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 GZIP_MAGIC, NIFTI_MAGIC = b"\x1f\x8b", (b"n+1\0", b"n+2\0")
 HEAD = 540  # bytes of the longer of the two headers of NIfTI
@@ -30,9 +30,9 @@ def is_dicom_file(path: Path) -> bool:
     if path.suffix:
         return path.suffix.lower() == ".dcm"
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return is_dicom(file.read(132))
-    except OSError:
+    except Exception:  # zipfile raises many types
         return False
 
 
@@ -80,9 +80,9 @@ def patient_of(path: Path) -> str | None:
     if not is_dicom_file(path) or importlib.util.find_spec("pydicom") is None:
         return None
     try:
-        header = _dicom(path.read_bytes(), stop_before_pixels=True)
+        header = _dicom(read_bytes(path), stop_before_pixels=True)
         name = str(header.get("PatientID") or header.get("SeriesInstanceUID") or "")
-    except (BadImage, OSError):
+    except Exception:  # zipfile raises many types; the decoder says what is wrong
         return None
     return hashlib.sha256(name.encode()).hexdigest() if name else None
 
@@ -133,9 +133,9 @@ def nifti_array(content: bytes) -> np.ndarray:
 
     if content[:2] == GZIP_MAGIC:
         unzip = zlib.decompressobj(31)
-        content = unzip.decompress(content, MOST_OF_A_VOLUME)
+        content = unzip.decompress(content, MOST_OF_A_FILE)
         if unzip.unconsumed_tail:
-            raise BadImage(f"is too large: it has more than {MOST_OF_A_VOLUME:,} bytes when decompressed")
+            raise BadImage(f"is too large: it has more than {MOST_OF_A_FILE:,} bytes when decompressed")
     kind = nibabel.Nifti1Image if content[344:348] in NIFTI_MAGIC else nibabel.Nifti2Image
     image = kind.from_bytes(content)
     if (size := math.prod(image.shape) * image.get_data_dtype().itemsize) > len(content):  # before it is in memory

@@ -4,7 +4,6 @@ A broken file gives a `BadImage`, and training skips it. A `ValueError` means th
 """
 
 import contextlib
-import errno
 import functools
 import io
 import math
@@ -16,8 +15,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.data import medical
+from ddpm_hf.data.archives import NOT_OF_THE_FILE, archive_of, read_bytes, stamp_of
 from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
-from ddpm_hf.utils.arguments import OF_THE_MACHINE, shorten
+from ddpm_hf.utils.arguments import shorten
 
 with contextlib.suppress(ImportError):  # HEIC, from pillow-heif; AVIF is in Pillow itself
     import pillow_heif
@@ -32,7 +32,6 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 GDAL_NODATA = 42113  # the TIFF tag
 MOST_BANDS = 16  # of an array whose number of channels nobody has given; more may also be the slices of a volume
-NOT_OF_THE_FILE = (*OF_THE_MACHINE, errno.EIO)  # of machine or network
 ORIENTED = {  # EXIF orientation -> the upright array
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -125,7 +124,7 @@ def _explained(source) -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)  # about damaged metadata, which is not used
             yield
     except UnidentifiedImageError:
-        head = (source if isinstance(source, bytes) else Path(source).read_bytes())[:16]
+        head = (source if isinstance(source, bytes) else read_bytes(source))[:16]
         raise BadImage(f"is not in a known image format: it begins with {head!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"is too large: {error}") from error
@@ -143,19 +142,21 @@ def _open(source, channels: int | None, slices: int | None, several: bool) -> Pa
     """The images in a file or an array. `several`: they are read one after the other. Raises errors of many types."""
     if isinstance(source, np.ndarray):
         return _array_pages(source, channels, slices)
-    if isinstance(source, str | Path) and Path(source).suffix.lower() == ARRAY_SUFFIX:
+    is_array = isinstance(source, str | Path) and Path(source).suffix.lower() == ARRAY_SUFFIX
+    if is_array and archive_of(source) is None:
         return _array_pages(_map_array(source), channels, slices)
     if not several:
         return _open_file(source, None, channels, slices)
-    stat = None if isinstance(source, bytes) else Path(source).stat()
-    return _kept_open(source, stat and (stat.st_mtime_ns, stat.st_size), channels, slices)
+    return _kept_open(source, None if isinstance(source, bytes) else stamp_of(source), channels, slices)
 
 
 def _open_file(source: str | Path | bytes, stamp, channels: int | None, slices: int | None) -> Pages:
     """The images in a file. `stamp` differs when the file has changed."""
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    content = source if isinstance(source, bytes) else read_bytes(source)
     if not content:
         raise BadImage("is empty")
+    if content.startswith(np.lib.format.MAGIC_PREFIX):
+        return _array_pages(np.load(io.BytesIO(content), allow_pickle=False), channels, slices)
     if medical.is_dicom(content):
         return medical.dicom_pages(content)
     if medical.is_nifti(content):

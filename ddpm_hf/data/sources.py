@@ -14,6 +14,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ddpm_hf.data import medical
+from ddpm_hf.data.archives import is_zip
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.folders import MARKS, UNKNOWN, Inventory, mark_of, take_inventory
 from ddpm_hf.data.frames import Frames, has_several_a_file
@@ -101,8 +102,11 @@ def reason(error: BaseException) -> str:
 
 def _folder(config: DataConfig, streaming: bool, groups: Groups):
     path, folder = config.train_data_dir, Path(config.train_data_dir)
-    if not folder.is_dir():
-        raise ValueError(f"train_data_dir={path!r} is not a folder; it must be a folder of images or of train*.parquet")
+    if not (folder.is_dir() or is_zip(folder)):
+        raise ValueError(
+            f"train_data_dir={path!r} is not a folder; it must be a folder of images or of train*.parquet, or a .zip "
+            "of images"
+        )
     mark = mark_of(folder)
     if mark in ("train_config.json", "model_index.json"):  # a folder of samples is allowed
         raise ValueError(

@@ -55,7 +55,7 @@ def data_config(
     changes |= reading
     config = DataConfig(**changes) if path is None else DataConfig.from_json(path, **changes)
     folder = config.train_data_dir
-    if folder is not None and not named and not Path(folder).is_dir():
+    if folder is not None and not named and not Path(folder).exists():
         raise ValueError(
             f"model={model!r} was trained on train_data_dir={folder!r}, which does not exist (the working "
             f"directory is {Path.cwd()}): give its path with --train_data_dir"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from ddpm_hf.data.archives import ZIP
 from ddpm_hf.data.config import BELOW_1, EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig, setting
 from ddpm_hf.models.unet import ARGUMENTS
 from ddpm_hf.schedulers.noise import PREDICTION_TYPES, SETTINGS
@@ -139,6 +140,7 @@ class TrainConfig(DataConfig):
         if self.output_dir is None:
             data = self.train_data_dir or self.dataset_name
             name = Path(os.path.abspath(data)).name if data else ""  # resolves `.` and `photos/`
+            name = name[: -len(ZIP)] if name.lower().endswith(ZIP) else name
             self.output_dir = str(Path("runs", name or Path(self.config).stem))
         self._check("streaming", not self.streaming or self.max_train_steps is not None, "needs max_train_steps")
         self._check("class_balance", not (self.class_balance and self.streaming), "must be 0 with streaming=True")
