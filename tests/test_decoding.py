@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,88 @@ def test_sixteen_bits_with_alpha():
         pixels, opacity, *_ = read_image(content, None)
         assert np.array_equal(pixels, deep[..., :3])
         assert_close(opacity, deep[..., 3:].astype(np.float32) / 65535)
+
+
+def pnm(kind: int, array, most: int) -> bytes:
+    head = f"P{kind}\n# a comment\n{WIDTH} {HEIGHT}\n{most}\n".encode()
+    return head + (" ".join(map(str, array.ravel())).encode() if kind < 4 else array.astype(">u2").tobytes())
+
+
+def jp2(array) -> bytes:
+    import imagecodecs
+
+    return imagecodecs.jpeg2k_encode(array, level=0, reversible=True, codecformat="jp2")
+
+
+LARGE = rng.integers(0, 32768, (32, 40, 5), dtype=np.uint16)  # JPEG 2000 halves the sides several times
+SIGNED = LARGE[..., 0].astype(np.int16) - 9000
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (jp2(LARGE[..., 0]), LARGE[..., :1]),
+        (jp2(LARGE[..., :3].copy()), LARGE[..., :3]),
+        (jp2(LARGE[..., :4].copy()), LARGE[..., :4]),  # four bands, none of which is opacity
+        (jp2(LARGE), LARGE),
+        (jp2(SIGNED), SIGNED[..., None]),
+        (pnm(5, DEEP // 16, 4095), DEEP[..., None] // 16),
+        (pnm(2, DEEP // 16, 4095), DEEP[..., None] // 16),
+        (pnm(6, DEEP_RGB, 65535), DEEP_RGB),
+        (pnm(3, DEEP_RGB, 65535), DEEP_RGB),
+        (tiff(65535 - DEEP, photometric="miniswhite"), DEEP[..., None]),
+        (tiff(255 - GRAY, photometric="miniswhite"), GRAY[..., None]),
+    ]
+    + [
+        (tiff(RGB, photometric="rgb", compression=compression), RGB)
+        for compression in ("lerc", "webp", "png", "jpegxl", "zstd")
+    ],
+)
+def test_what_pillow_would_change_or_refuse(content, expected):
+    for tail in (b"", b"\n"):
+        pixels, opacity, *_ = read_image(content + tail, None)
+        assert pixels.dtype == expected.dtype
+        assert np.array_equal(pixels, expected)
+        assert opacity is None
+
+
+def test_opacity_of_jpeg_2000_and_jpeg_xl():
+    import imagecodecs
+
+    large = rng.integers(0, 256, (32, 40, 4), dtype=np.uint8)
+    pixels, opacity, *_ = read_image(encoded(Image.fromarray(large), "JPEG2000"), None)
+    assert np.array_equal(pixels, large[..., :3])
+    assert np.array_equal(opacity * 255, large[..., 3:])
+    if is_image_file(Path("a.jxl")):
+        deep = rng.integers(0, 65536, (8, 8, 4), dtype=np.uint16)
+        pixels, opacity, *_ = read_image(imagecodecs.jpegxl_encode(deep, lossless=True), None)
+        assert np.array_equal(pixels, deep[..., :3])
+        assert np.array_equal(opacity[..., 0] * 65535, deep[..., 3])
+
+
+def test_colours_that_are_multiplied_with_the_opacity():
+    alpha = np.array([0, 1, 128, 255], np.uint8)
+    colours = np.array([[0, 0, 0], [1, 0, 1], [100, 128, 5], [9, 8, 7]], np.uint8)
+    as_pillow = np.asarray(Image.fromarray(np.c_[colours, alpha][None], "RGBa").convert("RGBA"))[0]
+    for most in (255, 65535, 2**32 - 1, 1.0):
+        type = np.float32 if most == 1 else np.min_scalar_type(most)
+        array = np.round(np.c_[colours, alpha] * (most / 255), 6).astype(type)
+        straight = read_image(tiff(array[None], photometric="rgb", extrasamples=["assocalpha"]), None).colours[0]
+        if most == 255:
+            assert np.array_equal(straight, as_pillow[:, :3])
+        expected = colours[2:] / alpha[2:, None] * most
+        assert np.abs(straight[2:] - expected).max() <= max(1e-5, most / 2**16, most > 1)
+    gray = tiff(np.array([[[60, 120]]], np.uint8), photometric="minisblack", extrasamples=["assocalpha"])
+    assert read_image(gray, None).colours.item() == 127
+
+
+def test_a_file_of_a_stack_says_nothing_of_the_other_files(caplog):
+    """OME-TIFF of one file per plane: each describes the whole stack."""
+    file = io.BytesIO(tiff(np.stack([DEEP, DEEP]), photometric="minisblack", ome=True, metadata={"axes": "ZYX"}))
+    description = tifffile.TiffFile(file).pages[0].description
+    content = tiff(DEEP, description=description, metadata=None, photometric="minisblack")
+    assert np.array_equal(read_image(content, None).colours[..., 0], DEEP)
+    assert not caplog.records
 
 
 def test_jpeg_of_four_inks_is_not_a_negative():
@@ -262,6 +345,13 @@ PNG, JPEG = encoded(NOISE, "PNG"), encoded(NOISE, "JPEG")
 BOMB = encoded(Image.new("1", (20_000, 20_000)), "PNG")
 
 
+def fits(array) -> bytes:
+    """A gray image of 16 bits as astronomers store it."""
+    keys = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": array.shape[1], "NAXIS2": array.shape[0]}
+    cards = [f"{key:8}= {value:>20}" for key, value in keys.items()] + ["END"]
+    return "".join(card.ljust(80) for card in cards).ljust(2880).encode() + array.astype(">i2").tobytes().ljust(2880)
+
+
 def broken_files(folder) -> dict[str, str]:
     """Write one of each; its name and what its reason must say."""
     zero_wide = b"P5\n0 5\n255\n"
@@ -293,14 +383,22 @@ def broken_files(folder) -> dict[str, str]:
             tiff(np.full((4, 4, 4), 200, np.float32), photometric="rgb", extrasamples=["unassalpha"]),
             "has an opacity of 200 ... 200, outside .0, 1.",
         ),
-        "premultiplied.tif": (
-            tiff(np.zeros((4, 4, 4), np.uint16), photometric="rgb", extrasamples=["assocalpha"]),
-            "more than 8 bits and premultiplied alpha",
-        ),
         "inks.tif": (
             tiff(np.zeros((4, 4, 4), np.uint16), photometric="separated"),
-            "is a TIFF file of 4 SEPARATED channels of 16 bits",
+            "is a TIFF file of 4 SEPARATED channels of the type uint16, which is not supported",
         ),
+        "white.tif": (tiff(SIGNED, photometric="miniswhite"), "of 1 MINISWHITE channel of the type int16"),
+        "volume.tif": (
+            tiff(np.zeros((16, 32, 32), np.uint8), volumetric=True, tile=(16, 16, 16)),
+            "has pages that are volumes of 16 planes: save it again with a page for each",
+        ),
+        "complex.tif": (tiff(np.zeros((4, 4), np.complex64)), "contains complex64, which are no real numbers"),
+        "truncated.jp2": (jp2(LARGE)[:4000], "can't be read: "),
+        "head.jp2": (jp2(LARGE)[:60], "is cut off"),
+        "truncated.ppm": (pnm(6, DEEP_RGB, 65535)[:-2], "is cut off: it has 104 of 105 values"),
+        "bomb.pgm": (b"P5 90000 90000 65535 ", "is too large"),
+        "deep.fits": (fits(DEEP), "has more than 8 bits in the format FITS, which is not supported"),
+        "deep.sgi": (encoded(Image.fromarray(RGB), "SGI", bpc=2), "has more than 8 bits in the format SGI"),
         "nan.tif": (tiff(np.full((4, 4), np.nan, np.float32)), "has values that are not finite"),
     }
     reasons = {"pickled.npy": "can't be read: .*Python objects"}
@@ -315,7 +413,7 @@ def broken_files(folder) -> dict[str, str]:
     return reasons | {
         "zero_wide.npy": "is 0x5 pixels|can't be read",
         "row.npy": r"is an array of shape \(5,\)",
-        "words.npy": "contains <U1, not numbers",
+        "words.npy": "contains <U1, which are no real numbers",
         "bomb.npy": "can't be read|is too large",
     }
 

@@ -8,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import imagecodecs
 import nibabel
 import numpy as np
 import pytest
@@ -59,6 +60,9 @@ def originals() -> dict[str, bytes]:
         "webp": saved("WEBP", *frames), "jpg": saved("JPEG", frames[0]), "pages": tiff(gray, photometric="minisblack"),
         "deep": tiff(deep, photometric="minisblack", compression="zlib"), "npy": array.getvalue(),
         "colour": saved("TIFF", *frames, compression="tiff_lzw"),
+        "jp2": imagecodecs.jpeg2k_encode(np.tile(deep[0], (4, 4)), reversible=True, codecformat="jp2"),
+        "ppm": b"P5 6 8 4095 " + (deep[0] // 16).astype(">u2").tobytes(),
+        "straight": tiff(deep[0].repeat(4).reshape(8, 6, 4), photometric="rgb", extrasamples=["assocalpha"]),
         "nodata": tiff(deep[0].astype(np.float32), extratags=[(42113, "s", 0, "-9999", True)]),
         "dicom": dicom(deep, RescaleSlope=1, RescaleIntercept=-1024), "nii": nifti(deep),
         "nii.gz": gzip.compress(nifti(deep)),

@@ -6,6 +6,7 @@ A broken file gives a `BadImage`, and training skips it. A `ValueError` means th
 import contextlib
 import functools
 import io
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.data import medical
 from ddpm_hf.data.archives import NOT_OF_THE_FILE, archive_of, read_bytes, stamp_of
+from ddpm_hf.data.exact import exact_pages
 from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
 from ddpm_hf.utils.arguments import shorten
 
@@ -25,6 +27,11 @@ with contextlib.suppress(ImportError):  # HEIC, from pillow-heif; AVIF is in Pil
     pillow_heif.register_heif_opener()
 with contextlib.suppress(ImportError):  # JPEG XL, from pillow-jxl-plugin, which registers itself
     import pillow_jxl  # noqa: F401
+
+for name in ("tifffile", "imagecodecs"):
+    logging.getLogger(name).setLevel(
+        logging.CRITICAL
+    )  # they warn of each file with damaged metadata, which is not used
 
 ARRAY_SUFFIX = ".npy"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -105,7 +112,7 @@ def read_image(
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     if pixels.dtype.kind not in "uif":
-        raise BadImage(f"contains {pixels.dtype}, not numbers")
+        raise BadImage(f"contains {pixels.dtype}, which are no real numbers")
     if not has_opacity:
         return Picture(pixels, None, pages.nodata, pages.window, pages.valid)
     opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0
@@ -167,7 +174,9 @@ def _open_file(source: str | Path | bytes, stamp, channels: int | None, slices: 
                 "(sagittal)"
             )
         return _array_pages(volume, channels, slices)
-    return _tiff_pages(content) if content[:4] in TIFF_MAGIC else _pillow_pages(content)
+    if content[:4] in TIFF_MAGIC:
+        return _tiff_pages(content)
+    return exact_pages(content) or _pillow_pages(content)
 
 
 # A frame of an animation is made from the frames before it, so the file of the last one stays open
@@ -233,6 +242,8 @@ def _is_deep_png(image: Image.Image, content: bytes) -> bool:
 
 
 def _check_pillow(image: Image.Image, content: bytes) -> None:
+    if (image.format == "FITS" and image.mode != "L") or (image.format == "SGI" and content[3] == 2):
+        raise BadImage(f"has more than 8 bits in the format {image.format}, which is not supported: save it as .npy")
     each = 4 if image.mode in DEEP_MODES else 1 + _is_deep_png(image, content)
     check_size(image.width * image.height * len(image.getbands()) * each, image.size)
 
@@ -250,6 +261,12 @@ def _pillow_pixels(image: Image.Image, content: bytes) -> tuple[np.ndarray, bool
                 raise BadImage("is an animation of 16 bits in colour, which is not supported")
             pixels = imagecodecs.png_decode(content)
             return _upright(pixels, image.getexif().get(0x0112)), pixels.shape[2] in (2, 4)
+    if image.format == "JXL" and image.mode in ("LA", "RGB", "RGBA"):
+        import imagecodecs
+
+        pixels = imagecodecs.jpegxl_decode(content)
+        if pixels.dtype != np.uint8:  # of which Pillow keeps 8 bits
+            return pixels, image.mode != "RGB"
     if 0 in image.size:
         raise BadImage(f"is {image.size[0]}x{image.size[1]} pixels")
     image.load()
@@ -269,7 +286,7 @@ def _tiff_pages(content: bytes) -> Pages:
     """The pages of a TIFF file without reduced copies (overviews, thumbnails) and transparency masks."""
     import tifffile
 
-    file = tifffile.TiffFile(io.BytesIO(content))
+    file = tifffile.TiffFile(io.BytesIO(content), is_ome=False)  # OME metadata may describe pages of other files
     indices = [k for k, page in enumerate(file.pages) if not (page.is_reduced or page.is_mask)] or [0]
     pages = [file.pages[k] for k in indices]
     if len(file.pages) == 1 and file.series[0].size > pages[0].size:  # as ImageJ writes large stacks
@@ -310,28 +327,53 @@ def _nodata_of(tag) -> float | None:
 
 
 def _tiff_pixels(page) -> tuple[np.ndarray, bool] | None:
-    """A page (H, W, C) whose bits or bands Pillow would lose, and whether its last channel is opacity; else None."""
+    """A page (H, W, C), and whether its last channel is opacity; None for what Pillow reads without a loss."""
     import tifffile
 
-    samples, extra = page.samplesperpixel, page.extrasamples
+    samples, extra, bits, kind = page.samplesperpixel, page.extrasamples, page.bitspersample, page.photometric.name
     alpha = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
     has_opacity = len(extra) == 1 and extra[0] in alpha
-    kind = page.photometric.name
+    if page.imagedepth > 1:
+        raise BadImage(f"has pages that are volumes of {page.imagedepth} planes: save it again with a page for each")
+    if page.dtype is None:
+        raise BadImage(f"is a TIFF file of {bits} bits of an unknown type")
     of_colours = {"RGB": 3, "YCBCR": 3, "CIELAB": 3, "SEPARATED": 4}.get(kind, 1)
     interleaved = page.planarconfig == tifffile.PLANARCONFIG.CONTIG or samples == 1
-    if page.bitspersample <= 8 and interleaved and samples == of_colours + has_opacity and page.dtype.kind != "i":
+    is_plain = kind in ("MINISBLACK", "MINISWHITE", "RGB")
+    is_left_to_pillow = not (is_plain and bits >= 8) or page.compression == tifffile.COMPRESSION.JPEG
+    is_usual = bits <= 8 and interleaved and samples == of_colours + has_opacity and page.dtype.kind != "i"
+    if is_left_to_pillow and is_usual:
         return None
-    if kind not in ("MINISBLACK", "RGB"):
-        raise BadImage(f"is a TIFF file of {samples} {kind} channels of {page.bitspersample} bits")
+    if not is_plain or (kind == "MINISWHITE" and page.dtype.kind != "u"):
+        raise BadImage(
+            f"is a TIFF file of {samples} {kind} channel{'s' * (samples > 1)} of the type {page.dtype}, which is not "
+            "supported: save it again as gray or RGB"
+        )
     check_size(page.nbytes, page.shape)
     pixels = page.asarray()
     if page.axes.startswith("S"):
         pixels = np.moveaxis(pixels, 0, -1)
     pixels = pixels.reshape(page.imagelength, page.imagewidth, samples)
+    if kind == "MINISWHITE":
+        pixels = np.concatenate([2**bits - 1 - pixels[..., :1], pixels[..., 1:]], axis=2)
     if has_opacity and extra[0] == tifffile.EXTRASAMPLE.ASSOCALPHA:
-        raise BadImage("has more than 8 bits and premultiplied alpha, which is not supported")
+        pixels = _straight(pixels)
     tag = page.tags.get("Orientation")
     return _upright(pixels, tag.value if tag else 1), has_opacity
+
+
+def _straight(pixels: np.ndarray) -> np.ndarray:
+    """Colours that are multiplied with the opacity, the last channel -> what they were before; as in Pillow."""
+    colours, alpha = pixels[..., :-1], pixels[..., -1:]
+    if pixels.dtype.kind == "f":
+        straight = np.divide(colours, alpha, out=colours.copy(), where=alpha > 0)
+    elif pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 4:
+        most = np.iinfo(pixels.dtype).max
+        straight = colours.astype(np.uint64) * most // np.maximum(alpha, 1)
+        straight = np.where(alpha > 0, straight.clip(0, most), colours).astype(pixels.dtype)
+    else:
+        raise BadImage(f"has premultiplied alpha of the type {pixels.dtype}, which is not supported")
+    return np.concatenate([straight, alpha], axis=2)
 
 
 def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
