@@ -49,7 +49,7 @@ class Damaged(Exception):  # noqa: N818
 
 
 class Checkpoints:
-    """The folders `checkpoint-<step>` of a run: training weights, EMA weights, AdamW's moments and state.json.
+    """The folders `checkpoint-<step>` of a run: training weights, EMA weights, the optimizer's moments and state.json.
 
     Apart from the loss scale of float16 and the position in a stream, which state.json holds, all other state is a
     function of the step. No file is a pickle. Folders are written under another name and renamed when complete, and
@@ -200,10 +200,10 @@ class Checkpoints:
                 model.load_state_dict(tensors)
             except RuntimeError as error:  # its first line names the class
                 raise ValueError(f"{path} is of another network: {str(error).splitlines()[-1].strip()}") from error
-        for name, parameter in unet.named_parameters():
-            if parameter.requires_grad and moments:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {key: moments[f"{key}/{name}"] for key in keys}
+        parameters = dict(unet.named_parameters())
+        for name, tensor in moments.items():
+            key, _, of = name.partition("/")
+            optimizer.state[parameters[of]][key] = tensor
         return state
 
     def roll_back(self) -> None:

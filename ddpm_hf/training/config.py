@@ -81,7 +81,14 @@ class TrainConfig(DataConfig):
     gradient_accumulation_steps: int = _optimisation("micro-batches per update", 1, AT_LEAST_1)
     max_train_steps: int | None = _optimisation("number of updates; overrides num_epochs", rule=AT_LEAST_1)
     num_epochs: int = _optimisation("number of passes over the data", 100, AT_LEAST_1)
+    optimizer: str = _optimisation(
+        "adamw; or muon, for the weights of all linear layers and convolutions but the first and the last, with AdamW "
+        "for the rest",
+        "adamw",
+        one_of("adamw", "muon"),
+    )
     learning_rate: float = _optimisation("peak learning rate of AdamW", 1e-4, POSITIVE)
+    muon_learning_rate: float = _optimisation("peak learning rate of Muon", 8e-3, POSITIVE)
     lr_scheduler: str = _optimisation(
         "after the warm-up: constant, or cosine or linear decay to 0",
         "constant",
@@ -90,7 +97,7 @@ class TrainConfig(DataConfig):
     lr_warmup_steps: int = _optimisation("number of updates of linear warm-up", 500, integer(0))
     adam_beta1: float = _optimisation("AdamW: decay rate of the mean of the gradient", 0.9, BELOW_1)
     adam_beta2: float = _optimisation("AdamW: decay rate of the mean of the squared gradient", 0.999, BELOW_1)
-    adam_weight_decay: float = _optimisation("AdamW: weight decay", 0.0, number(0))
+    adam_weight_decay: float = _optimisation("AdamW and Muon: weight decay", 0.0, number(0))
     adam_epsilon: float = _optimisation("AdamW: term added to the denominator", 1e-8, POSITIVE)
     max_grad_norm: float = _optimisation("clip the norm of the gradient to this value", 1.0, POSITIVE)
     ema_max_decay: float = _optimisation("final decay rate of the EMA of the weights", 0.9999, BELOW_1)

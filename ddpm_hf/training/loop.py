@@ -60,7 +60,7 @@ def run_updates(training: Training) -> None:
             micro_batches = batches.draw(run.step)
         rate = learning_rate(config, run.step, run.total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         with explain_failure(config):
             loss, seen = 0.0, []
             for k, batch in enumerate(micro_batches):
@@ -83,7 +83,7 @@ def run_updates(training: Training) -> None:
 
 
 def step_if_finite(accelerator, optimizer, *values: torch.Tensor) -> torch.Tensor:
-    """AdamW's step if these numbers are finite in all processes; else weights, moments and count stay as they are.
+    """The optimizer's step if these numbers are finite in all processes; else weights and moments stay as they are.
 
     Returns:
         Whether the step was taken, bool (), on the device, where the host does not wait to read it.
@@ -91,7 +91,7 @@ def step_if_finite(accelerator, optimizer, *values: torch.Tensor) -> torch.Tenso
     finite = torch.stack([value.isfinite() for value in values]).all()
     if accelerator.num_processes > 1:
         finite = accelerator.reduce(finite.float(), "sum") == accelerator.num_processes
-    if accelerator.scaler is None:  # float16's tells AdamW itself, and learns from what it skips
+    if accelerator.scaler is None:  # float16's tells the optimizer itself, and learns from what it skips
         optimizer.optimizer.found_inf = finite.logical_not().float()
     optimizer.step()
     optimizer.zero_grad()

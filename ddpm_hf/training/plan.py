@@ -5,6 +5,7 @@ The forward and backward pass of the network run on fake tensors, which have sha
 
 import math
 import weakref
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.model import build_network
+from ddpm_hf.training.optimizer import matrices
 from ddpm_hf.utils.arguments import checked, integer, one_of, optional
 
 KNOWN = {  # data set: shape of an image, images to train on, classes
@@ -29,6 +31,7 @@ KNOWN = {  # data set: shape of an image, images to train on, classes
 }
 MANY = 1_000_000  # the time is given for so many images if their number is unknown
 MACHINE = 8  # GPUs per machine
+MOMENTS = {"adamw": "AdamW's two moments", "muon": "Muon's momentum or AdamW's two moments"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -151,13 +154,16 @@ def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> list[tuple[int, 
     return [(n, sum(count.values()) - n) for n, count in zip(convolutions, counts)]
 
 
-def at_rest(unet: DDPMUNet) -> int:
-    """Bytes of the weights, AdamW's two moments and the EMA weights."""
+def at_rest(unet: DDPMUNet, optimizer: str = "adamw") -> int:
+    """Bytes of the weights, AdamW's two moments or Muon's momentum, and the EMA weights."""
     weights, buffers = (sum(t.nbytes for t in tensors) for tensors in (unet.parameters(), unet.buffers()))
-    return 4 * weights + 2 * buffers
+    one_less = sum(t.nbytes for t in chain(*matrices(unet))) if optimizer == "muon" else 0
+    return 4 * weights + 2 * buffers - one_less
 
 
-def count_memory(unet: DDPMUNet, shape: tuple[int, int, int], batch: int, precision: str = "no") -> Memory:
+def count_memory(
+    unet: DDPMUNet, shape: tuple[int, int, int], batch: int, precision: str = "no", optimizer: str = "adamw"
+) -> Memory:
     """Count the memory of all tensors that are alive during a forward and backward pass.
 
     Workspaces inside operations and memory that an allocator caches are not counted.
@@ -167,7 +173,7 @@ def count_memory(unet: DDPMUNet, shape: tuple[int, int, int], batch: int, precis
         activations = live.bytes
         loss.backward()
     unet.zero_grad()
-    return Memory(activations, at_rest(unet) + live.peak, live.operations)
+    return Memory(activations, at_rest(unet, optimizer) + live.peak, live.operations)
 
 
 def _fake(unet: DDPMUNet) -> FakeTensorMode:
@@ -267,11 +273,12 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
     if device == "cpu" and config.mixed_precision == "fp16":
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no")
     batch, micros = config.train_batch_size, config.gradient_accumulation_steps
-    precision = config.mixed_precision or "no"
+    precision, optimizer = config.mixed_precision or "no", config.optimizer
     shape = image_shape(config)
     unet = network(config, shape)
     parameters, flops = sum(p.numel() for p in unet.parameters()), count_flops(unet, shape)
-    counted = {n: count_memory(unet, shape, n, precision) for n in sorted({max(1, batch // 2), batch, 2 * batch})}
+    sizes = sorted({max(1, batch // 2), batch, 2 * batch})
+    counted = {n: count_memory(unet, shape, n, precision, optimizer) for n in sizes}
     operations = counted[batch].operations
     update, alone = (time_of_update(config, shape, flops, operations, parameters, device, n) for n in (gpus, 1))
     forward, with_backward = sum(flops[0]) / 1e9, sum(map(sum, flops)) / 1e9
@@ -282,8 +289,8 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
         f"parameters         {parameters / 1e6:.2f} M",
         f"FLOPs per image    forward {forward:.4g} G, with backward {with_backward:.4g} G; 2 per multiply-add",
         f"images per update  {images_an_update:,} = batch {batch} x {micros} micro-batches x {gpus} devices",
-        f"memory at rest     {bytes_in_words(at_rest(unet) + buckets)} per device: "
-        "weights, AdamW's two moments, EMA weights" + (", buckets of the all-reduce" if buckets else ""),
+        f"memory at rest     {bytes_in_words(at_rest(unet, optimizer) + buckets)} per device: "
+        f"weights, {MOMENTS[optimizer]}, EMA weights" + (", buckets of the all-reduce" if buckets else ""),
         *(
             f"memory at batch    {n}: {bytes_in_words(memory.peak + buckets)}, of which activations "
             f"{bytes_in_words(memory.activations)}"
@@ -306,7 +313,7 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
         f"  all-reduce       estimate: {_time(update.all_reduce)}, of which {_time(update.waited_for)} not overlapped",
         f"  data             estimate: {_time(update.data)}",
         *_run(config, update.total, images_an_update, num_images),
-        "not included       checkpoints, samples, the held-out loss, AdamW, the EMA, slow processes",
+        "not included       checkpoints, samples, the held-out loss, the optimizer, the EMA, slow processes",
         *(f"  {name:<16} {value:.4g} {source}" for name, value, source in constants),
     ]
     return lines

@@ -106,7 +106,9 @@ def restore_run_state(state: dict, run: Run) -> None:
 
 
 def check_same(state: dict, run: Run, objective) -> None:
-    """Raise ValueError if a checkpoint is of another network, objective, global batch or seed; log what else differs.
+    """Raise ValueError if a checkpoint has another network, objective, global batch, seed or optimizer.
+
+    What else differs is logged.
 
     Checkpoints of versions that did not record something are not compared in it.
     """
@@ -132,6 +134,13 @@ def check_same(state: dict, run: Run, objective) -> None:
         raise ValueError(
             f"resume_from_checkpoint: seed={run.config.seed}, and the checkpoint's run had seed={settings['seed']}: "
             "the order of the data and the noise would change; resume with that seed"
+        )
+    optimizer = settings.get("optimizer", "adamw")
+    if optimizer != run.config.optimizer:
+        raise ValueError(
+            f"optimizer={run.config.optimizer!r}, and the checkpoint's run had optimizer={optimizer!r}, whose moments "
+            "the other has no use for: resume with that one, or start a new run from its weights with "
+            "--pretrained_model_name_or_path"
         )
     dropout = {name: v for name, v in here["network"].items() if name.startswith("dropout")}
     pairs = (here["settings"], settings), (dropout, state.get("network", {})), (here["batch"], before)

@@ -24,6 +24,7 @@ from ddpm_hf.training.guards import Skips, can_sync_each_step, explain_bad_image
 from ddpm_hf.training.log import LOG_EVERY, TrainingLog
 from ddpm_hf.training.loss import DenoisingLoss
 from ddpm_hf.training.model import build_model, signal_left
+from ddpm_hf.training.optimizer import build_optimizer
 from ddpm_hf.training.resume import check_same, keep_split, restore_run_state
 from ddpm_hf.training.run import Run, TrainCallback
 from ddpm_hf.utils.distributed import by_main
@@ -173,9 +174,7 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
     if accelerator.is_main_process and (warning := signal_left(scheduler)):
         log.warning(warning)
     ema = EMA(unet, config.ema_max_decay)
-    betas = config.adam_beta1, config.adam_beta2
-    adam = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
-    optimizer = torch.optim.AdamW(unet.parameters(), **adam, weight_decay=config.adam_weight_decay, fused=True)
+    optimizer = build_optimizer(config, unet)
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
     run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
