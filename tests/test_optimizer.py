@@ -199,3 +199,13 @@ def test_a_run_does_not_resume_with_another_optimizer(tmp_path):
     train(tiny_config(tmp_path / "tuned", **tuned, optimizer="adamw", learning_rate=1e-5))
     for name, weight in weights(tmp_path / "tuned").items():
         assert (weight - weights(tmp_path / "run")[name]).abs().max() < 1e-4
+
+
+def test_a_checkpoint_before_the_decay_goes_on_to_a_longer_run(tmp_path):
+    settings = {"lr_scheduler": "wsd", "lr_decay_share": 0.5, "checkpointing_steps": 4}
+    train(tiny_config(tmp_path / "short", max_train_steps=8, **settings))
+    before = {"resume_from_checkpoint": str(tmp_path / "short/checkpoint-4")}
+    train(tiny_config(tmp_path / "longer", max_train_steps=12, **settings, **before))
+    train(tiny_config(tmp_path / "planned", max_train_steps=12, **settings))
+    for variant in (None, "raw"):
+        assert_close(weights(tmp_path / "longer", variant), weights(tmp_path / "planned", variant), rtol=0, atol=0)

@@ -144,6 +144,12 @@ def test_learning_rate(tmp_path):
     assert [learning_rate(config, k, 8) for k in range(4, 9)] == [1.0, 0.75, 0.5, 0.25, 0.0]
     config.lr_scheduler = "cosine"
     assert_close([learning_rate(config, k, 8) for k in (4, 6, 8)], [1.0, 0.5, 0.0])
+    config.lr_scheduler, config.lr_decay_share = "wsd", 0.4  # of 20 updates the last 8
+    assert [learning_rate(config, k, 20) for k in (0, 3, 4, 11, 12)] == [0.2, 0.8, 1.0, 1.0, 1.0]
+    assert [learning_rate(config, k, 20) for k in (14, 16, 18, 19, 20)] == [0.75, 0.5, 0.25, 0.125, 0.0]
+    config.lr_decay_share = 1.0
+    linear = tiny_config(tmp_path, learning_rate=1.0, lr_warmup_steps=4, lr_scheduler="linear")
+    assert [learning_rate(config, k, 20) for k in range(20)] == [learning_rate(linear, k, 20) for k in range(20)]
 
 
 def test_ema_is_the_weighted_mean_of_its_formula():

@@ -90,9 +90,14 @@ class TrainConfig(DataConfig):
     learning_rate: float = _optimisation("peak learning rate of AdamW", 1e-4, POSITIVE)
     muon_learning_rate: float = _optimisation("peak learning rate of Muon", 8e-3, POSITIVE)
     lr_scheduler: str = _optimisation(
-        "after the warm-up: constant, or cosine or linear decay to 0",
+        "after the warm-up: constant; cosine or linear decay to 0; or wsd, constant and then a linear decay to 0",
         "constant",
-        one_of("constant", "cosine", "linear"),
+        one_of("constant", "cosine", "linear", "wsd"),
+    )
+    lr_decay_share: float = _optimisation(
+        "lr_scheduler=wsd: share of all updates, the last ones, in which the learning rate falls to 0",
+        0.4,
+        number(above=0, most=1),
     )
     lr_warmup_steps: int = _optimisation("number of updates of linear warm-up", 500, integer(0))
     adam_beta1: float = _optimisation("AdamW: decay rate of the mean of the gradient", 0.9, BELOW_1)

@@ -99,10 +99,16 @@ def step_if_finite(accelerator, optimizer, *values: torch.Tensor) -> torch.Tenso
 
 
 def learning_rate(config, step: int, total_steps: int) -> float:
-    """Of update `step`, counted from 0: linear warm-up, then constant, or cosine or linear to 0."""
-    warmup = config.lr_warmup_steps
+    """Of update `step`, counted from 0: linear warm-up, then constant, or cosine or linear to 0.
+
+    `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395, section 4) is linear to 0 in the last
+    `lr_decay_share` of all updates, and constant before.
+    """
+    begin = warmup = config.lr_warmup_steps
     rate = config.learning_rate * min(1.0, (step + 1) / (warmup + 1))
     if config.lr_scheduler == "constant":
         return rate
-    done = max(0.0, (step - warmup) / max(1, total_steps - warmup))
+    if config.lr_scheduler == "wsd":
+        begin = max(warmup, total_steps - round(config.lr_decay_share * total_steps))
+    done = max(0.0, (step - begin) / max(1, total_steps - begin))
     return rate * (0.5 * (1 + math.cos(math.pi * done)) if config.lr_scheduler == "cosine" else 1 - done)
