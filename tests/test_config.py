@@ -117,7 +117,7 @@ def test_the_flags_are_frozen():
         "pretrained_model_name_or_path", "unet", "scheduler", "prediction_type",
         "learned_variance",
         "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
-        "optimizer", "muon_learning_rate", "lr_decay_share",
+        "optimizer", "muon_learning_rate", "lr_decay_share", "noise_assignment",
         "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
         "max_grad_norm", "ema_max_decay", "snr_gamma", "antithetic_timesteps", "gradient_checkpointing",
         "compile", "mixed_precision", "seed",

@@ -7,6 +7,7 @@ one large batch would. Random numbers are drawn in blocks of positions: a proces
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from ddpm_hf.data.missing import split_missing
 from ddpm_hf.schedulers.noise import to_device
@@ -106,7 +107,29 @@ class Batches:
         if valid is not None:
             parts["valid"] = valid
         micros = zip(*(part.split(config.train_batch_size) for part in parts.values()), strict=True)
-        return [Batch(**dict(zip(parts, micro, strict=True))) for micro in micros]
+        made = [Batch(**dict(zip(parts, micro, strict=True))) for micro in micros]
+        return [assign_noise(batch) for batch in made] if config.noise_assignment else made
+
+
+def assign_noise(batch: Batch) -> Batch:
+    """Exchange the noise among the images of a batch, so that the sum of all squared distances between them is least.
+
+    Paths from noise to images then cross less often (Pooladian et al. 2023, arXiv:2304.14772; Tong et al. 2023,
+    arXiv:2302.00482). Images exchange it only with those of the same label, as the network sees it (images without one
+    are a class of their own): so the noise of each class stays standard normal. Missing values do not count.
+    """
+    images, noise = batch.images.flatten(1), batch.noise.flatten(1)
+    if batch.valid is None:  # the squares are the same in every order
+        costs = -images @ noise.T
+    else:
+        seen = batch.valid.flatten(1).to(images.dtype)
+        costs = seen @ noise.square().T - 2 * (images * seen) @ noise.T
+    order = torch.arange(len(images))
+    labels = torch.zeros_like(order) if batch.labels is None else batch.labels
+    for label in labels.unique():
+        alike = (labels == label).nonzero()[:, 0]
+        order[alike] = alike[linear_sum_assignment(costs[alike][:, alike])[1]]
+    return batch._replace(noise=batch.noise[order])
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

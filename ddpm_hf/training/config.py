@@ -112,6 +112,11 @@ class TrainConfig(DataConfig):
     antithetic_timesteps: bool = _optimisation(
         "spread the timesteps of an update evenly from one random offset instead of drawing each", False
     )
+    noise_assignment: bool = _optimisation(
+        "objective=flow: exchange the noise among the images of each micro-batch (of each class), so that their "
+        "squared distances are least",
+        False,
+    )
     gradient_checkpointing: bool = _optimisation(
         "recompute activations in the backward pass: less memory, more time, the same gradients", False
     )
@@ -156,6 +161,8 @@ class TrainConfig(DataConfig):
             self.output_dir = str(Path("runs", name or Path(self.config).stem))
         self._check("streaming", not self.streaming or self.max_train_steps is not None, "needs max_train_steps")
         self._check("class_balance", not (self.class_balance and self.streaming), "must be 0 with streaming=True")
+        flow = getattr(self, "objective", "ddpm") == "flow"
+        self._check("noise_assignment", flow or not self.noise_assignment, "needs objective='flow'")
         guided = self.guidance_scale != 1
         self._check("guidance_scale", self.class_conditional or not guided, "needs class_conditional=True")
         self._check("label_dropout", self.label_dropout or not guided, "must be greater than 0 for guidance_scale")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from ddpm_hf.training.batch import on_device
+from ddpm_hf.training.batch import assign_noise, on_device
 from ddpm_hf.training.checkpoints import save_pipeline
 from ddpm_hf.training.guards import divergence, write_quarantine
 from ddpm_hf.training.loss import Batch
@@ -78,7 +78,8 @@ def held_out_loss(run: Run, objective, most: int | None = None) -> float | None:
     """Mean of the objective's errors of the EMA network on the held-out images, at timesteps spread evenly over T.
 
     It is not weighted, and held-out images without a class are predicted without one. Noise and timesteps are the same
-    each time and in every run, so that only the network makes the difference.
+    each time and in every run, so that only the network makes the difference. With `noise_assignment`, noise is
+    assigned within batches of `train_batch_size`, as in training.
 
     Args:
         most: images to take, evenly spread; None: all, unless a stop is asked for meanwhile.
@@ -108,6 +109,7 @@ def held_out_loss(run: Run, objective, most: int | None = None) -> float | None:
             of_part = None if labels is None else labels[part]
             pixels, valid = run.held_out.batch_and_valid(images[part])
             batch = Batch(pixels, noise, uniform[part], of_part, valid)
+            batch = assign_noise(batch) if run.config.noise_assignment else batch
             total[0] += objective(unet, scheduler, on_device(batch, unet.device)).errors.sum()
     loss, stopped = accelerator.reduce(total, "sum").tolist()
     return None if stopped else loss / n
