@@ -16,7 +16,7 @@ from ddpm_hf.pipelines.images import to_pil
 from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.pictures import FILM_BYTES, _film, nearness
-from ddpm_hf.utils.pictures import grid, save_film
+from ddpm_hf.utils.pictures import columns_for, grid, save_film
 from ddpm_hf.utils.ticks import plain_ticks
 
 
@@ -41,6 +41,19 @@ def test_small_images_are_enlarged_by_whole_factors(side, scale, gap):
     inner = picture[gap:-gap, gap:-gap]
     assert (inner == (pattern[0] * 255).round().repeat(scale, 0).repeat(scale, 1)).all()
     assert (np.delete(picture, np.s_[gap:-gap], axis=0) == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((3, 64, 64), 8), ((1, 80, 860), 3), ((13, 64, 64), 3), ((1, 90, 9), 26)]
+)
+def test_pictures_of_wide_images_are_not_wide(shape, columns):
+    assert columns_for(64, shape) == columns
+    assert columns_for(2, shape) <= 2
+    channels, height, width = shape
+    picture = grid(np.zeros((64, height, width, channels), np.float32), columns, title="title", notes="notes")
+    assert 0.5 < picture.width / picture.height < 2.2
+    text = picture.height - grid(np.zeros((64, height, width, channels), np.float32), columns).height
+    assert text < max(250, picture.height / 3)  # letters are not larger than images
 
 
 def test_grid_of_any_channels():

@@ -20,7 +20,7 @@ from ddpm_hf.pipelines.images import PIL_MODES, to_pil
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.utils.arguments import checked, integer, matching, one_of, optional, path, read_json
 from ddpm_hf.utils.files import clear_parts, locked, save_picture, write
-from ddpm_hf.utils.pictures import grid
+from ddpm_hf.utils.pictures import columns_for, grid
 from ddpm_hf.utils.seeds import image_generators
 
 FORMATS = ("png", "npy", "parquet")
@@ -299,7 +299,9 @@ def draw_grid(output, unet_config: Mapping, scale: int | None = None) -> Path:
     else:
         paths = {k: output / f"{k:06d}.{format}" for k in range(SHOWN)}
         files = {k: path.read_bytes() for k, path in paths.items() if _is_whole(path)}
-    images, columns, texts = [_decoded(file, format, value_range) for file in files.values()], 8, {}
+    images, texts = [_decoded(file, format, value_range) for file in files.values()], {}
+    height, width, channels = images[0].shape
+    columns = columns_for(SHOWN, (channels, height, width))
     if labels := settings["class_labels"]:
         known = unet_config.get("class_names")
         names = [known[label] if known and isinstance(label, int) else str(label) for label in labels]

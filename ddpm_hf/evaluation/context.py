@@ -179,9 +179,9 @@ class Context:
         """Whether there are also enough held-out images, to compare their distances with those of samples."""
         return self.has_train and self.held_out is not None and len(self.held_out) >= FEWEST
 
-    def picture(self, images: torch.Tensor, **settings) -> Image.Image:
-        """A `grid`, with these settings, of images (B, C, H, W) in [-1, 1], eight per row."""
-        return grid(to_output(images, "np"), 8, **settings)
+    def picture(self, images: torch.Tensor, columns: int = 8, **settings) -> Image.Image:
+        """A `grid`, with these settings, of images (B, C, H, W) in [-1, 1]."""
+        return grid(to_output(images, "np"), columns, **settings)
 
 
 def protocol_of(context: Context, model: str, config: DataConfig) -> dict:

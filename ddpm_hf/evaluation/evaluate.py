@@ -28,6 +28,7 @@ from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.utils.arguments import check_names, checked, integer, list_of, one_of, optional, path, text
 from ddpm_hf.utils.files import locked, write
+from ddpm_hf.utils.pictures import columns_for
 from ddpm_hf.utils.versions import versions
 
 OUTPUT, CURVES, REPORT = "evaluation.json", "by_timestep.csv", "report.html"
@@ -218,7 +219,8 @@ def _measure(context: Context, names: list[str]) -> Findings:
     if any("samples" in METRICS[name].needs for name in names):
         samples, _ = context.samples, context.references  # all processes together
         shown = {"samples": samples.pixels[:SHOWN], "real": context.subset(context.train, SHOWN)[0]}
-        found.pictures = {name: context.picture(images) for name, images in shown.items()}
+        columns = columns_for(SHOWN, samples.pixels.shape[1:])
+        found.pictures = {name: context.picture(images, columns) for name, images in shown.items()}
     for name in names:
         if main or "samples" not in METRICS[name].needs:  # metrics of samples are fast
             found.add(name, METRICS[name].measure(context))

@@ -18,7 +18,7 @@ from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.previews import sample_together
 from ddpm_hf.training.run import Run
 from ddpm_hf.utils.files import save_picture
-from ddpm_hf.utils.pictures import channel_names, grid, save_film
+from ddpm_hf.utils.pictures import channel_names, columns_for, grid, save_film
 
 FILM_FRAMES, FILM_IMAGES, FILM_PIXELS = 40, 20, 2**15  # of these images without enlarging them
 FILM_BYTES = 500_000  # pages of the Hub load the film
@@ -59,7 +59,7 @@ def draw_data(run: Run) -> None:
         lines.append(f"{name}, over {len(measured):,} images: {numbers}")
     if not run.step:
         (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of an earlier run
-    columns = math.ceil(math.sqrt(len(shown)))
+    columns = columns_for(len(shown), images.shape)
     picture = grid(
         to_output(shown, "np"), columns, title="training images, as the network sees them", notes="\n".join(lines)
     )
@@ -113,7 +113,7 @@ def _layout(run: Run) -> tuple[list[int] | None, int, int]:
     """The labels of the samples or None, their number and the columns of their grid, which has a row per class."""
     number = run.config.eval_batch_size
     if not run.config.class_conditional:
-        return None, number, math.ceil(math.sqrt(number))
+        return None, number, columns_for(number, run.images.shape)
     rows = min(run.pipeline.unet.config.num_classes, max(number, MOST_ROWS))
     columns = max(1, number // rows)
     return [row for row in range(rows) for _ in range(columns)], rows * columns, columns
@@ -218,7 +218,7 @@ def _neighbours(samples: torch.Tensor, found: torch.Tensor, distances: torch.Ten
     images, k = to_output(torch.cat([samples[:, None], found], dim=1).flatten(0, 1), "np"), found.shape[1]
     rms = distances / math.prod(samples.shape[1:]) ** 0.5
     captions = [text for row in rms.tolist() for text in ("", *(f"{distance:.3f}" for distance in row))]
-    halves = min(2, len(samples))
+    halves = min(2, len(samples), columns_for(4, samples.shape[1:]))
     names = ["sample", "nearest", *("2nd", "3rd", *(f"{n}th" for n in range(4, k + 1)))[: k - 1]]
     return grid(
         images,

@@ -38,6 +38,13 @@ def channel_names(channels: int) -> list[str]:
     return NAMES.get(channels) or [f"band {k + 1}" for k in range(channels)]
 
 
+def columns_for(number: int, shape: Sequence[int]) -> int:
+    """The columns that make a picture of images (C, H, W) about as wide as high; all of 5 or more bands are drawn."""
+    channels, height, width = shape
+    drawn = channels if channels not in NAMES else 1
+    return max(1, min(number, math.ceil(math.sqrt(number * height / (width * drawn)))))
+
+
 def grid(
     images: Sequence[np.ndarray | Image.Image | None] | np.ndarray,
     columns: int,
@@ -52,7 +59,8 @@ def grid(
 ) -> Image.Image:
     """Draw images row by row on gray, so that no stroke of an image meets a stroke of its neighbour.
 
-    Gaps and margins are a sixth of an image wide. Alpha, the last of 2 or 4 channels, is shown by a checkerboard.
+    Gaps and margins are a sixth of the longer side, or a third of the shorter one if that is less. Alpha, the last of 2
+    or 4 channels, is shown by a checkerboard.
     Images of 5 or more channels are drawn as one gray image per channel. The picture has the mode L or RGB.
 
     Args:
@@ -69,7 +77,7 @@ def grid(
     images = [_to_array(image) if isinstance(image, Image.Image) else image for image in images]
     height, width, channels = next(image.shape for image in images if image is not None)
     scale = scale or max(1, -(-CELL // max(height, width)))
-    gutter = max(1, round(scale * max(height, width) / 6))
+    gutter = max(1, round(scale * min(max(height, width), 2 * min(height, width)) / 6))
     cells = [None if image is None else _cell(image, scale, gutter // 2) for image in images]
     mode, (width, height) = next((cell.mode, cell.size) for cell in cells if cell is not None)
     row_names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in row_names]
