@@ -2,19 +2,28 @@
 
 import gzip
 import logging
+from pathlib import Path
 
+import imagecodecs
 import nibabel
 import numpy as np
 import pydicom
 import pytest
 from conftest import tiny_config
+from PIL import Image
+from pydicom import uid
+from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from ddpm_hf.data import pages
+from ddpm_hf.data.config import DataConfig
+from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decoding import Decoder
-from ddpm_hf.data.medical import is_dicom_file, patient_of
-from ddpm_hf.data.pages import BadImage
+from ddpm_hf.data.medical import header_of, is_dicom_file
+from ddpm_hf.data.pages import BadImage, WrongSetting
 from ddpm_hf.data.reading import count_images, read_image
+from ddpm_hf.data.sources import source_of
 from ddpm_hf.training import train
 
 NAME = "Doe^Erika"
@@ -69,7 +78,8 @@ def test_a_range_is_asked_for_and_the_window_is_told(tmp_path):
     path = dicom(
         tmp_path / "a.dcm", ct(), RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=[40, 80], WindowWidth=[400, 9]
     )
-    with pytest.raises(ValueError, match=r"--value_range BLACK WHITE \(viewers show it between -160 and 240\)"):
+    with pytest.raises(ValueError, match=r"--value_range BLACK WHITE \(viewers show it between -160 and 240: "
+                       r"--value_range -160 240 --clip_values true\)"):  # fmt: skip
         Decoder(1)(path)
     assert Decoder(1, value_range=(-160, 240), clip_values=True)(path).pixels.max() == 240
 
@@ -136,7 +146,8 @@ def test_a_folder_of_dicom_trains_and_keeps_patients_together_and_secret(tmp_pat
     broken = dicom(data / "broken.dcm", ct(), patient="patient-9")
     broken.write_bytes(broken.read_bytes()[:-60])
     assert [is_dicom_file(data / name) for name in ("0.dcm", "IM0001", "README")] == [True, True, False]
-    assert patient_of(data / "0.dcm") == patient_of(data / "IM0001") != patient_of(data / "4.dcm")
+    patients = [header_of(data / name).group for name in ("0.dcm", "IM0001", "4.dcm")]
+    assert patients[0] == patients[1] != patients[2]
     settings = {"value_range": [-1024, 3071], "max_bad_fraction": 0.1}
     with caplog.at_level(logging.DEBUG):
         run = train(tiny_config(tmp_path / "run", train_data_dir=str(data), **settings))
@@ -150,6 +161,130 @@ def test_a_folder_of_dicom_trains_and_keeps_patients_together_and_secret(tmp_pat
         assert b"Doe" not in told
         assert b"patient-" not in told
     assert "broken.dcm" in (tmp_path / "run/quarantine.csv").read_text()
+
+
+def compressed(path, pixels, syntax, *frames, **tags):
+    """A DICOM file whose frames are encoded already."""
+    header = pydicom.dcmread(dicom(path, pixels, **tags))
+    header.PixelData = encapsulate(list(frames))
+    header["PixelData"].is_undefined_length = True
+    header.file_meta.TransferSyntaxUID = syntax
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
+ENCODERS = {uid.JPEGLosslessSV1: imagecodecs.ljpeg_encode, uid.JPEGLSLossless: imagecodecs.jpegls_encode}
+
+
+@pytest.mark.parametrize("syntax", list(ENCODERS), ids=lambda syntax: syntax.keyword)
+@pytest.mark.parametrize(("bits", "kind"), [(8, np.uint8), (8, np.uint16), (12, np.uint16), (16, np.uint16)])
+def test_lossless_compression(tmp_path, syntax, bits, kind):
+    stored = np.random.default_rng(0).integers(0, 2**bits, (3, 9, 7)).astype(np.uint8 if bits == 8 else np.uint16)
+    frames = [ENCODERS[syntax](each) for each in stored]
+    stored = stored.astype(kind)  # frames of 8 bits in a file of 16
+    path = compressed(tmp_path / "a.dcm", stored, syntax, *frames, BitsStored=bits, HighBit=bits - 1)
+    assert count_images(path) == 3
+    for k, each in enumerate(stored):
+        found = read(path, frame=k)[..., 0]
+        np.testing.assert_array_equal(found, each)
+
+
+@pytest.mark.parametrize(("name", "original"), [
+    ("MR_small_jpeg_ls_lossless", "MR_small"), ("MR_small_RLE", "MR_small"), ("MR_small_jp2klossless", "MR_small"),
+    ("SC_rgb_rle", "SC_rgb_rle_2frame"), ("SC_rgb_jpeg_gdcm", "SC_rgb_rle"), ("SC_rgb_jpeg_dcmtk", None),
+    ("JPGExtended", None), ("JPEG-lossy", None),
+])  # fmt: skip
+def test_files_of_pydicom(name, original):
+    path, number = get_testdata_file(f"{name}.dcm"), {"frames": "first"}
+    if original is not None:
+        np.testing.assert_array_equal(read(path), read(get_testdata_file(f"{original}.dcm"), **number))
+        return
+    pixels, header = read(path).astype(int), pydicom.dcmread(path)
+    assert pixels.shape[:2] == (header.Rows, header.Columns)
+    if pixels.shape[2] == 1:  # 12 bits, of which libjpeg-turbo makes what Pillow can't; it is a smooth picture
+        assert 255 < pixels.max() < 4096
+        assert np.abs(np.diff(pixels, axis=0)).mean() < 0.1 * pixels.std()
+    else:
+        lossless = read(get_testdata_file("SC_rgb_rle.dcm")).astype(int)
+        assert np.abs(pixels - lossless).mean() < 3
+
+
+def test_compression_that_nobody_reads_is_named(tmp_path):
+    path = compressed(tmp_path / "a.dcm", ct().astype(np.uint8), uid.MPEG2MPML, b"film")
+    with pytest.raises(BadImage, match="compressed as MPEG2 Main Profile / Main Level that can't be decoded"):
+        read(path)
+    with pytest.raises(BadImage, match="compressed as JPEG-LS Lossless Image Compression that can't be decoded"):
+        read(compressed(tmp_path / "b.dcm", ct(), uid.JPEGLSLossless, b"\xff\xd8\xff\xf7 no image"))
+    for syntax, encode in ENCODERS.items():
+        with pytest.raises(BadImage, match="can't be decoded"):  # a frame of another size than in the header
+            read(compressed(tmp_path / "c.dcm", ct(), syntax, encode(ct(side=9))))
+    for syntax in (uid.HTJ2K, uid.HTJ2KLossless):
+        path = compressed(tmp_path / "d.dcm", ct(), syntax, b"none")
+        with pytest.raises(
+            WrongSetting, match=r"JPEG 2000 .* needs another package: pip install pylibjpeg pylibjpeg-op"
+        ):
+            read(path)
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    path = dicom(tmp_path / "a.dcm", np.packbits(ct() > 2000, bitorder="little").reshape(1, 8), Rows=8, Columns=8,
+                 BitsAllocated=1, BitsStored=1, HighBit=0)  # fmt: skip
+    np.testing.assert_array_equal(read(path)[..., 0], 255 * (ct() > 2000))
+
+
+def test_units_of_each_frame(tmp_path):
+    """Enhanced CT and MR have rescale slope, intercept and window in functional groups."""
+
+    def group(slope, intercept, center):
+        values, window, item = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+        values.RescaleSlope, values.RescaleIntercept = slope, intercept
+        window.WindowCenter, window.WindowWidth = center, 10
+        item.PixelValueTransformationSequence, item.FrameVOILUTSequence = [values], [window]
+        return item
+
+    stored = np.stack([ct(0), ct(1)])
+    per_frame = [group(2, -1000, 40), group(1, 7, 50)]
+    path = dicom(tmp_path / "a.dcm", stored, PerFrameFunctionalGroupsSequence=per_frame)
+    for k, (slope, intercept) in enumerate([(2, -1000), (1, 7)]):
+        assert (read(path, frame=k)[..., 0] == slope * stored[k].astype(int) + intercept).all()
+    with pytest.raises(ValueError, match="viewers show it between 35 and 45"):
+        Decoder(1)(path, 0)
+    path = dicom(tmp_path / "b.dcm", stored, SharedFunctionalGroupsSequence=[group(3, 1, 0)])
+    assert (read(path, frame=1)[..., 0] == 3 * stored[1].astype(int) + 1).all()
+
+
+def order(folder):
+    items, *_ = source_of(DataConfig(train_data_dir=str(folder), output_dir="elsewhere"))
+    return "".join(Path(item.name).stem for item in items)
+
+
+def test_slices_of_a_series_are_in_the_order_of_their_places(tmp_path):
+    axial, sagittal = [1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1]
+    for k, name in enumerate("bcad"):  # the table moves down, so the names are against the places
+        dicom(tmp_path / f"{name}.dcm", ct(k), SeriesInstanceUID="1.2", ImageOrientationPatient=axial,
+              ImagePositionPatient=[0, 0, 2.5 * k], InstanceNumber=9 - k)  # fmt: skip
+    for k, name in enumerate("zxy"):
+        dicom(tmp_path / f"{name}.dcm", ct(k), SeriesInstanceUID="1.3", ImageOrientationPatient=sagittal,
+              ImagePositionPatient=[2 - k, 5 * k, k])  # fmt: skip
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "e.png")
+    for k, name in enumerate("hgf"):  # without places, by number
+        dicom(tmp_path / f"{name}.dcm", ct(k), SeriesInstanceUID="1.4", InstanceNumber=k + 9)
+    assert order(tmp_path) == "bcadehgfzxy"  # a series is where its first name is
+
+
+def test_localizers_and_files_without_an_image_are_left_out(tmp_path, caplog):
+    for k in range(3):
+        dicom(tmp_path / f"{k}.dcm", ct(k))
+    dicom(tmp_path / "scout.dcm", ct(side=16), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    report = pydicom.dcmread(tmp_path / "0.dcm")
+    for name in ("Rows", "Columns", "PixelData"):
+        del report[name]
+    report.save_as(tmp_path / "DICOMDIR")
+    assert order(tmp_path) == "012"
+    assert "left out: 1 file of DICOM without an image, 1 localizer of DICOM series" in caplog.text
+    for k in range(3):
+        (tmp_path / f"{k}.dcm").unlink()
+    assert order(tmp_path) == "scout"  # there is nothing else
 
 
 # ---------------------------------------------------------------- NIfTI
@@ -204,9 +339,45 @@ def test_bombs_and_broken_volumes(tmp_path, monkeypatch):
         read(gzip.compress(content))
     with pytest.raises(BadImage):
         read(content[:400])
-    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 3)), np.eye(4)), tmp_path / "b.nii")
-    with pytest.raises(BadImage, match=r"is a NIfTI file of shape \(4, 4, 4, 3\)"):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 1, 3)), np.eye(4)), tmp_path / "b.nii")
+    with pytest.raises(BadImage, match=r"is a NIfTI file of shape \(4, 4, 4, 1, 3\); it must be a volume or a time se"):
         read(tmp_path / "b.nii")
+
+
+AFFINES = [np.eye(4), np.diag([-1, 1, -1, 1]), np.eye(4)[[1, 2, 0, 3]], np.diag([1, -1, 1, 1])[[2, 0, 1, 3]]]
+
+
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 4, 5, 2), (3, 4, 1, 2), (3, 4, 5, 1)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_each_volume_of_a_time_series_is_cut_into_slices(tmp_path, affine, shape, axis):
+    """Compared with nibabel, which turns the whole series."""
+    stored = np.random.default_rng(0).integers(-99, 99, shape, dtype=np.int16)
+    image = nibabel.Nifti1Image(stored, affine)
+    image.header.set_slope_inter(0.5, 3)
+    nibabel.save(image, tmp_path / "a.nii")
+    upright = nibabel.as_closest_canonical(nibabel.load(tmp_path / "a.nii")).get_fdata()
+    upright = upright.reshape(*upright.shape[:3], -1).transpose(3, 2, 1, 0)[:, ::-1, ::-1]
+    expected = [part for volume in upright for part in np.moveaxis(volume, axis, 0)]
+    assert count_images(tmp_path / "a.nii", axis) == len(expected)
+    found = [read(tmp_path / "a.nii", frame=k, slices=axis)[..., 0] for k in range(len(expected))]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_time_series_is_on_one_side(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(3):
+        values = rng.integers(0, 255, (6, 7, 4, 5), dtype=np.uint8)
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / f"{k}.nii.gz")
+    config = DataConfig(train_data_dir=str(tmp_path), output_dir="elsewhere")
+    with pytest.raises(ValueError, match=r"0.nii.gz is 5 volumes of 4x7x6 values: give --slices 0 \(axial\), 1 \(cor"):
+        load_images(config)
+    config.slices = 0
+    images, held_out = load_images(config)
+    assert (len(images), len(held_out), images.shape) == (40, 20, (1, 7, 6))
+    config.slices = 3
+    with pytest.raises(ValueError, match=r"is a NIfTI file, and --slices 3 must be 0 \(axial\)"):
+        load_images(config)
 
 
 def test_volumes_train(tmp_path):

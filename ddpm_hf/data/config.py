@@ -113,7 +113,8 @@ class DataConfig:
         rule=one_of("first", "all", "channels"),
     )
     slices: int | None = _data(
-        "each index along this axis, counted from 0, of an array of three or four axes (.npy) is an image",
+        "each index along this axis, counted from 0, of an array of three or four axes (.npy), or of each volume of a "
+        "NIfTI file, is an image",
         rule=integer(0, 3),
     )
     value_range: list[float] | None = _data(

@@ -132,7 +132,11 @@ class Decoder:
         if not (math.isfinite(least) and math.isfinite(most)):
             raise BadImage(f"has values that are not finite{hint(pixels, tag)}")
         if deep and self.value_range is None:
-            shown = f" (viewers show it between {window[0]:g} and {window[1]:g})" if window else ""
+            shown = ""
+            if window:
+                black, white = (f"{value:g}" for value in window)
+                use = f"--value_range {black} {white} --clip_values true"
+                shown = f" (viewers show it between {black} and {white}: {use})"
             raise ValueError(
                 f"has more than 8 bits ({pixels.dtype}, values {least:g} ... {most:g}): "
                 f"give the values of black and white as --value_range BLACK WHITE{hint(pixels, tag) or shown}"

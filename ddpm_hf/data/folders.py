@@ -70,7 +70,7 @@ class Inventory:
 
     def left_out_in_words(self) -> str:
         """The reasons with their numbers, most frequent first: "3 .dcm, 2 .heic (`pip install pillow-heif`)"."""
-        singular = functools.partial(re.sub, "^(folder|file|image|link|row)s", r"\1")
+        singular = functools.partial(re.sub, "^(folder|file|image|link|localizer|row)s", r"\1")
         most = self.left_out.most_common(MOST_REASONS)
         words = [f"{number} {reason if number > 1 else singular(reason)}" for reason, number in most]
         more = len(self.left_out) - MOST_REASONS

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.data import medical
-from ddpm_hf.data.archives import NOT_OF_THE_FILE, archive_of, read_bytes, stamp_of
+from ddpm_hf.data.archives import NOT_OF_THE_FILE, archive_of, open_file, read_bytes, stamp_of
 from ddpm_hf.data.exact import exact_pages
 from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
 from ddpm_hf.utils.arguments import shorten
@@ -131,7 +131,8 @@ def _explained(source) -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)  # about damaged metadata, which is not used
             yield
     except UnidentifiedImageError:
-        head = (source if isinstance(source, bytes) else read_bytes(source))[:16]
+        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
+            head = file.read(16)
         raise BadImage(f"is not in a known image format: it begins with {head!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"is too large: {error}") from error
@@ -167,13 +168,7 @@ def _open_file(source: str | Path | bytes, stamp, channels: int | None, slices: 
     if medical.is_dicom(content):
         return medical.dicom_pages(content)
     if medical.is_nifti(content):
-        volume = medical.nifti_array(content)
-        if volume.ndim == 3 and slices is None:
-            raise WrongSetting(
-                f"is a volume of {'x'.join(map(str, volume.shape))} values: give --slices 0 (axial), 1 (coronal) or 2 "
-                "(sagittal)"
-            )
-        return _array_pages(volume, channels, slices)
+        return medical.nifti_pages(content, slices)
     if content[:4] in TIFF_MAGIC:
         return _tiff_pages(content)
     return exact_pages(content) or _pillow_pages(content)

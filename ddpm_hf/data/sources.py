@@ -181,6 +181,8 @@ def _images(
     without = len(metadata.values) - sum(map(metadata.names, itertools.chain(*splits)))
     if without:
         inventory.left_out["rows of metadata without an image here"] += without
+    headers = {file: header for split in splits for file in split if (header := medical.header_of(file))}
+    splits = [_of_dicom(split, headers, inventory) for split in splits]
     names, value = inventory.classes, inventory.class_of.get
     if metadata.labels:
         values = list(map(metadata.value, splits[0]))
@@ -196,7 +198,7 @@ def _images(
             group = metadata.group(file)
         else:
             group = groups.of_path(str(file), inventory.below[file], metadata.columns)
-        group = group or medical.patient_of(file)
+        group = group or (headers[file].group if file in headers else None)
         return Item(str(file), file, labels.get(str(value(file))), group=group)
 
     splits = [list(map(item, split)) for split in splits]
@@ -207,6 +209,18 @@ def _images(
             found += f", {none} {split} images without one of these classes"
     _report(path, found, inventory)
     return *splits, names
+
+
+def _of_dicom(files: list[Path], headers: dict[Path, medical.Header], inventory: Inventory) -> list[Path]:
+    """The files with the slices of each DICOM series in order, without localizers if there are other images."""
+    images = [file for file in files if file not in headers or headers[file].has_image]
+    wanted = [file for file in images if file not in headers or not headers[file].is_localizer] or images
+    for reason, number in (
+        ("files of DICOM without an image", len(files) - len(images)),
+        ("localizers of DICOM series", len(images) - len(wanted)),
+    ):
+        inventory.left_out.update({reason: number} if number else {})
+    return medical.in_order(wanted, headers)
 
 
 def _report(path: str, found: str, inventory: Inventory) -> None:
