@@ -1,11 +1,16 @@
 """Fixtures: where real data is, and two small models that are trained once per test run."""
 
+import atexit
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 # Before torch is imported: the tests run side by side, and networks as small as these gain nothing from more threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the tests leave no decoded images in the cache of the user
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ddpm_hf-datasets-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

@@ -9,7 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_unet
@@ -18,7 +17,8 @@ from torch.optim import AdamW
 
 from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.commands.main import _in_one_line, _is_expected, main
-from ddpm_hf.data import dataset
+from ddpm_hf.data.config import DataConfig
+from ddpm_hf.data.dataset import load_images
 from ddpm_hf.training import train
 from ddpm_hf.training.checkpoints import Checkpoints, save_pipeline
 from ddpm_hf.training.ema import EMA
@@ -239,12 +239,17 @@ def test_a_network_without_locks_is_named(tmp_path, monkeypatch):
     assert not [path for path in (tmp_path / "run").iterdir() if path.stat().st_size]
 
 
-def test_a_disk_too_small_for_the_mapped_images_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(os, "posix_fallocate", failing_with(errno.ENOSPC))
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
-        dataset._storage((2, 3), np.dtype(np.uint8), tmp_path / "run")
-    assert not list(tmp_path.iterdir())
+def test_a_disk_too_small_for_the_decoded_images_is_named(tmp_path, monkeypatch):
+    for k in range(40):
+        Image.new("L", (8, 8), k).save(tmp_path / f"{k}.png")
+    cache = tmp_path.parent / "cache"
+    settings = DataConfig(train_data_dir=str(tmp_path), output_dir="elsewhere", cache_dir=str(cache))
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", failing_with(errno.ENOSPC))
+    with pytest.raises(OSError, match=f"No space left on device: '{cache}'"):
+        load_images(settings)
+    monkeypatch.undo()
+    assert not list(cache.rglob("*.arrow"))
+    assert load_images(settings)[0].shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -150,16 +150,19 @@ def test_a_folder_of_dicom_trains_and_keeps_patients_together_and_secret(tmp_pat
     assert patients[0] == patients[1] != patients[2]
     settings = {"value_range": [-1024, 3071], "max_bad_fraction": 0.1}
     with caplog.at_level(logging.DEBUG):
-        run = train(tiny_config(tmp_path / "run", train_data_dir=str(data), **settings))
+        run = train(
+            tiny_config(tmp_path / "run", train_data_dir=str(data), cache_dir=str(tmp_path / "cache"), **settings)
+        )
     assert (len(run.images), len(run.held_out)) == (20, 4)
-    held_out = {np.float32(x).tobytes() for x in run.held_out.pixels.numpy()}
+    held_out = {np.float32(x).tobytes() for x in run.held_out.pixels[:].numpy()}
     patients = {k // 4 for k in range(24) if (ct(k)[None].astype(np.float32) - 1024).tobytes() in held_out}
     assert len(patients) == 1
     out, err = capfd.readouterr()
-    written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and data not in path.parents)
     for told in (out.encode(), err.encode(), caplog.text.encode(), written):
         assert b"Doe" not in told
         assert b"patient-" not in told
+        assert patient_of(data / "0.dcm").encode() not in told
     assert "broken.dcm" in (tmp_path / "run/quarantine.csv").read_text()
 
 

@@ -151,6 +151,10 @@ class DataConfig:
     dataloader_num_workers: int = _data(
         "processes that decode images; 0: the training process does", 0, integer(0, 1024, "each is a process")
     )
+    cache_dir: str | None = _data(
+        "folder in which decoded images, and data sets of the Hub, are kept for later runs; default: the cache of "
+        "`datasets`, see HF_DATASETS_CACHE"
+    )
     seed: int = setting(
         "optimisation", "seed of weights, order of the data, noise and samples", 0, integer(0, 2**63 - 1)
     )

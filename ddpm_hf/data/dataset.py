@@ -1,42 +1,25 @@
-"""Decodes all images of a data set once, keeps them in memory as stored (mostly uint8) and makes batches in [-1, 1]."""
+"""The images of a data set as they are stored (mostly uint8), and batches of them in [-1, 1]."""
 
-import collections
-import contextlib
 import logging
-import multiprocessing
 import os
-import signal
-import tempfile
-import threading
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 from ddpm_hf.data.config import EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig
-from ddpm_hf.data.decoding import EIGHT_BITS, Decoded, Decoder
+from ddpm_hf.data.decoding import EIGHT_BITS, Decoder
 from ddpm_hf.data.missing import split_missing
 from ddpm_hf.data.order import Order
-from ddpm_hf.data.pages import BadImage
-from ddpm_hf.data.sources import Item, source_of
-from ddpm_hf.data.split import HELD_OUT_LIMIT, Traits, digest, random_split, shared, stratified_split
+from ddpm_hf.data.sources import source_of
+from ddpm_hf.data.split import HELD_OUT_LIMIT, random_split, shared, stratified_split
+from ddpm_hf.data.store import Pixels, decode_all
 from ddpm_hf.utils.arguments import show
-from ddpm_hf.utils.files import os_errors_of
 from ddpm_hf.utils.seeds import seeded_generator
-from ddpm_hf.utils.signals import STOPPING, raise_if_stopped
 
-MEMORY_SHARE = 0.5  # fraction of the free memory for the images of all processes; larger sets are memory-mapped
-CHUNK = 16  # images per task of a worker process
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +36,7 @@ class BadImages(ValueError):  # noqa: N818
 
 @dataclass
 class ImageData:
-    """Images in memory, or memory-mapped from the disk.
+    """Images in memory, or mapped into it from the disk.
 
     Args:
         pixels: (N, C, H, W), uint8 or float32; missing values are NaN.
@@ -68,7 +51,7 @@ class ImageData:
         no_classes: why the data set has no classes, if that is not plain.
     """
 
-    pixels: torch.Tensor
+    pixels: torch.Tensor | Pixels
     value_range: tuple[float, float] = EIGHT_BITS
     labels: torch.Tensor | None = None
     label_names: list[str] | None = None
@@ -116,9 +99,8 @@ class ImageData:
         """The windows as images: one of each image, as from `batch`."""
         if not self.window:
             return self
-        pixels = self.pixels.new_empty((len(self), *self.shape))
-        for numbers in torch.arange(len(self)).split(1024):
-            pixels[numbers] = windows(self.pixels[numbers], self._corners[numbers], self.window)
+        parts = zip(self.pixels.split(1024), self._corners.split(1024), strict=True)
+        pixels = torch.cat([windows(images, corners, self.window) for images, corners in parts])
         return replace(self, pixels=pixels, window=None)
 
     @cached_property
@@ -199,9 +181,8 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
     elif test_limit is not None and len(test) > test_limit:
         test = Subset(test, np.linspace(0, len(test) - 1, test_limit).astype(int).tolist())
     decoder = decoder_of(config)
-    workers, folder = config.dataloader_num_workers, Path(config.output_dir)
-    images, bad, traits = collect(train, decoder, workers, label_names, folder)
-    held_out, bad_too, traits_of_test = collect(test, decoder, workers, label_names, folder)
+    images, traits, bad = collect(train, decoder, config, label_names)
+    held_out, traits_of_test, bad_too = collect(test, decoder, config, label_names)
     seen = len(train) + len(test)
     if not len(train):
         raise ValueError(f"{config.train_data_dir or config.dataset_name!r} has no training images")
@@ -224,16 +205,24 @@ def load_images(config: DataConfig, test_limit: int | None = HELD_OUT_LIMIT) -> 
     return images, held_out
 
 
+def collect(items, decoder: Decoder, config: DataConfig, label_names: list[str] | None, keep: bool = True):
+    """The `ImageData` of items, None if none can be decoded, and what else `decode_all` returns."""
+    workers = config.dataloader_num_workers
+    found, traits, bad = decode_all(items, decoder, workers, config.cache_dir, keep and len(items) > 0)
+    if found is None:
+        return None, traits, bad
+    labels = found.pop("labels")
+    return ImageData(**found, labels=labels if label_names else None, label_names=label_names), traits, bad
+
+
 def _separate(images: ImageData, train: torch.Tensor, aside: torch.Tensor) -> tuple[ImageData, ImageData | None]:
-    """The images at the sorted indices `train` and `aside`; the first stay in the memory of `images`."""
-    pixels, labels = images.pixels, images.labels
-    if not len(aside):
-        return images, None
-    held_out = replace(images, pixels=pixels[aside], labels=None if labels is None else labels[aside])
-    for k, part in zip(range(0, len(train), 1024), train.split(1024), strict=True):
-        pixels[k : k + len(part)] = pixels[part]  # only moves images to the front, so later parts are still there
-    train = replace(images, pixels=pixels[: len(train)], labels=None if labels is None else labels[train])
-    return train, held_out
+    """The images at the indices `train` and `aside`."""
+
+    def part(rows: torch.Tensor) -> ImageData:
+        labels = None if images.labels is None else images.labels[rows]
+        return replace(images, pixels=images.pixels.select(rows), labels=labels)
+
+    return part(train), part(aside) if len(aside) else None
 
 
 def _warn_of_shared(copies: int, of_groups: int, number: int) -> None:
@@ -296,129 +285,3 @@ def _digits(config: DataConfig) -> tuple[ImageData, ImageData]:
     train, held_out = (ImageData(pixels[p], (0.0, 16.0), labels[p], names) for p in random_split(len(pixels)))
     train.license = "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
     return train, held_out
-
-
-# ---------------------------------------------------------------- decoding
-
-
-def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterator[tuple[Item, Decoded | BadImage]]:
-    """Decode all items in order, in `workers` processes, and yield each with its image or the reason why it is broken.
-
-    The first image sets what the settings leave open in `decoder`; all others must have its size and bit depth.
-    """
-    items = iter(items)
-    for item in items:
-        raise_if_stopped()
-        result = _decode(decoder, item)
-        if isinstance(result, Decoded):
-            decoder.deep, decoder.shape = result.deep, result.pixels.shape
-            if decoder.channels is None:
-                decoder.channels, decoder.channels_are_inferred = len(result.pixels), True
-        yield item, result
-        if isinstance(result, Decoded):
-            break
-    if not workers:
-        for item in items:
-            raise_if_stopped()
-            yield item, _decode(decoder, item)
-        return
-    with _explain_no_workers(workers):
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
-    ahead = collections.deque()
-    try:
-        while chunk := list(islice(items, CHUNK)):
-            with _explain_no_workers(workers):  # the first calls start the processes
-                ahead.append((chunk, pool.submit(_decode_chunk, decoder, chunk)))
-            raise_if_stopped()
-            if len(ahead) > 2 * workers:
-                chunk, results = ahead.popleft()
-                yield from zip(chunk, results.result())
-        for chunk, results in ahead:
-            raise_if_stopped()
-            yield from zip(chunk, results.result())
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"dataloader_num_workers={workers}: a worker died, perhaps because memory ran out, or because the script "
-            'lacks `if __name__ == "__main__":` around its code, which each worker then runs again'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _explain_no_workers(workers: int) -> Iterator[None]:
-    """Raise ValueError where the machine does not let this process start another one."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"dataloader_num_workers={workers}: worker processes can't be started ({error}): they need room in "
-            "/dev/shm (in a container, --shm-size), open files and memory; 0 decodes without them"
-        ) from error
-
-
-def _begin_worker() -> None:
-    """Use one thread, ignore signals, which the main process handles, and exit when it exits or is killed."""
-    torch.set_num_threads(1)
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _decode_chunk(decoder: Decoder, items: list[Item]) -> list[Decoded | BadImage]:
-    return [_decode(decoder, item) for item in items]
-
-
-def _decode(decoder: Decoder, item: Item) -> Decoded | BadImage:
-    if item.source is None:
-        return BadImage("has no image")
-    try:
-        return decoder(item.source, item.frame)
-    except ValueError as error:
-        raise ValueError(f"{item} {error}") from error
-
-
-def collect(items, decoder: Decoder, workers: int, label_names, output_dir: Path):
-    """Decode all items: their `ImageData`, None if none can be decoded, (name, reason) of broken ones, and `Traits`."""
-    pixels, labels, bad, copies, groups = None, [], [], [], []
-    bar = tqdm(
-        decode_each(items, decoder, workers),
-        total=len(items),
-        desc="decoding",
-        unit=" images",
-        delay=2,
-        leave=False,
-        disable=os.environ.get("LOCAL_RANK", "0") != "0",
-    )
-    for item, image in bar:
-        if isinstance(image, BadImage):
-            bad.append((str(item), str(image)))
-            continue
-        if pixels is None:
-            value_range, fill = image.value_range, image.fill
-            pixels = _storage((len(items), *decoder.shape), image.pixels.dtype, output_dir)
-        pixels[len(labels)] = image.pixels
-        copies.append(digest(image.pixels, item.name))
-        groups.append(item.group)
-        labels.append(item.label)
-    traits = Traits(np.array(copies, np.uint64), groups)
-    if pixels is None:
-        return None, bad, traits
-    classes = torch.tensor([-1 if label is None else label for label in labels]) if label_names else None
-    data = ImageData(torch.from_numpy(pixels[: len(labels)]), value_range, classes, label_names, fill=fill)
-    return data, bad, traits
-
-
-def _storage(shape, dtype: np.dtype, output_dir: Path) -> np.ndarray:
-    """An empty array in memory, or in an unnamed file on the disk of `output_dir` that vanishes with the process."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process on a machine has a copy
-    if size * here <= MEMORY_SHARE * psutil.virtual_memory().available:
-        return np.empty(shape, dtype)
-    folder = next(f for f in (output_dir.absolute(), *output_dir.absolute().parents) if f.is_dir())
-    log.warning(f"the images take {size / 2**30:.1f} GiB and are memory-mapped from a temporary file in {folder}")
-    with os_errors_of(folder), tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # raises OSError now if the disk is too small
-        return np.memmap(file, dtype, "w+", shape=shape)

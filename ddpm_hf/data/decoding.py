@@ -104,6 +104,12 @@ class Decoder:
             image = image.to(torch.uint8)
         return Decoded(image.contiguous().numpy(), (low, high), deep, fill)
 
+    def hold_to(self, deep: bool, shape: tuple[int, int, int]) -> None:
+        """Hold all later images to the bit depth and the shape (C, H, W) of the first one."""
+        self.deep, self.shape = deep, shape
+        if self.channels is None:
+            self.channels, self.channels_are_inferred = shape[0], True
+
     @property
     def size(self) -> tuple[int, int] | None:
         """(height, width) of the results; None: that of the image."""

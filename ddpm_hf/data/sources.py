@@ -1,6 +1,7 @@
 """Finds images in folders, parquet files and data sets on the Hub, without decoding them."""
 
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.compute
 from huggingface_hub import DatasetCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -68,7 +71,9 @@ def _find(config: DataConfig, streaming: bool, groups: Groups):
 
     name = config.dataset_name
     try:
-        loaded = datasets.load_dataset(name, config.dataset_config_name, streaming=streaming)
+        loaded = datasets.load_dataset(
+            name, config.dataset_config_name, cache_dir=config.cache_dir, streaming=streaming
+        )
     except Exception as error:  # the Hub, the network and the cache raise many types
         raise ValueError(f"dataset_name={name!r} can't be loaded: {' '.join(str(error).split())}") from error
     if "train" not in loaded:
@@ -126,7 +131,7 @@ def _folder(config: DataConfig, streaming: bool, groups: Groups):
         )
     if inventory.kind != "images":
         try:
-            loaded = _read_tables(inventory, streaming)
+            loaded = _read_tables(inventory, streaming, config.cache_dir)
         except Exception as error:  # datasets and pyarrow raise many types
             kind = inventory.kind.removeprefix(".")
             raise ValueError(
@@ -139,7 +144,7 @@ def _folder(config: DataConfig, streaming: bool, groups: Groups):
     return _images(config, inventory, groups)
 
 
-def _read_tables(inventory: Inventory, streaming: bool):
+def _read_tables(inventory: Inventory, streaming: bool, cache_dir: str | None):
     """A mapping from splits to data sets, as `datasets` reads them. Only its builders: load_dataset calls the Hub."""
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
@@ -157,7 +162,7 @@ def _read_tables(inventory: Inventory, streaming: bool):
         if files:  # a list, not patterns, so files may have any name; a reader of its own, for its own names of classes
             versions = [(str(file.stat().st_mtime_ns), str(file.stat().st_size)) for file in files]
             listed = DataFilesDict(train=DataFilesList([str(file.absolute()) for file in files], versions))
-            reader = builder(data_files=listed, hash=_PACKAGED_DATASETS_MODULES[name][1])
+            reader = builder(cache_dir, data_files=listed, hash=_PACKAGED_DATASETS_MODULES[name][1])
             if not streaming:
                 reader.download_and_prepare()
             loaded[split] = (reader.as_streaming_dataset if streaming else reader.as_dataset)(split="train")
@@ -267,6 +272,14 @@ def _rows_of(loaded, held_out: str | None, name: str, config: DataConfig, groups
     return train, test, train.label_names
 
 
+def version_of(source: str | Path | bytes | np.ndarray | None):
+    """What changes if the content of an image does: size and date of its file, or else a hash of the content."""
+    if isinstance(source, str | Path):
+        status = os.stat(source)
+        return status.st_size, status.st_mtime_ns
+    return None if source is None else hashlib.sha256(source).hexdigest()
+
+
 class Rows:
     """The rows of a data set as `Item`s. `data/columns.py` says which columns are image and label.
 
@@ -320,22 +333,46 @@ class Rows:
     def __getitem__(self, k) -> Item:
         return self.item(k, self.dataset[k])
 
+    def identity(self) -> Iterator:
+        """What the images depend on: the fingerprint of `datasets`, and the dates of files that rows only name."""
+        yield self.source, self.image, self.dataset._fingerprint
+        for chunk in self._encoded():
+            named = pyarrow.compute.is_null(chunk.field("bytes"))
+            for path in chunk.field("path").filter(named).to_pylist():
+                yield path, None if path is None else version_of(path)
+
+    def marks(self) -> Iterator[tuple[int | None, str | None]]:
+        """The class and the group of each row, without reading its image."""
+        others = [name for name in self.dataset.column_names if name != self.image]
+        paths = itertools.chain.from_iterable(chunk.field("path").to_pylist() for chunk in self._encoded())
+        rows = self.dataset.select_columns(others) if others else itertools.repeat({}, len(self))
+        for k, (row, path) in enumerate(itertools.zip_longest(rows, paths)):
+            name = self._name(k, path)
+            yield self._label(name, row), self._group(name, path, row)
+
+    def _encoded(self) -> list[pyarrow.StructArray]:
+        """The column of images in pieces, or none if they are arrays."""
+        return self.dataset.with_format("arrow")[:][self.image].chunks if self.array_type is None else []
+
     def __iter__(self) -> Iterator[Item]:
         return (self.item(k, row) for k, row in enumerate(self.dataset))
 
     def item(self, k: int, row: dict) -> Item:
-        content, name, path = row[self.image], f"{self.source} row {k}", None
+        content, path = row[self.image], None
         if self.array_type is not None:
             source = None if content is None else np.array(content, self.array_type)
         else:
             encoded = content or {"bytes": None, "path": None}
             path, source = encoded["path"], encoded["bytes"]
-            name += f" ({path})" if path else ""
             if source is None and path and "://" in path:  # a remote file of a stream
                 with fsspec.open(path, "rb") as file:
                     source = file.read()
             source = path if source is None else source
+        name = self._name(k, path)
         return Item(name, source, self._label(name, row), group=self._group(name, path, row))
+
+    def _name(self, k: int, path: str | None) -> str:
+        return f"{self.source} row {k}" + (f" ({path})" if path else "")
 
     def _group(self, name: str, path: str | None, row: dict) -> str | None:
         if self.groups.by in row:

@@ -60,13 +60,13 @@ class Traits(NamedTuple):
     groups: list[str | None]
 
 
-def digest(pixels: np.ndarray, name: str) -> int:
-    """A hash of the pixels (C, H, W); of an image of one colour a hash of its `name`.
+def digest(pixels: np.ndarray, name: str) -> bytes:
+    """A hash of 8 bytes of the pixels (C, H, W); of an image of one colour a hash of its `name`.
 
     Otherwise the blank slices of volumes would tie all volumes together.
     """
     one_colour = np.array_equal(pixels, np.broadcast_to(pixels[:, :1, :1], pixels.shape), pixels.dtype.kind == "f")
-    return int.from_bytes(hashlib.blake2b(name.encode() if one_colour else pixels, digest_size=8).digest())
+    return hashlib.blake2b(name.encode() if one_colour else pixels, digest_size=8).digest()
 
 
 def random_split(num_images: int) -> tuple[torch.Tensor, torch.Tensor]:

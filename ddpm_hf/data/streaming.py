@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -13,7 +12,6 @@ from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.dataset import (
     BadImages,
     collect,
-    decode_each,
     decoder_of,
     has_embedded_digits,
     load_images,
@@ -24,6 +22,7 @@ from ddpm_hf.data.dataset import (
 from ddpm_hf.data.missing import split_missing
 from ddpm_hf.data.pages import BadImage
 from ddpm_hf.data.sources import Item, Rows, source_of
+from ddpm_hf.data.workers import decode_each
 
 HELD_OUT_ONE_IN, HELD_OUT_STREAMED = 10, 256
 SHUFFLE_BUFFER = 1000
@@ -51,9 +50,9 @@ class ImageStream:
         self.decoder, self.workers = decoder_of(config), config.dataloader_num_workers
         self.keeps_aside = not isinstance(test, Rows)
         aside = (item for item in train if self._is_aside(item)) if self.keeps_aside else test
-        self.held_out, bad, _ = collect(
-            list(islice(aside, HELD_OUT_STREAMED)), self.decoder, 0, names, Path(config.output_dir)
-        )
+        aside = list(islice(aside, HELD_OUT_STREAMED))
+        alone = replace(config, dataloader_num_workers=0)
+        self.held_out, _, bad = collect(aside, self.decoder, alone, names, keep=False)
         self.window = window_of(config)
         if self.held_out:
             self.held_out = replace(self.held_out, window=self.window).cropped()

@@ -4,9 +4,10 @@ import math
 import os
 
 from ddpm_hf.data.config import EMBEDDED_DIGITS
-from ddpm_hf.data.dataset import decode_each, decoder_of
+from ddpm_hf.data.dataset import decoder_of
 from ddpm_hf.data.decoding import Decoded
 from ddpm_hf.data.sources import source_of
+from ddpm_hf.data.workers import decode_each
 from ddpm_hf.training.config import TrainConfig, recipe_names, recipe_text, resolve
 from ddpm_hf.training.plan import KNOWN, bytes_in_words, count_flops, count_memory, image_shape, network
 
