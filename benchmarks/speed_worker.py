@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable
@@ -348,13 +349,15 @@ def png_files(n: int = 2048) -> list[bytes]:
 
 def our_data(batch: int) -> Callable[[], None]:
     """Decoded once, before; then what the training loop does for an update."""
+    from ddpm_hf.data.config import DataConfig
     from ddpm_hf.data.dataset import collect
     from ddpm_hf.data.decoding import Decoder
     from ddpm_hf.data.sources import Item
     from ddpm_hf.training.batch import flip_
 
     items = [Item(str(k), source, None) for k, source in enumerate(png_files())]
-    images, step = collect(items, Decoder(3, None), 0, None, Path("."))[0], 0
+    config = DataConfig(cache_dir=tempfile.mkdtemp())
+    images, step = collect(items, Decoder(3, None), config, None)[0], 0
     rows = torch.arange(batch)
 
     def run():

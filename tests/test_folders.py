@@ -447,6 +447,7 @@ def test_damaged_and_changed_archives(tmp_path, monkeypatch):
     assert name == str(archive / "0.png")
     assert "Bad CRC-32" in reason
     monkeypatch.setattr("ddpm_hf.data.archives.MOST_OF_A_FILE", 10)
+    config.cache_dir = str(tmp_path / "cache")
     with pytest.raises(ValueError, match="too large: it says that it has .* bytes when decompressed"):
         load_images(config)
     archive.write_bytes(content[:100])

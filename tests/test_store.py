@@ -2,12 +2,14 @@
 
 import logging
 import os
+import shutil
 import threading
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
@@ -16,6 +18,8 @@ from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.sources import Rows
 from ddpm_hf.data.store import Pixels
+from ddpm_hf.evaluation.reference import data_config
+from ddpm_hf.training import train
 from ddpm_hf.utils import signals
 
 
@@ -199,3 +203,16 @@ def test_pixels_are_read_like_a_tensor():
     for mine, theirs in zip(pixels.split(3), tensor.split(3), strict=True):
         assert_close(mine, theirs, rtol=0, atol=0)
     assert [image.shape for image in pixels] == [(2, 3, 4)] * 7
+
+
+def test_training_and_evaluation_share_what_is_decoded(settings, decoded, tmp_path):
+    run = train(tiny_config(tmp_path / "run", **{k: v for k, v in settings.items() if k != "output_dir"}))
+    assert len(decoded) == 41
+    pipeline, path = run.pipeline, tmp_path / "run/train_config.json"
+    arguments = {"dataset_name": None, "train_data_dir": None, "reading": {}, "output": tmp_path / "metrics.json"}
+    config = data_config("run", path, pipeline, **arguments)
+    assert config.cache_dir == settings["cache_dir"]
+    load_images(config, test_limit=None)
+    assert len(decoded) == 41
+    shutil.rmtree(settings["cache_dir"])  # or on another machine
+    assert data_config("run", path, pipeline, **arguments).cache_dir is None

@@ -58,7 +58,7 @@ def _nodata(value):
 
 # What a data set of its own may need to be read, which `evaluate` takes for the images that it compares with
 READING = ("image_column", "label_column", "resize", "frames", "slices", "value_range", "clip_values", "nodata",
-           "nodata_fill", "background")  # fmt: skip
+           "nodata_fill", "background", "cache_dir")  # fmt: skip
 
 
 def setting(group: str, help: str, default=None, rule=None):

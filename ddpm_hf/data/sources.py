@@ -17,7 +17,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ddpm_hf.data import medical
-from ddpm_hf.data.archives import is_zip
+from ddpm_hf.data.archives import is_zip, stamp_of
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.folders import MARKS, UNKNOWN, Inventory, mark_of, take_inventory
 from ddpm_hf.data.frames import Frames, has_several_a_file
@@ -275,8 +275,7 @@ def _rows_of(loaded, held_out: str | None, name: str, config: DataConfig, groups
 def version_of(source: str | Path | bytes | np.ndarray | None):
     """What changes if the content of an image does: size and date of its file, or else a hash of the content."""
     if isinstance(source, str | Path):
-        status = os.stat(source)
-        return status.st_size, status.st_mtime_ns
+        return stamp_of(source)
     return None if source is None else hashlib.sha256(source).hexdigest()
 
 

@@ -54,6 +54,8 @@ def data_config(
             changes |= {"group_by": None, "image_column": None, "label_column": None}  # of other data
     changes |= reading
     config = DataConfig(**changes) if path is None else DataConfig.from_json(path, **changes)
+    if "cache_dir" not in reading and config.cache_dir and not Path(config.cache_dir).is_dir():
+        config.cache_dir = None  # it was on another machine
     folder = config.train_data_dir
     if folder is not None and not named and not Path(folder).exists():
         raise ValueError(

@@ -17,11 +17,11 @@ OBJECTIVE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_st
 DATA = ("train_data_dir", "dataset_name", "dataset_config_name")
 # Of the network's configuration, what changes neither its weights nor what they compute
 NOT_THE_NETWORK = ("sample_size", "class_names", "value_range", "dropout", "dropout_channels")
-# Settings that a checkpoint does not keep: where a run writes, how many processes decode (which changes nothing), and
+# Settings that a checkpoint does not keep: where a run writes, how and where it decodes (which changes nothing), and
 # what is kept as network, objective and batch
 NOT_KEPT = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logger", "push_to_hub",
-            "hub_model_id", "hub_private_repo", "dataloader_num_workers", "unet", "scheduler", "train_batch_size",
-            "gradient_accumulation_steps")  # fmt: skip
+            "hub_model_id", "hub_private_repo", "dataloader_num_workers", "cache_dir", "unet", "scheduler",
+            "train_batch_size", "gradient_accumulation_steps")  # fmt: skip
 log = logging.getLogger(__name__)
 
 
