@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from ddpm_hf.data import pages as limits
 from ddpm_hf.data.decoding import Decoder
-from ddpm_hf.data.reading import ORIENTED, BadImage, is_image_file, read_image
+from ddpm_hf.data.reading import ORIENTED, BadImage, count_images, is_image_file, read_image
 
 HEIGHT, WIDTH = 5, 7
 rng = np.random.default_rng(0)
@@ -434,6 +434,29 @@ def test_errors_of_the_machine_are_not_the_file_s(tmp_path, monkeypatch):
     )
     with pytest.raises(OSError, match="Too many open files"):
         Decoder(None)(tmp_path / "a.png")
+
+
+def test_infinite_values_are_black_or_white_if_values_are_clipped(tmp_path):
+    """Spectrograms in decibels have the logarithm of 0."""
+    array = np.array([[-np.inf, -40], [0, np.inf]], np.float32)
+    assert "--value_range BLACK WHITE --clip_values true" in str(Decoder(1)(array))
+    clipped = Decoder(1, value_range=(-80, 0), clip_values=True)(array)
+    assert clipped.pixels.tolist() == [[[-80, -40], [0, 0]]]
+    constant = np.full((2, 2), -np.inf)
+    assert "makes infinite ones black or white" in str(Decoder(1, value_range=(-80, 0))(constant))
+
+
+def test_a_npz_file_of_one_array_is_an_image(tmp_path):
+    np.savez(tmp_path / "one.npz", mel=FLOATS)
+    np.savez_compressed(tmp_path / "many.npz", a=FLOATS, b=FLOATS)
+    np.savez(tmp_path / "pickled.npz", a=np.array([{"a": 1}]))
+    assert is_image_file(tmp_path / "one.npz")
+    assert np.array_equal(read_image(tmp_path / "one.npz", None).colours[..., 0], FLOATS)
+    assert count_images(tmp_path / "one.npz") == 1
+    with pytest.raises(BadImage, match=r"holds 2 arrays \(a, b\): save each as a .npy file"):
+        read_image(tmp_path / "many.npz", None)
+    with pytest.raises(BadImage, match="can't be read"):
+        read_image(tmp_path / "pickled.npz", None)
 
 
 def test_a_pickle_is_never_opened(tmp_path):

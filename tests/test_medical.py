@@ -20,6 +20,7 @@ from ddpm_hf.data import pages
 from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decoding import Decoder
+from ddpm_hf.data.folders import take_inventory
 from ddpm_hf.data.medical import header_of, is_dicom_file
 from ddpm_hf.data.pages import BadImage, WrongSetting
 from ddpm_hf.data.reading import count_images, read_image
@@ -82,6 +83,17 @@ def test_a_range_is_asked_for_and_the_window_is_told(tmp_path):
                        r"--value_range -160 240 --clip_values true\)"):  # fmt: skip
         Decoder(1)(path)
     assert Decoder(1, value_range=(-160, 240), clip_values=True)(path).pixels.max() == 240
+
+
+def test_files_are_found_by_their_suffix_or_their_first_bytes(tmp_path):
+    content = dicom(tmp_path / "a.dcm", ct()).read_bytes()
+    for name in ("b.DICOM", "c.IMA", "1.2.840.113619.2.3.21", "IM000001"):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "1.2.840.7").write_bytes(b"no DICOM")
+    (tmp_path / "notes.txt").write_bytes(content)
+    inventory = take_inventory(tmp_path)
+    assert len(inventory.train) == 5
+    assert dict(inventory.left_out) == {"without a known suffix": 1, ".txt": 1}
 
 
 def test_monochrome1_is_inverted(tmp_path):

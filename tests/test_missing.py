@@ -68,7 +68,8 @@ def test_nan_is_named():
     reason = Decoder(None, **RANGE)(geotiff(elevation(np.nan)))
     assert str(reason) == "has values that are not finite; if NaN stands for missing values, give --nodata nan"
     reason = Decoder(None, **RANGE, nodata="nan")(geotiff(elevation(np.inf)))
-    assert str(reason) == "has values that are not finite"
+    advice = "--value_range BLACK WHITE --clip_values true makes infinite ones black or white"
+    assert str(reason) == f"has values that are not finite; {advice}"
 
 
 @pytest.mark.parametrize(("value", "dtype", "tag", "nodata"), [

@@ -135,8 +135,13 @@ class Decoder:
                 f"has {'more than' if deep else 'only'} 8 bits and the first image has {'8' if deep else 'more'}: "
                 "all images must have the same bit depth; convert those that differ"
             )
-        if not (math.isfinite(least) and math.isfinite(most)):
+        if math.isnan(least):
             raise BadImage(f"has values that are not finite{hint(pixels, tag)}")
+        if (math.isinf(least) or math.isinf(most)) and not self.clip_values:  # such as the logarithm of 0
+            raise BadImage(
+                "has values that are not finite; --value_range BLACK WHITE --clip_values true makes infinite ones "
+                "black or white"
+            )
         if deep and self.value_range is None:
             shown = ""
             if window:

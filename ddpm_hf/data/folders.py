@@ -74,7 +74,7 @@ class Inventory:
         most = self.left_out.most_common(MOST_REASONS)
         words = [f"{number} {reason if number > 1 else singular(reason)}" for reason, number in most]
         more = len(self.left_out) - MOST_REASONS
-        return ", ".join(words + [f"files of {more} more kinds"] * (more > 0))
+        return ", ".join(words + [f"files of {more} more kind{'s' * (more > 1)}"] * (more > 0))
 
 
 def take_inventory(folder: Path) -> Inventory:
@@ -143,7 +143,7 @@ def natural_order(names) -> list[str]:
 
 def _is_image(file: Path) -> bool:
     suffix = file.suffix.lower()
-    if suffix in ("", ".gz"):  # which does not tell
+    if suffix in ("", ".gz") or suffix[1:].isdigit():  # which does not tell
         return is_image_file(file)
     return suffix not in HEADERS_ONLY and _is_suffix_of_images(suffix)
 
@@ -159,7 +159,7 @@ def _kind(suffix: str) -> str:
         return f"{suffix} (`pip install {PLUGINS[suffix]}`)"
     if suffix in ARCHIVES:
         return f"{suffix} (unpack it)"
-    return suffix if re.fullmatch(r"\.[\w-]{1,10}", suffix) and suffix.isascii() else "without a known suffix"
+    return suffix if re.fullmatch(r"\.(?!\d+$)[\w-]{1,10}", suffix) and suffix.isascii() else "without a known suffix"
 
 
 def _walk(folder: Path, left_out: Counter) -> Iterator[tuple[Path, list[Path]]]:

@@ -17,6 +17,7 @@ import numpy as np
 from ddpm_hf.data.archives import open_file
 from ddpm_hf.data.pages import MOST_OF_A_FILE, BadImage, Pages, WrongSetting, check_size
 
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 GZIP_MAGIC, NIFTI_MAGIC = b"\x1f\x8b", (b"n+1\0", b"n+2\0")
 HEAD = 540  # bytes of the longer of the two headers of NIfTI
@@ -27,9 +28,10 @@ def is_dicom(content: bytes) -> bool:
 
 
 def is_dicom_file(path: Path) -> bool:
-    """By its suffix .dcm or, as many have no suffix, by its first bytes."""
-    if path.suffix:
-        return path.suffix.lower() == ".dcm"
+    """By its suffix or, as many have none or have a UID such as 1.2.840.7 as name, by its first bytes."""
+    suffix = path.suffix.lower()
+    if suffix and not suffix[1:].isdigit():
+        return suffix in DICOM_SUFFIXES
     try:
         with open_file(path) as file:
             return is_dicom(file.read(132))

@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ddpm_hf.data import medical
 from ddpm_hf.data.archives import NOT_OF_THE_FILE, archive_of, open_file, read_bytes, stamp_of
 from ddpm_hf.data.exact import exact_pages
-from ddpm_hf.data.pages import BadImage, Pages, Picture, WrongSetting, check_size
+from ddpm_hf.data.pages import MOST_OF_A_FILE, BadImage, Pages, Picture, WrongSetting, check_size
 from ddpm_hf.utils.arguments import shorten
 
 with contextlib.suppress(ImportError):  # HEIC, from pillow-heif; AVIF is in Pillow itself
@@ -34,6 +35,16 @@ for name in ("tifffile", "imagecodecs"):
     )  # they warn of each file with damaged metadata, which is not used
 
 ARRAY_SUFFIX = ".npy"
+OF_MORE_SUFFIXES = (
+    ARRAY_SUFFIX,
+    ".npz",
+    ".lsm",
+    ".stk",
+    ".btf",
+    ".tf2",
+    ".tf8",
+)  # and of Pillow; all but arrays are TIFF
+ZIP_MAGIC = b"PK\3\4"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -52,8 +63,12 @@ ORIENTED = {  # EXIF orientation -> the upright array
 
 def is_image_file(path: Path) -> bool:
     """Whether the suffix is that of an image format that can be read."""
-    can_be_read = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {ARRAY_SUFFIX}
-    return path.suffix.lower() in can_be_read or medical.is_nifti_file(path) or medical.is_dicom_file(path)
+    of_pillow = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return (
+        path.suffix.lower() in (*OF_MORE_SUFFIXES, *of_pillow)
+        or medical.is_nifti_file(path)
+        or medical.is_dicom_file(path)
+    )
 
 
 def count_images(source: str | Path | bytes | None, slices: int | None = None) -> int:
@@ -163,8 +178,8 @@ def _open_file(source: str | Path | bytes, stamp, channels: int | None, slices: 
     content = source if isinstance(source, bytes) else read_bytes(source)
     if not content:
         raise BadImage("is empty")
-    if content.startswith(np.lib.format.MAGIC_PREFIX):
-        return _array_pages(np.load(io.BytesIO(content), allow_pickle=False), channels, slices)
+    if content.startswith((np.lib.format.MAGIC_PREFIX, ZIP_MAGIC)):
+        return _array_pages(_array_in(content), channels, slices)
     if medical.is_dicom(content):
         return medical.dicom_pages(content)
     if medical.is_nifti(content):
@@ -389,6 +404,22 @@ def _map_array(path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
+def _array_in(content: bytes) -> np.ndarray:
+    """The array in the content of a .npy file, or the only one in that of a .npz file."""
+    if content.startswith(ZIP_MAGIC):
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            members = file.infolist()
+            if len(members) != 1:
+                names = ", ".join(Path(member.filename).stem for member in members)
+                raise BadImage(f"holds {len(members)} arrays ({shorten(names, 200)}): save each as a .npy file")
+            if members[0].file_size > MOST_OF_A_FILE:  # it is never read beyond what it says
+                raise BadImage(f"is too large: it says that it has {members[0].file_size:,} bytes when decompressed")
+            content = file.read(members[0])
+    if not content.startswith(np.lib.format.MAGIC_PREFIX):
+        raise BadImage(f"holds a file that is not a .npy file: it begins with {content[:16]!r}")
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
 def _array_pages(array: np.ndarray, channels: int | None, slices: int | None) -> Pages:
     """An array is one image, or with `slices` those along this axis of three or four."""
     one_image = slices is None or array.ndim == 2
@@ -409,7 +440,11 @@ def _channels_last(array: np.ndarray, channels: int | None, is_slice: bool) -> n
     """(H, W), (H, W, C) or (C, H, W) -> (H, W, C); the channel axis has length `channels` or is the shorter."""
     if array.ndim == 2:
         return array[..., None]
-    hint = "" if is_slice else "; if each index of an axis is an image of its own, give --slices with this axis"
+    hint = (
+        ""
+        if is_slice or array.ndim < 3
+        else "; if each index of an axis is an image of its own, give --slices with this axis"
+    )
     if array.ndim != 3:
         raise BadImage(f"is an array of shape {array.shape}; it must be (H, W), (H, W, C) or (C, H, W){hint}")
     first, last = array.shape[0], array.shape[2]
