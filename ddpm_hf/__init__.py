@@ -1,5 +1,5 @@
-"""Denoising diffusion probabilistic models for diffusers: `DDPMUNet`, `LinearNoiseScheduler`, `CosineNoiseScheduler`
-and `DDPMCustomPipeline`."""
+"""Denoising diffusion probabilistic models for diffusers: `DDPMUNet`, `LinearNoiseScheduler`, `CosineNoiseScheduler`,
+`FlowMatchScheduler`, `EDMScheduler` and `DDPMCustomPipeline`."""
 
 import importlib
 
@@ -11,6 +11,8 @@ _CLASSES = {
     "DDPMUNet": "ddpm_hf.models.unet",
     "LinearNoiseScheduler": "ddpm_hf.schedulers.noise",
     "CosineNoiseScheduler": "ddpm_hf.schedulers.noise",
+    "FlowMatchScheduler": "ddpm_hf.schedulers.flow",
+    "EDMScheduler": "ddpm_hf.schedulers.edm",
     "DDPMCustomPipeline": "ddpm_hf.pipelines.pipeline",
 }
 _PUBLIC = _CLASSES | {

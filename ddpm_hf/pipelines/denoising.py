@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_hf.pipelines.images import OUTPUT_TYPES
 from ddpm_hf.schedulers.noise import GENERATORS, draw_noise
-from ddpm_hf.schedulers.solvers import make_solver
+from ddpm_hf.schedulers.solvers import add_noise, own_scheduler, scale_model_input, start_scale
 from ddpm_hf.utils.arguments import boolean, integer, matching, number, one_of, optional
 
 # Arguments of all methods of the pipeline that sample. Those that are not here depend on the network or the scheduler.
@@ -62,11 +62,15 @@ class DenoisingLoop:
         self._learned_variance = self.solver.config.get("variance_type") == "learned_range"
         self._ours = None  # computes x_0 for the callback where the solver does not
         if self.callback is not None:
-            with contextlib.suppress(ValueError):  # our scheduler does not support these betas, so x_0 stays None
-                self._ours = make_solver("ddpm", self.solver)
+            with contextlib.suppress(ValueError):  # ours does not support these settings, so x_0 stays None
+                self._ours = own_scheduler(self.solver)
 
     def draw_noise(self, shape) -> torch.Tensor:
         return draw_noise(shape, self.generator, self.pipeline._execution_device, self.pipeline._state_dtype)
+
+    def start_noise(self, shape) -> torch.Tensor:
+        """The noise from which the solver starts."""
+        return self.draw_noise(shape) * start_scale(self.solver)
 
     def skip_steps(self, number: int) -> None:
         """Start `number` steps later."""
@@ -83,7 +87,7 @@ class DenoisingLoop:
         steps = self.solver.num_inference_steps
         self.skip_steps(steps - max(1, round(steps * strength)))
         noise = self.draw_noise(image.shape)
-        return self.solver.add_noise(image, noise, self.timesteps[:1].expand(self.batch_size))
+        return add_noise(self.solver, image, noise, self.timesteps[:1].expand(self.batch_size))
 
     def run(self, sample: torch.Tensor) -> torch.Tensor:
         """Denoise x (B, C, H, W) from the first timestep to the image."""
@@ -95,7 +99,7 @@ class DenoisingLoop:
 
     def step(self, sample: torch.Tensor, timestep) -> dict[str, torch.Tensor | None]:
         """x after one step, and the predicted x_0, which is `None` if neither the solver nor the callback needs it."""
-        model_input = self.solver.scale_model_input(sample, timestep)
+        model_input = scale_model_input(self.solver, sample, timestep)
         model_output = self.predict(model_input, timestep)
         prediction = model_output[:, : sample.shape[1]]
         solver_input = model_output if self._learned_variance else prediction
@@ -103,7 +107,7 @@ class DenoisingLoop:
         output = self.solver.step(solver_input, timestep, sample, **options)
         original = getattr(output, "pred_original_sample", None)
         if original is None and self._ours is not None:
-            original = self._ours.predicted_original(prediction, round(float(timestep)), model_input)
+            original = self._ours.original_of_input(prediction, timestep, model_input)
         return {"sample": output.prev_sample, "pred_original_sample": original}
 
     def end_step(self, i: int, timestep, tensors: dict) -> torch.Tensor:

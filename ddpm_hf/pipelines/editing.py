@@ -8,7 +8,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_hf.pipelines.denoising import CALL, DenoisingLoop
 from ddpm_hf.pipelines.images import from_unit, to_mask, to_unit
-from ddpm_hf.schedulers.solvers import CLAMPING, make_solver
+from ddpm_hf.schedulers.solvers import (
+    add_noise,
+    nth_timestep,
+    own_scheduler,
+    scheduler_class,
+    start_scale,
+)
 from ddpm_hf.utils.arguments import check, checked, integer, one_of, show
 
 INTERPOLATIONS = ("mix", "slerp", "inversion")
@@ -43,7 +49,8 @@ class EditingMixin:
             image: see `__call__`. Masked pixels are ignored.
             mask: 1 or True where to fill: (H, W), (B, H, W) or (B, 1, H, W), or a `PIL.Image` that is white there.
             num_inference_steps: `None`: 250, or T if that is less.
-            generator and all others: see `__call__`. The solver is the DDPM scheduler with the betas of the pipeline's.
+            generator and all others: see `__call__`. The solver is our own scheduler with the settings of the
+                pipeline's: ancestral steps for a DDPM, Euler steps for a flow and for EDM.
 
         Returns:
             See `__call__`. The known pixels are exactly those of `image`.
@@ -56,7 +63,7 @@ class EditingMixin:
             output_type=output_type,
             class_labels=class_labels,
             guidance_scale=guidance_scale,
-            scheduler="ddpm",
+            scheduler=scheduler_class(self.scheduler.config).own,
             generator=generator,
             callback=callback_on_step_end,
             start=image,
@@ -74,7 +81,7 @@ class EditingMixin:
         """Algorithm 1 of RePaint for `image` (B, C, H, W): x (B, C, H, W) after the last step."""
         solver, shape = loop.solver, image.shape
         visited = solver.timesteps.flip(0).tolist()  # ascending; x is at visited[position], or the image at -1
-        sample, position, i = loop.draw_noise(shape), len(visited) - 1, -1
+        sample, position, i = loop.start_noise(shape), len(visited) - 1, -1
         moves = repaint_moves(len(visited), jump_length, num_resamples)
         self.num_timesteps = moves.count(-1)
         for move in self.progress_bar(moves):
@@ -112,22 +119,24 @@ class EditingMixin:
 
         Args:
             image_a, image_b: the two images, see `image` of `__call__`. `"slerp"` takes none: its ends are sampled.
-            t: for `"mix"`, the timestep, 0 ... T-1, whose noise is added; a larger t changes the images more. With
-                fewer than T steps it is rounded down to a visited timestep.
+            t: for `"mix"`, the number of the timestep, 0 ... T-1, whose noise is added; a larger t changes the images
+                more. With fewer than T steps it is rounded down to a visited timestep.
             method: `"mix"`: the same noise is added to both images, and linear mixtures of them are denoised with the
                 same noise (Ho et al. 2020, section 4.3, appendix D). `"slerp"`: sample from spherical interpolations of
                 two draws of noise (Song et al. 2021, arXiv:2010.02502, section 5.3). `"inversion"`: the same, of the
                 noise that `invert` computes for the two images.
             generator: a single generator, or `None`.
             class_labels: one for all images, or one for each of the `steps`.
-            scheduler: see `__call__`; `None`: the pipeline's scheduler for `"mix"`, DDIM for the others.
+            scheduler: see `__call__`; `None`: the pipeline's scheduler for `"mix"`, and for the others DDIM, or
+                the Euler steps of a flow or of EDM, which are deterministic too.
             all others: see `__call__`.
 
         Returns:
             See `__call__`; `steps` images.
         """
         ends = self._check_interpolation(method, generator, t, image_a, image_b)
-        scheduler = "ddim" if scheduler is None and method != "mix" else scheduler
+        kind = scheduler_class(self.scheduler.config)
+        scheduler = kind.deterministic if scheduler is None and method != "mix" else scheduler
         loop = self._prepare(
             batch_size=steps,
             num_inference_steps=num_inference_steps,
@@ -137,7 +146,7 @@ class EditingMixin:
             scheduler=scheduler,
             generator=generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item()),
             callback=callback_on_step_end,
-            clip_sample=False if method == "inversion" and scheduler in CLAMPING else None,
+            clip_sample=False if method == "inversion" and scheduler in kind.clamping else None,
         )
         solver, labels = loop.solver, loop.labels
         weights = torch.linspace(0, 1, steps, dtype=self._state_dtype, device=self._execution_device)
@@ -154,7 +163,7 @@ class EditingMixin:
                     self.invert(image, solver.num_inference_steps, class_labels=label, guidance_scale=guidance_scale)
                     for image, label in zip((image_a, image_b), end_labels, strict=True)
                 )
-            sample = slerp(a, b, weights) * solver.init_noise_sigma
+            sample = slerp(a, b, weights) * start_scale(solver)
         # Every image is denoised with the same noise.
         state = loop.generator.get_state()
         loop.generator = [torch.Generator(loop.generator.device).set_state(state) for _ in range(steps)]
@@ -182,12 +191,13 @@ class EditingMixin:
     def _noise_ends(self, loop: DenoisingLoop, ends: list[torch.Tensor], t: int) -> list[torch.Tensor]:
         """Start `loop` at the last visited timestep that is at most t; return `ends` with the same noise of it."""
         visited = loop.timesteps[:: loop.solver.order]  # solvers of order 2 have two timesteps per step
-        if visited[-1] > t:
+        chosen = nth_timestep(self.scheduler, t)
+        if visited[-1] > chosen:
             rule = f"must be at least {visited[-1]:g}, the lowest timestep of num_inference_steps={len(visited)}"
             raise ValueError(f"t={t} {rule}")
-        loop.skip_steps(int((visited > t).sum()))
+        loop.skip_steps(int((visited > chosen).sum()))
         noise = loop.draw_noise(ends[0].shape)
-        return [loop.solver.add_noise(end, noise, loop.timesteps[:1]) for end in ends]
+        return [add_noise(loop.solver, end, noise, loop.timesteps[:1]) for end in ends]
 
     @checked(CALL)
     @torch.no_grad()
@@ -200,7 +210,7 @@ class EditingMixin:
         guidance_scale: float = 1.0,
         callback_on_step_end: Callable | None = None,
     ) -> torch.Tensor:
-        """DDIM inversion: the noise (B, C, H, W) from which DDIM generates these images.
+        """DDIM inversion: the noise (B, C, H, W) from which DDIM, or Euler for a flow or EDM, generates these images.
 
         `pipe(latents=pipe.invert(image), scheduler="ddim", clip_sample=False, num_inference_steps=50)` nearly returns
         the image. Each DDIM step (Song et al. 2021, arXiv:2010.02502, equation 12) is inverted by fixed-point
@@ -212,34 +222,31 @@ class EditingMixin:
                 number of steps is 50, or T if that is less.
             callback_on_step_end: see `__call__`.
         """
-        image = self._to_model_range("image", image)
+        kind, image = scheduler_class(self.scheduler.config), self._to_model_range("image", image)
         loop = self._prepare(
             num_inference_steps=self._steps_or(50, num_inference_steps),
             class_labels=class_labels,
             guidance_scale=guidance_scale,
-            scheduler="ddim",
+            scheduler=kind.deterministic,
             callback=callback_on_step_end,
             start=image,
-            clip_sample=False,
+            clip_sample=False if kind.deterministic in kind.clamping else None,
         )
-        ours, timesteps = make_solver("ddpm", self.scheduler), loop.timesteps
-        if ours.alphas_cumprod[int(timesteps[0])] == 0:
-            raise ValueError(
-                f"invert can't reach timestep {timesteps[0]}, where rescale_betas_zero_snr=True leaves nothing of the "
-                "image; use a scheduler with timestep_spacing='leading'"
-            )
-        sample, before = image.expand(loop.batch_size, -1, -1, -1), -1
+        ours, timesteps = own_scheduler(self.scheduler), loop.timesteps
+        ours.check_invertible(timesteps[0])
+        sample, before = image.expand(loop.batch_size, -1, -1, -1), None
         for i, timestep in enumerate(self.progress_bar(timesteps.flip(0).tolist())):
             target = sample
             for _ in range(iterations):
-                output = loop.predict(sample, timestep)[:, : sample.shape[1]]
-                sample = ours.ddim_inverse_step(output, timestep, before, sample, target)
+                model_input = ours.scale_model_input(sample, timestep)
+                output = loop.predict(model_input, timestep)[:, : sample.shape[1]]
+                sample = ours.inverse_step(output, timestep, before, sample, target)
             original = ours.predicted_original(output, timestep, sample)
             tensors = {"sample": sample, "pred_original_sample": original}
             sample, before = loop.end_step(i, torch.tensor(timestep), tensors), timestep
             if self.interrupt:
                 break
-        return self._output(sample, "latent", False, loop.solver)[0]
+        return self._output(sample / start_scale(loop.solver), "latent", False, loop.solver)[0]
 
     def _steps_or(self, default: int, num_inference_steps: int | None) -> int:
         most = min(default, self.scheduler.config.num_train_timesteps)

@@ -17,6 +17,8 @@ from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ddpm_hf.models.unet import ARGUMENTS, LARGEST_SIDE, DDPMUNet
+from ddpm_hf.schedulers.edm import EDMScheduler
+from ddpm_hf.schedulers.flow import FlowMatchScheduler
 from ddpm_hf.schedulers.noise import MOST_TIMESTEPS, CosineNoiseScheduler, LinearNoiseScheduler
 from ddpm_hf.utils.arguments import (
     INFINITE,
@@ -36,7 +38,8 @@ from ddpm_hf.utils.arguments import (
 from ddpm_hf.utils.arguments import path as path_rule
 
 INDEX, WEIGHTS = "model_index.json", "diffusion_pytorch_model"
-OURS = {cls.__name__: cls for cls in (DDPMUNet, LinearNoiseScheduler, CosineNoiseScheduler)}
+OUR_CLASSES = (DDPMUNet, LinearNoiseScheduler, CosineNoiseScheduler, FlowMatchScheduler, EDMScheduler)
+OURS = {cls.__name__: cls for cls in OUR_CLASSES}
 KINDS = {"unet": (DDPMUNet, diffusers.UNet2DModel), "scheduler": (SchedulerMixin,)}
 MODEL_OPTIONS = ("device_map", "max_memory", "low_cpu_mem_usage", "offload_folder", "offload_state_dict",
                  "disable_mmap")  # fmt: skip

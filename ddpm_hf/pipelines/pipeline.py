@@ -16,8 +16,10 @@ from ddpm_hf.pipelines.denoising import BATCH, CALL, MOST_VALUES, DenoisingLoop
 from ddpm_hf.pipelines.editing import EditingMixin
 from ddpm_hf.pipelines.images import PIL_MODES, NotFiniteError, to_output, to_unit
 from ddpm_hf.pipelines.loading import load_components, weights_not_finite
+from ddpm_hf.schedulers.edm import EDMScheduler
+from ddpm_hf.schedulers.flow import FlowMatchScheduler
 from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
-from ddpm_hf.schedulers.solvers import make_solver, set_timesteps_checked
+from ddpm_hf.schedulers.solvers import make_solver, set_timesteps_checked, start_scale
 from ddpm_hf.utils.arguments import check, check_all, checked, integer, limit, matching, show
 
 COMPONENTS = {
@@ -36,10 +38,11 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
     `invert` computes the noise from which DDIM generates an image.
 
     Args:
-        unet: the network that predicts the noise, x_0 or v, by the scheduler's `prediction_type`: `DDPMUNet`,
+        unet: the network that predicts what the scheduler expects of it (the noise, x_0, v ...): `DDPMUNet`,
             `UNet2DModel`, or a network with the same call. Of a `DistributedDataParallel` or `DataParallel` it is the
             network inside.
-        scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, or a scheduler of diffusers built from their config.
+        scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, `FlowMatchScheduler`, `EDMScheduler`, or a scheduler
+            of diffusers built from their config.
     """
 
     model_cpu_offload_seq = "unet"
@@ -47,7 +50,11 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
     def __init__(
         self,
         unet: UNet2DModel | DDPMUNet | ModelMixin,
-        scheduler: LinearNoiseScheduler | CosineNoiseScheduler | KarrasDiffusionSchedulers,
+        scheduler: LinearNoiseScheduler
+        | CosineNoiseScheduler
+        | FlowMatchScheduler
+        | EDMScheduler
+        | KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
         while isinstance(unet, WRAPPERS):
@@ -122,7 +129,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             guidance_scale: scale s of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6 with
                 s = 1 + w): unconditional + s (conditional - unconditional). 1: no guidance; 0: any class.
             scheduler: a solver for this call, by name ("ddim", "dpm++", "unipc" ..., see
-                `ddpm_hf.schedulers.solvers.SOLVERS`) or as an object; `None`: the pipeline's scheduler.
+                `solvers` of the class of the pipeline's scheduler) or as an object; `None`: the pipeline's scheduler.
             image: start from this image instead of pure noise (SDEdit, Meng et al. 2022, arXiv:2108.01073): a
                 `PIL.Image`, a list of them, or an array or tensor in [0, 1] shaped like the output; of any size.
             strength: fraction of the steps that `image` goes through, in (0, 1]; `None`: 0.8. 1 keeps little of it.
@@ -157,9 +164,9 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         if image is not None:
             sample = loop.start_from_image(start.expand(loop.batch_size, -1, -1, -1), strength)
         elif latents is not None:
-            sample = start.expand(loop.batch_size, -1, -1, -1) * loop.solver.init_noise_sigma
+            sample = start.expand(loop.batch_size, -1, -1, -1) * start_scale(loop.solver)
         else:
-            sample = loop.draw_noise((loop.batch_size, *self.image_shape)) * loop.solver.init_noise_sigma
+            sample = loop.start_noise((loop.batch_size, *self.image_shape))
         return self._output(loop.run(sample), output_type, return_dict, loop.solver)
 
     @checked(CALL)

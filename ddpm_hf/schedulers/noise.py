@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
+from ddpm_hf.schedulers.timesteps import IntegerTimesteps
 from ddpm_hf.utils.arguments import (
     any_of,
     boolean,
@@ -46,7 +47,8 @@ INTERCHANGE_ONLY = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, 
 MOST_TIMESTEPS = 10**6
 
 
-def _only(default):
+def only(default):
+    """A rule that allows nothing but the default."""
     return matching(lambda value: value == default, f"is not supported; it must be {default!r}")
 
 
@@ -63,7 +65,7 @@ SETTINGS = {
     "prediction_type": one_of(*PREDICTION_TYPES),
     "timestep_spacing": one_of(*TIMESTEP_SPACINGS),
     "steps_offset": integer(0),
-    **{name: _only(default) for name, default in INTERCHANGE_ONLY.items()},
+    **{name: only(default) for name, default in INTERCHANGE_ONLY.items()},
     "rescale_betas_zero_snr": boolean,
 }
 _GENERATOR = matching(lambda v: isinstance(v, torch.Generator), "must be a torch.Generator")
@@ -76,7 +78,7 @@ _TIMESTEPS = matching(
     lambda v: torch.as_tensor(v).dtype in _INTEGERS and torch.as_tensor(v).numel() > 0,
     "must be an integer, or a tensor of integers with one entry per image",
 )
-_CALL = {
+CALL = {
     **dict.fromkeys(("model_output", "original_samples", "sample", "noise", "prev_sample"), _TENSOR),
     **dict.fromkeys(("timesteps", "timestep"), _TIMESTEPS),
     "gamma": number(above=0),
@@ -145,7 +147,7 @@ class StepCoefficients(NamedTuple):
         return share * self.log_variance_max + (1 - share) * self.log_variance_min
 
 
-class NoiseScheduler(SchedulerMixin, ConfigMixin):
+class NoiseScheduler(IntegerTimesteps, SchedulerMixin, ConfigMixin):
     """The forward process q(x_t | x_0) and the reverse step p(x_{t-1} | x_t) for any betas.
 
     The interface and the config keys are those of diffusers' schedulers, so `DDIMScheduler.from_config(ours.config)`
@@ -188,7 +190,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ forward process
 
-    @explained(_CALL)
+    @explained(CALL)
     def add_noise(self, original_samples, noise, timesteps) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (equation 4).
 
@@ -201,7 +203,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         noisy = image.add_(noise) if image.shape == noise.shape else image + noise
         return noisy.to(original_samples.dtype)
 
-    @explained(_CALL)
+    @explained(CALL)
     def get_velocity(self, sample, noise, timesteps) -> torch.Tensor:
         """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
 
@@ -210,7 +212,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         signal, sigma = self._rows_at(self._signal_and_noise, timesteps, sample)
         return (signal * noise - sigma * sample).to(sample.dtype)
 
-    @explained(_CALL)
+    @explained(CALL)
     def target(self, original_samples, noise, timesteps) -> torch.Tensor:
         """The training target: the noise, x_0 or v, by `prediction_type`. The arguments are those of `add_noise`."""
         if self.config.prediction_type == "epsilon":
@@ -219,7 +221,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
             return original_samples
         return self.get_velocity(original_samples, noise, timesteps)
 
-    @explained({**_CALL, "timesteps": matching(lambda v: v.dtype in _INTEGERS, "must be a tensor of integers")})
+    @explained({**CALL, "timesteps": matching(lambda v: v.dtype in _INTEGERS, "must be a tensor of integers")})
     def min_snr_weight(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         """Min-SNR-gamma weight of the squared error at `timesteps` (B,): float32 (B,).
 
@@ -231,7 +233,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         per = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.config.prediction_type]
         return to_device((snr.clamp(max=gamma) / per).float(), timesteps.device)[timesteps]
 
-    @explained(_CALL)
+    @explained(CALL)
     def posterior(self, original_samples, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (B, ...) and log variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (equation 7).
 
@@ -242,7 +244,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         coefficients = StepCoefficients(*self._rows_at(self._all_steps, timesteps, sample))
         return coefficients.mean(original_samples, sample), coefficients.log_variance_min
 
-    @explained(_CALL)
+    @explained(CALL)
     def reverse(self, model_output, sample, timesteps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean and log variance of p(x_{t-1} | x_t) in the process of all T timesteps, and the predicted x_0.
 
@@ -304,12 +306,12 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ between timesteps
 
-    @explained(_CALL)
+    @explained(CALL)
     def predicted_original(self, model_output, timestep, sample) -> torch.Tensor:
         """The predicted x_0 (B, ...), not clamped, of `model_output` for `sample` at `timestep`, an int or (B,)."""
         return StepCoefficients(*self._rows_at(self._all_steps, timestep, sample)).original(model_output, sample)
 
-    @explained({**_CALL, "timestep": integer(-1), "to_timestep": integer()})
+    @explained({**CALL, "timestep": integer(-1), "to_timestep": integer()})
     def renoise(self, sample, timestep: int, to_timestep: int, noise) -> torch.Tensor:
         """A draw from q(x_to | x_timestep), with to_timestep > timestep; timestep -1 is the image (equation 2)."""
         if not -1 <= timestep < to_timestep < len(self):
@@ -319,21 +321,21 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         alpha = self.alphas_cumprod_float64[to_timestep].item() / before
         return math.sqrt(alpha) * sample + math.sqrt(1 - alpha) * noise
 
-    @explained(_CALL)
-    def ddim_inverse_step(self, model_output, timestep: int, to_timestep: int, sample, prev_sample) -> torch.Tensor:
-        """The x_t that one DDIM step maps to `prev_sample` at `to_timestep`; timestep -1 is the image.
+    @explained(CALL)
+    def inverse_step(self, model_output, timestep: int, to_timestep: int | None, sample, prev_sample) -> torch.Tensor:
+        """The x_t that one DDIM step maps to `prev_sample` at `to_timestep`; None is the image.
 
         The DDIM step (Song et al. 2021, arXiv:2010.02502, equation 12 with sigma = 0) is solved for x_t, with the noise
         that `model_output` predicts for `sample` at `timestep`.
         """
         signal, sigma = self._signal_and_noise[timestep].tolist()
-        to_signal, to_sigma = self._signal_and_noise[to_timestep].tolist() if to_timestep >= 0 else (1.0, 0.0)
+        to_signal, to_sigma = (1.0, 0.0) if to_timestep is None else self._signal_and_noise[to_timestep].tolist()
         epsilon = (sample - signal * self.predicted_original(model_output, timestep, sample)) / sigma
         return signal / to_signal * (prev_sample - to_sigma * epsilon) + sigma * epsilon
 
     # ------------------------------------------------------------------ reverse process
 
-    @explained(_CALL)
+    @explained(CALL)
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         """Choose the timesteps that sampling visits: `timesteps`, int64 (num_inference_steps,), descending.
 
@@ -398,7 +400,7 @@ class NoiseScheduler(SchedulerMixin, ConfigMixin):
         """Return `sample`: a variance-preserving process needs no scaling."""
         return sample
 
-    @explained({**_CALL, "timestep": matching(lambda v: hash(v) is not None, "must be an integer or a tensor of one")})
+    @explained({**CALL, "timestep": matching(lambda v: hash(v) is not None, "must be an integer or a tensor of one")})
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         """Draw x_{t-1} from p(x_{t-1} | x_t) (algorithm 2, with x_0 predicted and clamped first).
 

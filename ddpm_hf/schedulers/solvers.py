@@ -7,22 +7,16 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ddpm_hf.schedulers.continuous import ContinuousScheduler
+from ddpm_hf.schedulers.edm import EDMScheduler
+from ddpm_hf.schedulers.flow import FlowMatchScheduler
 from ddpm_hf.schedulers.noise import COSINE_SCHEDULE, CosineNoiseScheduler, LinearNoiseScheduler, NoiseScheduler
+from ddpm_hf.schedulers.timesteps import SOLVERS
 from ddpm_hf.utils.arguments import boolean, check, one_of, optional
 
-SOLVERS = {  # name in papers and other programs -> class in diffusers
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "kdpm2": "KDPM2DiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "sa": "SASolverScheduler",
-}
-CLAMPING = ("ddpm", "ddim", "heun")  # solvers that implement `clip_sample`
+EVERY_SOLVER = dict.fromkeys(
+    name for kind in (NoiseScheduler, FlowMatchScheduler, EDMScheduler) for name in kind.solvers
+)
 # Solvers that need one more timestep than steps, so they cannot take T steps
 ONE_MORE = (
     diffusers.DPMSolverMultistepScheduler,
@@ -34,31 +28,69 @@ ONE_MORE = (
 EVEN_STEPS = (diffusers.DDIMScheduler, diffusers.PNDMScheduler)
 
 
-def scheduler_class(config: dict) -> type[NoiseScheduler]:
-    """Our scheduler class for the `beta_schedule` of a configuration, which may be diffusers'."""
+def scheduler_class(config: dict) -> type[NoiseScheduler] | type[ContinuousScheduler]:
+    """Our scheduler class for a configuration, which may be diffusers'."""
+    if "sigma_data" in config:
+        return EDMScheduler
+    if "shift" in config or config.get("prediction_type") == "flow_prediction":
+        return FlowMatchScheduler
     cosine = config.get("beta_schedule") == COSINE_SCHEDULE and config.get("trained_betas") is None
     return CosineNoiseScheduler if cosine else LinearNoiseScheduler
 
 
+def own_scheduler(scheduler):
+    """`scheduler` if it is one of ours, else ours with the settings of this scheduler of diffusers.
+
+    Raises:
+        ValueError: ours does not support a setting.
+    """
+    if isinstance(scheduler, NoiseScheduler | ContinuousScheduler):
+        return scheduler
+    return make_solver(scheduler_class(scheduler.config).own, scheduler)
+
+
 def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: bool | None = None):
-    """Build the named solver with the betas and the prediction type of `scheduler`.
+    """Build the named solver for the models of `scheduler`.
 
     Args:
-        solver: `"ddpm"` or a name in `SOLVERS`; a solver, which is returned; or `None`, which returns `scheduler`.
-        clip_sample: whether a solver named in `CLAMPING` clamps the predicted x_0; `None`: as `scheduler` does.
+        solver: a name in `solvers` of our class for the scheduler, such as `"ddpm"` or `"euler"`; a solver, which is
+            returned; or `None`, which returns `scheduler`.
+        clip_sample: whether a solver named in `clamping` of our class clamps the predicted x_0; `None`: as `scheduler`
+            does.
 
     Raises:
         ValueError: an unknown name, or a solver that does not support `clip_sample` or the betas of `scheduler`.
     """
     check("clip_sample", clip_sample, optional(boolean))
+    kind = scheduler_class(scheduler.config)
+    choices = ", ".join(kind.clamping)
     if solver is None or isinstance(solver, SchedulerMixin):
-        if clip_sample is not None:
-            raise ValueError(f"clip_sample={clip_sample} needs the name of a scheduler: {', '.join(CLAMPING)}")
-        return scheduler if solver is None else solver
-    check("scheduler", solver, one_of("ddpm", *SOLVERS, hint=", or a scheduler object"))
-    if clip_sample is not None and solver not in CLAMPING:
-        choices = ", ".join(CLAMPING)
-        raise ValueError(f"clip_sample={clip_sample} is not supported by scheduler={solver!r}; choose from {choices}")
+        if clip_sample is not None and choices:
+            raise ValueError(f"clip_sample={clip_sample} needs the name of a scheduler: {choices}")
+        made = scheduler if solver is None else solver
+    else:
+        check("scheduler", solver, one_of(*kind.solvers, hint=", or a scheduler object"))
+        if clip_sample is not None and choices and solver not in kind.clamping:
+            raise ValueError(
+                f"clip_sample={clip_sample} is not supported by scheduler={solver!r}; choose from {choices}"
+            )
+        made = (_with_betas if issubclass(kind, NoiseScheduler) else _continuous)(solver, scheduler, kind, clip_sample)
+    if clip_sample is not None and not choices:
+        raise ValueError(f"clip_sample={clip_sample} is not supported by models of {kind.__name__}; leave it out")
+    return made
+
+
+def _continuous(solver: str, scheduler, kind, clip_sample: None):
+    """The named solver for a model with continuous noise levels."""
+    ours = kind.from_config({**kind.own_settings(scheduler.config), "_use_default_values": []})
+    name = kind.solvers[solver]
+    if name is None:
+        return ours
+    return getattr(diffusers, name).from_config({**ours.settings_of(solver), "_use_default_values": []})
+
+
+def _with_betas(solver: str, scheduler, kind, clip_sample: bool | None):
+    """The named solver with the betas and the prediction type of `scheduler`."""
     # An empty _use_default_values makes diffusers pass on every setting, also those that were left at their default.
     config = {**scheduler.config, "_use_default_values": []}
     config |= {} if clip_sample is None else {"clip_sample": clip_sample}
@@ -71,6 +103,35 @@ def make_solver(solver: str | SchedulerMixin | None, scheduler, clip_sample: boo
         why = " (rescale_betas_zero_snr=True)" if scheduler.config.get("rescale_betas_zero_snr") else ""
         raise ValueError(f"scheduler={solver!r} does not support the betas of this model{why}; ddim does")
     return made
+
+
+def nth_timestep(scheduler, n: int):
+    """The timestep of number n in 0 ... T-1, from the least noise."""
+    kind = scheduler_class(scheduler.config)
+    return n if issubclass(kind, NoiseScheduler) else own_scheduler(scheduler).nth_timestep(n)
+
+
+# ---------------------------------------------------------------- what some solvers of diffusers lack
+
+
+def start_scale(solver) -> float:
+    """The standard deviation of the noise from which `solver` starts: 1 for diffusers' flows, which do not say it."""
+    return getattr(solver, "init_noise_sigma", 1.0)
+
+
+def scale_model_input(solver, sample: torch.Tensor, timestep) -> torch.Tensor:
+    """What the network is given. diffusers' solvers for flows lack this method."""
+    return solver.scale_model_input(sample, timestep) if hasattr(solver, "scale_model_input") else sample
+
+
+def add_noise(solver, original_samples, noise, timesteps) -> torch.Tensor:
+    """x at the solver's `timesteps` (B,). diffusers' solvers for flows name this method `scale_noise`."""
+    if hasattr(solver, "add_noise"):
+        return solver.add_noise(original_samples, noise, timesteps)
+    return solver.scale_noise(original_samples, timesteps, noise)
+
+
+# ---------------------------------------------------------------- timesteps
 
 
 def set_timesteps_checked(solver, num_inference_steps: int | None, device) -> None:
