@@ -46,6 +46,7 @@ class FlowMatchScheduler(ContinuousScheduler):
         "dpm++": "DPMSolverMultistepScheduler",
         "unipc": "UniPCMultistepScheduler",
     }
+    objective = "flow"
     init_noise_sigma = 1.0
     last_signal = 0.0
     axis = "t"

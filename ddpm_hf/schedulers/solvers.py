@@ -17,6 +17,8 @@ from ddpm_hf.utils.arguments import boolean, check, one_of, optional
 EVERY_SOLVER = dict.fromkeys(
     name for kind in (NoiseScheduler, FlowMatchScheduler, EDMScheduler) for name in kind.solvers
 )
+# Objective -> its scheduler; that of "ddpm" depends on its `beta_schedule`
+CONTINUOUS = {"flow": FlowMatchScheduler, "edm": EDMScheduler}
 # Solvers that need one more timestep than steps, so they cannot take T steps
 ONE_MORE = (
     diffusers.DPMSolverMultistepScheduler,

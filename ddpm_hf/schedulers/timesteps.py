@@ -32,12 +32,14 @@ class IntegerTimesteps:
     """
 
     solvers = {"ddpm": None, **SOLVERS}
+    objective = "ddpm"  # of training
     own, deterministic, clamping, has_bound = "ddpm", "ddim", CLAMPING, True
     axis = "timestep / T"
     spread_in_words = "timesteps spread evenly over 0 ... T-1"
     paper = (
         "denoising diffusion probabilistic model (Ho et al. 2020, [arXiv:2006.11239](https://arxiv.org/abs/2006.11239))"
     )
+    last_signal_in_words = "sqrt(alpha_bar_T)"
     more_noise = (
         """Use --scheduler '{"beta_schedule": "squaredcos_cap_v2"}', more timesteps, or --prediction_type """
         """v_prediction with --scheduler '{"rescale_betas_zero_snr": true}'"""

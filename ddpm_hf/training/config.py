@@ -12,7 +12,8 @@ from ddpm_hf.data.archives import ZIP
 from ddpm_hf.data.config import BELOW_1, EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig, setting
 from ddpm_hf.models.unet import ARGUMENTS
 from ddpm_hf.schedulers.noise import PREDICTION_TYPES, SETTINGS
-from ddpm_hf.schedulers.solvers import scheduler_class
+from ddpm_hf.schedulers.solvers import CONTINUOUS, scheduler_class
+from ddpm_hf.training.flow import FLOW_TIMES
 from ddpm_hf.utils import files
 from ddpm_hf.utils.arguments import check, check_all, check_names, integer, matching, number, one_of, parse_json, show
 from ddpm_hf.utils.yaml_files import read_yaml
@@ -23,6 +24,11 @@ BATCH = integer(1, 2**20, "a batch is in memory at once")
 RECIPES = resources.files("ddpm_hf") / "recipes"
 HEADINGS = ("run", "data", "model", "optimisation", "saving and previews")  # in `--help`, in this order
 _run, _data, _model, _optimisation, _saving = (functools.partial(setting, heading) for heading in HEADINGS)
+
+
+# Settings of one kind of objective only
+OF_DDPM = ("prediction_type", "learned_variance", "snr_gamma")
+OF_CONTINUOUS = ("flow_times", "noise_level_mean", "noise_level_std")
 
 
 @dataclass
@@ -64,9 +70,15 @@ class TrainConfig(DataConfig):
         "fine-tune this pipeline (a folder or a Hub id) instead of training the recipe's network from scratch"
     )
     unet: dict | str | None = _model("arguments of DDPMUNet as JSON; they override those of the recipe", {}, MAPPING)
+    objective: str = _model(
+        "what is learnt: ddpm; flow (flow matching along straight lines); or edm (preconditioning and noise levels of "
+        "Karras et al. 2022)",
+        "ddpm",
+        one_of("ddpm", *CONTINUOUS),
+    )
     scheduler: dict | str | None = _model(
-        "arguments of LinearNoiseScheduler (CosineNoiseScheduler if beta_schedule is squaredcos_cap_v2) as JSON; they "
-        "override those of the recipe",
+        "arguments of the scheduler as JSON: LinearNoiseScheduler (CosineNoiseScheduler if beta_schedule is "
+        "squaredcos_cap_v2), FlowMatchScheduler or EDMScheduler, by objective; they override those of the recipe",
         {},
         MAPPING,
     )
@@ -76,6 +88,18 @@ class TrainConfig(DataConfig):
     )
     learned_variance: bool = _model(
         "also learn the variance of the reverse process (Improved DDPM), for bits/dim and few steps", False
+    )
+    flow_times: str | None = _model(
+        "distribution of the times of objective=flow: logit_normal or uniform; default: logit_normal",
+        rule=one_of(*FLOW_TIMES),
+    )
+    noise_level_mean: float | None = _model(
+        "mean of the normal distribution of the noise levels in training: of logit(t) with objective=flow (default 0), "
+        "of ln(sigma) with edm (default -1.2)",
+        rule=number(-20, 20),
+    )
+    noise_level_std: float | None = _model(
+        "its standard deviation (default: 1 with objective=flow, 1.2 with edm)", rule=number(above=0, most=20)
     )
     train_batch_size: int = _optimisation("images per process and micro-batch", 64, BATCH)
     gradient_accumulation_steps: int = _optimisation("micro-batches per update", 1, AT_LEAST_1)
@@ -151,9 +175,16 @@ class TrainConfig(DataConfig):
             self.mixed_precision = "no"  # YAML 1.1 reads `no` as false
         super().__post_init__()
         check_names("unet", self.unet, ARGUMENTS)
-        check_names("scheduler", self.scheduler, SETTINGS)
+        kind = CONTINUOUS.get(self.objective)
+        check_names("scheduler", self.scheduler, kind.settings if kind else SETTINGS)
         check_all(self.unet, ARGUMENTS)
-        check_all(self.scheduler, scheduler_class(self.scheduler).settings)
+        check_all(self.scheduler, (kind or scheduler_class(self.scheduler)).settings)
+        for name in OF_DDPM if kind else OF_CONTINUOUS:
+            allowed = "objective='ddpm'" if kind else "objective='flow' or 'edm'"
+            self._check(name, getattr(self, name) in (None, False), f"needs {allowed}")
+        self._check("flow_times", self.flow_times is None or self.objective == "flow", "needs objective='flow'")
+        for name in ("noise_level_mean", "noise_level_std") if self.flow_times == "uniform" else ():
+            self._check(name, getattr(self, name) is None, "must be None with flow_times='uniform'")
         if self.output_dir is None:
             data = self.train_data_dir or self.dataset_name
             name = Path(os.path.abspath(data)).name if data else ""  # resolves `.` and `photos/`
@@ -207,6 +238,9 @@ def resolve(flags: dict) -> TrainConfig:
     recipe = load_recipe(flags.get("config", "digits"))
     if "pretrained_model_name_or_path" in flags:
         recipe.update(unet={}, scheduler={}, prediction_type=None)  # the pipeline has its own
+    if flags.get("objective", recipe.get("objective", "ddpm")) != recipe.get("objective", "ddpm"):
+        for name in ("scheduler", *OF_DDPM, *OF_CONTINUOUS):  # the recipe's belong to its own objective
+            recipe.pop(name, None)
     if "num_epochs" in flags:
         recipe.pop("max_train_steps", None)  # it would override num_epochs
     merged = {**recipe, **flags, "config": recipe["config"]}

@@ -10,24 +10,25 @@ from ddpm_hf.utils.files import writing
 from ddpm_hf.utils.ticks import plain_ticks
 
 
-def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> tuple[np.ndarray, list[int]]:
-    """Images (B, C, H, W) in [-1, 1] at timesteps 0 ... T-1.
+def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> tuple[np.ndarray, list]:
+    """Images (B, C, H, W) in [-1, 1] from the least to the most noise.
 
     Returns:
         (B * columns, H, W, C) in [0, 1]: each image without noise, then with the noise of each timestep; the timesteps.
     """
-    timesteps = torch.linspace(0, len(scheduler) - 1, columns - 1).round().long()
+    timesteps = scheduler.spread(columns - 1)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = [scheduler.add_noise(images, noise, t) for t in timesteps]
     return to_output(torch.stack([images, *noisy], dim=1).flatten(0, 1), "np"), timesteps.tolist()
 
 
-def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
+def loss_curve(log: list[dict], path, weighted: bool = False, axis: str = "timestep / T") -> None:
     """Save a PNG of training and held-out loss against updates, and of the training loss against timesteps.
 
     Args:
         log: rows of log.csv.
         weighted: whether the training loss is weighted by min-SNR.
+        axis: what the columns `loss_t00` ... of the log are ranges of.
     """
     from matplotlib.figure import Figure  # slow to import; without pyplot it needs no display
 
@@ -48,7 +49,7 @@ def loss_curve(log: list[dict], path, weighted: bool = False) -> None:
     means = [sum(column) / len(column) if column else math.nan for column in columns]
     by_timestep.stairs(means, [k / len(means) for k in range(len(means) + 1)], color="C0", baseline=None)
     title = f"loss by timestep,\nlast {len(lately)} row{'s' if len(lately) > 1 else ''} of log.csv"
-    by_timestep.set(xlabel="timestep / T", ylabel="mean squared error", yscale="log", title=title)
+    by_timestep.set(xlabel=axis, ylabel="mean squared error", yscale="log", title=title)
     for each in (axes, by_timestep):
         each.grid(alpha=0.3, which="both")
         plain_ticks(each.xaxis, each.yaxis)

@@ -65,7 +65,7 @@ def _held_out_loss(run, log: list[dict]) -> list[dict]:
     noise = f"per image, {assigned}" if run.config.noise_assignment else "per image"
     protocol = (
         f"mean squared error of the prediction with EMA weights on {n:,} held-out images after update {update:,}; one "
-        f"fixed sample of noise {noise}, timesteps spread evenly over 0 ... T-1, no loss weights"
+        f"fixed sample of noise {noise}, {run.pipeline.scheduler.spread_in_words}, no loss weights"
     )
     value = measured[-1]["held_out_loss"]
     return [{"type": "mse", "name": "Held-out loss", "value": value, "split": "held out", "protocol": protocol}]

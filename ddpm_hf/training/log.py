@@ -20,8 +20,9 @@ class TrainingLog:
     """Counts and times the updates of a run.
 
     Columns of log.csv: `loss` is the mean over the updates since the previous row, without the skipped ones; `loss_t30`
-    is the unweighted loss of the timesteps from 0.3 T to 0.4 T; `loader_share` is the fraction of the time for loading
-    images and drawing random numbers (on CUDA the device computes meanwhile).
+    is the unweighted loss of the timesteps from 0.3 T to 0.4 T (of flow matching: of t from 0.3 to 0.4; of EDM: of
+    ln(sigma) from 0.3 to 0.4 of the way from sigma_min to sigma_max); `loader_share` is the fraction of the time for
+    loading images and drawing random numbers (on CUDA the device computes meanwhile).
 
     Args:
         run: a `Run`. In the main process its `log_history` becomes the list of rows, as `read_log` returns them.
@@ -114,7 +115,7 @@ class TrainingLog:
         self.rate, skipped = rate, ~applied
         self.counted += torch.stack([loss, torch.ones_like(loss)]).masked_fill(skipped, 0.0)  # NaN * 0 is NaN
         for timesteps, errors in seen:
-            parts = timesteps * PARTS // len(self.run.pipeline.scheduler)
+            parts = self.run.pipeline.scheduler.part_of(timesteps, PARTS)
             counted = torch.stack([errors, torch.ones_like(errors)]).masked_fill(skipped, 0.0)
             self.by_timestep.index_add_(1, parts, counted)
 

@@ -4,6 +4,7 @@ The training loop calls an objective as `objective(network, scheduler, batch)`, 
 object that is called like `DenoisingLoss` can take its place: `train(config, objective=MyLoss())`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,3 +71,21 @@ class DenoisingLoss:
             bound = bound_terms(scheduler, images, noisy, timesteps, output, self.levels, valid)
             loss = loss + VLB_WEIGHT * len(scheduler) * bound
         return Losses(loss, errors, timesteps)
+
+
+def squared_errors(network, scheduler, batch: Batch, timesteps: torch.Tensor) -> Losses:
+    """The mean squared error of the network at `timesteps` (B,) over valid values, as loss and as error.
+
+    The scheduler defines x, what the network is given of it, and the target.
+    """
+    noisy = scheduler.add_noise(batch.images, batch.noise, timesteps)
+    classes = {} if batch.labels is None else {"class_labels": batch.labels}
+    output = network(scheduler.scale_model_input(noisy, timesteps), timesteps, **classes).sample.float()
+    squares = (output - scheduler.target(batch.images, batch.noise, timesteps)).square()
+    errors = mean_over(squares, batch.valid)
+    return Losses(errors, errors, timesteps)
+
+
+def normal_quantile(uniform: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers of numbers in [0, 1), increasing; those below 1e-12 as if they were 1e-12."""
+    return math.sqrt(2) * torch.erfinv(2 * uniform.clamp(min=1e-12) - 1)

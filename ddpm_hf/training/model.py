@@ -1,51 +1,85 @@
-"""Builds the network and the scheduler of a configuration for given images and classes."""
+"""Builds the network, the scheduler and the objective of a configuration for given images and classes."""
 
 import inspect
+from collections.abc import Callable
 
 from diffusers import UNet2DModel
 
 from ddpm_hf.data.decoding import EIGHT_BITS
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
-from ddpm_hf.schedulers.solvers import scheduler_class
+from ddpm_hf.schedulers.solvers import CONTINUOUS, scheduler_class
 from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.training.edm import EDMLoss
+from ddpm_hf.training.flow import FlowMatchingLoss
+from ddpm_hf.training.loss import DenoisingLoss
 
 MOST_SIGNAL = 0.05  # of sqrt(alpha_bar_T); 0.006 with the 1000 linear betas of Ho et al.
 
 
-def build_model(config: TrainConfig, shape: tuple[int, int, int], class_names: list[str] | None):
+def build_model(
+    config: TrainConfig,
+    shape: tuple[int, int, int],
+    class_names: list[str] | None,
+    measure_std: Callable[[], float] | None = None,
+):
     """The network and the scheduler for training, new or those of `pretrained_model_name_or_path`.
 
     Args:
         shape: (C, H, W) of the images.
         class_names: the names of the classes; None without classes.
+        measure_std: called for the standard deviation of the values of the images, if the scheduler has to know it.
 
     Raises:
         ValueError: invalid settings, or settings that do not fit the images.
     """
     source = config.pretrained_model_name_or_path
     pipeline = None if source is None else load_pipeline(source, "pretrained_model_name_or_path")
-    scheduler = _build_scheduler(config, {} if pipeline is None else pipeline.scheduler.config)
+    scheduler = _build_scheduler(config, {} if pipeline is None else pipeline.scheduler.config, measure_std)
     unet = build_network(config, shape, class_names, None if pipeline is None else pipeline.unet)
-    learned, predicts = scheduler.config.variance_type == "learned_range", unet.config.get("out_channels") or shape[0]
-    if learned != (predicts == 2 * shape[0]):
+    variance, predicts = scheduler.config.get("variance_type"), unet.config.get("out_channels") or shape[0]
+    if (variance == "learned_range") != (predicts == 2 * shape[0]):
         raise ValueError(
             f"learned_variance={config.learned_variance}: the network predicts {predicts} channels for images of "
-            f"{shape[0]}, but the scheduler has variance_type={scheduler.config.variance_type!r}. For a new network, "
+            f"{shape[0]}, but the scheduler has variance_type={variance!r}. For a new network, "
             "set only learned_variance; to fine-tune a network that has it, leave it out"
+        )
+    if config.objective in CONTINUOUS and unet.config.get("time_table_size"):
+        raise ValueError(
+            f"time_table_size={unet.config.time_table_size}: the network knows integer timesteps only, and "
+            f"objective={config.objective!r} has others; leave it out"
         )
     return unet, scheduler
 
 
-def _build_scheduler(config: TrainConfig, pretrained: dict):
+def build_objective(config: TrainConfig, levels: int):
+    """The loss that `config.objective` names; `levels`: values that a pixel can have."""
+    names = {"mean": config.noise_level_mean, "std": config.noise_level_std, "times": config.flow_times}
+    given = {name: value for name, value in names.items() if value is not None}
+    if config.objective == "ddpm":
+        return DenoisingLoss(config.snr_gamma, levels)
+    return (FlowMatchingLoss if config.objective == "flow" else EDMLoss)(**given)
+
+
+def _build_scheduler(config: TrainConfig, pretrained: dict, measure_std):
     settings = {**config.scheduler, **({"prediction_type": config.prediction_type} if config.prediction_type else {})}
     if config.learned_variance:
         settings["variance_type"] = "learned_range"
-    kind = scheduler_class({**pretrained, **settings})
+    kind = CONTINUOUS.get(config.objective) or scheduler_class({**pretrained, **settings})
+    if pretrained and (before := scheduler_class(pretrained).objective) != config.objective:
+        raise ValueError(
+            f"objective={config.objective!r}: the pipeline {config.pretrained_model_name_or_path!r} was trained with "
+            f"objective={before!r}, and fine-tuning needs the same"
+        )
     unknown = sorted(settings.keys() - inspect.signature(kind.__init__).parameters.keys())
     if unknown:
         raise ValueError(f"scheduler={config.scheduler!r}: {kind.__name__} has no {', '.join(unknown)}")
-    scheduler = kind.from_config({**pretrained, **settings})
+    settings = {**pretrained, **settings}
+    if kind.objective != "ddpm":
+        settings = kind.own_settings(settings)  # without those of diffusers' solvers
+    if "sigma_data" in kind.settings and "sigma_data" not in settings and measure_std is not None:
+        settings["sigma_data"] = measure_std()
+    scheduler = kind.from_config(settings)
     if config.snr_gamma is not None and scheduler.config.rescale_betas_zero_snr:
         raise ValueError(
             f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the first timestep of sampling "
@@ -57,14 +91,13 @@ def _build_scheduler(config: TrainConfig, pretrained: dict):
 
 def signal_left(scheduler) -> str | None:
     """A warning if the last timestep of the forward process is far from the pure noise at which sampling begins."""
-    signal, T = scheduler.alphas_cumprod_float64[-1].sqrt().item(), len(scheduler)
+    signal = scheduler.last_signal
     if signal <= MOST_SIGNAL:
         return None
     return (
-        f"sqrt(alpha_bar_T)={signal:.2f}: after all {T} timesteps an image still has {signal:.0%} of its contrast, but "
-        "sampling begins at pure noise, which the network never sees, so samples will be pale or tinted. Use "
-        """--scheduler '{"beta_schedule": "squaredcos_cap_v2"}', more timesteps, or --prediction_type v_prediction """
-        """with --scheduler '{"rescale_betas_zero_snr": true}'"""
+        f"{scheduler.last_signal_in_words}={signal:.2f}: with the most noise an image still has {signal:.0%} of its "
+        "contrast, but sampling begins at pure noise, which the network never sees, so samples will be pale or tinted. "
+        + scheduler.more_noise
     )
 
 

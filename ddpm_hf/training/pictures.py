@@ -17,6 +17,7 @@ from ddpm_hf.training.batch import draw_random
 from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.previews import sample_together
 from ddpm_hf.training.run import Run
+from ddpm_hf.training.setup import MEASURED, MEASURED_NUMBERS
 from ddpm_hf.utils.files import save_picture
 from ddpm_hf.utils.pictures import channel_names, columns_for, grid, save_film
 
@@ -26,7 +27,6 @@ FIRST_SAMPLES = "first_samples.png"
 NEIGHBOURS, NEIGHBOURS_SHOWN = 4, 16
 MOST_ROWS = 100  # classes
 FEWEST_COMPARED, MOST_HELD_OUT = 16, 256  # images for the medians of distances
-MEASURED, MEASURED_NUMBERS = 10_000, 2**26  # images, and numbers, for the statistics in data.png
 
 
 def draw_data(run: Run) -> None:
@@ -91,7 +91,7 @@ def draw_pictures(run: Run) -> list[dict]:
     picture = grid(samples, columns, title=f"samples at update {run.step:,}", row_names=rows)
     save_picture(picture, folder / "samples.png")
     show(run, "samples", picture)
-    loss_curve(run.log_history, folder / "loss.png", config.snr_gamma is not None)
+    loss_curve(run.log_history, folder / "loss.png", config.snr_gamma is not None, run.pipeline.scheduler.axis)
     if is_first:
         save_picture(_first_samples(run, [samples, of_training_weights], columns, rows), folder / FIRST_SAMPLES)
     if not run.finished:
@@ -203,10 +203,8 @@ def _film(frames: np.ndarray, titles: list[str], columns: int, row_names: Sequen
 def _forward(run: Run) -> Image.Image:
     """A picture of training images with ever more noise."""
     noisy, timesteps = forward_process(run.images.first(4, run.config.seed), run.pipeline.scheduler)
-    names = ["image", *(f"t = {t}" for t in timesteps)]
-    return grid(
-        noisy, len(names), title="training images with the noise of timestep t", column_names=names, gaps={1: 2}
-    )
+    names = ["image", *map(run.pipeline.scheduler.name_of, timesteps)]
+    return grid(noisy, len(names), title="training images with ever more noise", column_names=names, gaps={1: 2})
 
 
 def _neighbours(samples: torch.Tensor, found: torch.Tensor, distances: torch.Tensor) -> Image.Image:

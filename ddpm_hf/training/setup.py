@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.data.streaming import open_images
@@ -22,8 +22,7 @@ from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.guards import Skips, can_sync_each_step, explain_bad_images, write_quarantine
 from ddpm_hf.training.log import LOG_EVERY, TrainingLog
-from ddpm_hf.training.loss import DenoisingLoss
-from ddpm_hf.training.model import build_model, signal_left
+from ddpm_hf.training.model import build_model, build_objective, signal_left
 from ddpm_hf.training.optimizer import build_optimizer
 from ddpm_hf.training.resume import check_same, keep_split, restore_run_state
 from ddpm_hf.training.run import Run, TrainCallback
@@ -33,6 +32,7 @@ from ddpm_hf.utils.seeds import stream_seed
 from ddpm_hf.utils.signals import StopSignals
 
 FEW_IMAGES = 500
+MEASURED, MEASURED_NUMBERS = 10_000, 2**26  # images, and numbers, for statistics
 # With DistributedDataParallel, gloo's threads outlive their process group (torch 2.13), and a thread that lets go of
 # the last tensor it sent while Python ends makes the process abort, all being saved.
 GLOO_SHUTDOWN_SECONDS = 0.3
@@ -168,7 +168,13 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
     torch.manual_seed(config.seed)
     names, before = images.label_names, ((state or {}).get("network") or {}).get("class_names")
     same_names = names and before and sorted(names) == sorted(before)
-    unet, scheduler = build_model(config, images.shape, before if same_names else names)
+    std = ((state or {}).get("objective") or {}).get("sigma_data")  # also if the images are others now
+    unet, scheduler = build_model(
+        config,
+        images.shape,
+        before if same_names else names,
+        lambda: broadcast_object_list([std or std_of(images, config.seed)])[0],
+    )
     for part in filter(None, (images, held_out)):
         part.order_classes(unet.config.get("class_names"))  # of a checkpoint or a pretrained network, as it has learnt
     if accelerator.is_main_process and (warning := signal_left(scheduler)):
@@ -178,7 +184,7 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
     run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
-    objective = DenoisingLoss(config.snr_gamma, images.levels) if objective is None else objective
+    objective = build_objective(config, images.levels) if objective is None else objective
     training = Training(run, ema, optimizer, objective, checkpoints, callbacks, stop)
 
     def check(saved: dict) -> None:
@@ -231,6 +237,25 @@ def _end(training: Training, began_at: int) -> None:
         callback.on_train_end(run)
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         time.sleep(GLOO_SHUTDOWN_SECONDS)
+
+
+def std_of(images, seed: int) -> float:
+    """The standard deviation of the values of the images in [-1, 1], to four digits: of all, or of at most `MEASURED`.
+
+    Missing values are left out. Of a stream the first images are measured.
+    """
+    if isinstance(images, ImageData):
+        number = min(MEASURED, len(images), max(1, MEASURED_NUMBERS // math.prod(images.shape)))
+        measured, valid = images.batch_and_valid(torch.linspace(0, len(images) - 1, number).round().long())
+        values = measured if valid is None else measured[valid]
+    else:
+        values = images.first(64, seed)
+    std = values.double().std(correction=0).item()
+    if not std > 0:
+        raise ValueError(
+            f"objective='edm': all values of the {len(values)} images are the same, so there is nothing to learn"
+        )
+    return float(f"{std:.4g}")
 
 
 def _images(config: TrainConfig, accelerator: Accelerator):
