@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from ddpm_hf import LinearNoiseScheduler
 from ddpm_hf.evaluation.context import channel_moments
-from ddpm_hf.evaluation.metrics.by_timestep import chosen_timesteps, columns_by_timestep, measure_by_timestep
+from ddpm_hf.evaluation.metrics.by_timestep import TIMESTEPS, columns_by_timestep, measure_by_timestep
 
 SPREAD = 0.5  # standard deviation of the pixels
 
@@ -33,14 +33,14 @@ def seen(predict, made, images=None, numbers=None, batch_size=64):
 
 
 def test_timesteps_are_evenly_spread():
-    assert chosen_timesteps(LinearNoiseScheduler()).tolist() == list(range(10, 1000, 20))
-    assert chosen_timesteps(LinearNoiseScheduler(num_train_timesteps=4)).tolist() == [0, 1, 2, 3]
+    assert LinearNoiseScheduler().midpoints(TIMESTEPS).tolist() == list(range(10, 1000, 20))
+    assert LinearNoiseScheduler(num_train_timesteps=4).midpoints(TIMESTEPS).tolist() == [0, 1, 2, 3]
 
 
 def test_the_best_network_is_calibrated():
     made = LinearNoiseScheduler(clip_sample=False)
     found = seen(best(made), made)
-    columns, t = columns_by_timestep(found), chosen_timesteps(made)
+    columns, t = columns_by_timestep(found), made.midpoints(TIMESTEPS)
     abar = made.alphas_cumprod_float64[t]
     assert_close(columns["loss"], abar * SPREAD**2 / (abar * SPREAD**2 + 1 - abar), rtol=0.1, atol=0)
     explained = abar * SPREAD**2 / (abar * SPREAD**2 + 1 - abar)

@@ -17,7 +17,7 @@ from PIL import Image
 from ddpm_hf.pipelines.editing import slerp
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, num_classes
 from ddpm_hf.schedulers.noise import draw_noise
-from ddpm_hf.schedulers.solvers import SOLVERS
+from ddpm_hf.schedulers.solvers import SOLVERS, scheduler_class
 from ddpm_hf.utils.pictures import Film, grid, save_film, to_unit_range
 from ddpm_hf.utils.seeds import image_generators, seeded_generator
 
@@ -140,7 +140,7 @@ def draw_interpolation(
     """
     began, generators = time.perf_counter(), _generators(seed_a, 1) + _generators(seed_b, 1)
     labels = [label_a] * (number - number // 2) + [label_b] * (number // 2)
-    of_call = (pipeline, "ddim" if method == "slerp" else OWN, steps)
+    of_call = (pipeline, scheduler_class(pipeline.scheduler.config).deterministic if method == "slerp" else OWN, steps)
     settings = {"output_type": "pt", **_settings(*of_call, labels, guidance_scale, progress)}
     if method == "slerp":
         a, b = (draw_noise((1, *pipeline.image_shape), each, "cpu", torch.float32) for each in generators)

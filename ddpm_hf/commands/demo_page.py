@@ -20,7 +20,7 @@ from ddpm_hf.commands.demo_drawing import (
 )
 from ddpm_hf.commands.demo_server import SIDE_BY_SIDE, WAITING, Drawings, Limits, Page
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
-from ddpm_hf.schedulers.solvers import SOLVERS
+from ddpm_hf.schedulers.solvers import scheduler_class
 
 # The margin keeps the picture below the label and the buttons, which would cover it.
 CSS = """
@@ -72,7 +72,10 @@ class Controls:
 
     def sampling(self, most: int, number: int) -> list:
         own = f"its own: {type(self.pipeline.scheduler).__name__}"  # a longer text is cut off on a telephone
-        settings = [self.images(most, number), gr.Dropdown([(own, OWN), "ddpm", *SOLVERS], label="Solver")]
+        settings = [
+            self.images(most, number),
+            gr.Dropdown([(own, OWN), *scheduler_class(self.pipeline.scheduler.config).solvers], label="Solver"),
+        ]
         settings += [self.steps(), self.seed("Seed", 0), self.class_label("Class", ("each in turn", EACH))]
         return [*settings, self.guidance()]
 

@@ -15,7 +15,7 @@ def add_arguments(parser) -> None:
     from ddpm_hf.data.config import READING, DataConfig
     from ddpm_hf.evaluation.evaluate import METRICS, evaluate
     from ddpm_hf.evaluation.features.choose import CHOICES
-    from ddpm_hf.schedulers.solvers import SOLVERS
+    from ddpm_hf.schedulers.solvers import EVERY_SOLVER
 
     defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
 
@@ -42,7 +42,7 @@ def add_arguments(parser) -> None:
     add(samples, "weights", "ema: the EMA weights; raw: the training weights")
     add(samples, "num_samples", "number of samples; published scores use 10,000 or more", int)
     add(samples, "num_inference_steps", "sampling steps", int, default="50")
-    add(samples, "scheduler", f"solver: ddpm, {', '.join(SOLVERS)}", default="the model's own")
+    add(samples, "scheduler", f"solver: {', '.join(EVERY_SOLVER)}", default="the model's own")
     add(samples, "guidance_scale", "classifier-free guidance; 1 disables it", float)
     add(samples, "batch_size", "images per batch", int)
     comparison = parser.add_argument_group("comparison")

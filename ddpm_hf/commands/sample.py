@@ -16,9 +16,9 @@ FOR_COMPARISON = ("solvers", "steps")
 
 def add_arguments(parser) -> None:
     from ddpm_hf.commands.sample_folder import FORMATS
-    from ddpm_hf.schedulers.solvers import SOLVERS
+    from ddpm_hf.schedulers.solvers import EVERY_SOLVER
 
-    solvers = f"ddpm, {', '.join(SOLVERS)}"
+    solvers = ", ".join(EVERY_SOLVER)
     parser.add_argument("model", help="a pipeline folder, or user/model on the Hub")
     both = parser.add_argument_group("sampling")
     add_setting(
@@ -92,7 +92,7 @@ def _fill(pipeline, labels: list | None, output: Path, args) -> None:
 def _compare(pipeline, labels: list | None, output: Path, args) -> None:
     from ddpm_hf.commands.sample_comparison import compare_solvers
     from ddpm_hf.commands.sample_folder import COMPARISON
-    from ddpm_hf.schedulers.solvers import SOLVERS
+    from ddpm_hf.schedulers.solvers import scheduler_class
     from ddpm_hf.utils.files import save_picture
 
     if output.exists() and not output.is_dir():
@@ -100,7 +100,8 @@ def _compare(pipeline, labels: list | None, output: Path, args) -> None:
     settings = {"seed": args.seed, "guidance_scale": args.guidance_scale}
     if labels:
         settings["class_labels"] = [labels[k % len(labels)] for k in range(4)]
-    solvers, steps = getattr(args, "solvers", ["ddpm", *SOLVERS]), getattr(args, "steps", [5, 10, 20, 50])
+    solvers = getattr(args, "solvers", list(scheduler_class(pipeline.scheduler.config).solvers))
+    steps = getattr(args, "steps", [5, 10, 20, 50])
     picture = compare_solvers(pipeline, solvers, steps, **settings)
     output.mkdir(parents=True, exist_ok=True)
     save_picture(picture, output / COMPARISON)

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.pipelines.images import NotFiniteError
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
-from ddpm_hf.schedulers.solvers import SOLVERS
+from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.utils.pictures import grid
 from ddpm_hf.utils.seeds import image_generators
 
@@ -30,16 +30,17 @@ def compare_solvers(
     model's betas, or if its samples are not finite; a warning is logged.
 
     Args:
-        solvers: names, "ddpm" or keys of `SOLVERS`.
+        solvers: names in `solvers` of our class for the model's scheduler.
         num_images: images per cell.
         settings: further arguments of the pipeline's call.
 
     Raises:
         ValueError: an argument is invalid, or no cell has samples.
     """
+    kind = scheduler_class(pipeline.scheduler.config)
     for solver in solvers:
-        if solver not in ("ddpm", *SOLVERS):
-            raise ValueError(f"solvers: {solver!r} is not a solver; choose from ddpm, {', '.join(SOLVERS)}")
+        if solver not in kind.solvers:
+            raise ValueError(f"solvers: {solver!r} is not a solver; choose from {', '.join(kind.solvers)}")
     cells, captions, failed = [], [], None
     warm = False  # the first call takes longer, so its time is not shown
     for solver, n in tqdm(list(itertools.product(solvers, steps)), "solvers", leave=False):
@@ -55,7 +56,7 @@ def compare_solvers(
         except ValueError as error:
             if isinstance(error, NotFiniteError):
                 reason = "not finite"
-            elif solver == "ddpm" or not 1 <= n <= pipeline.scheduler.config.num_train_timesteps:
+            elif solver == kind.own or not 1 <= n <= pipeline.scheduler.config.num_train_timesteps:
                 raise
             else:
                 reason = "not supported"

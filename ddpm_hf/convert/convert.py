@@ -18,6 +18,7 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.loading import weights_not_finite
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, load_pipeline
 from ddpm_hf.schedulers.noise import LinearNoiseScheduler
+from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.utils.arguments import checked, optional, path, short_errors, shorten, show
 from ddpm_hf.utils.files import part_of, sync, write, writing_tree
 from ddpm_hf.utils.yaml_files import read_yaml
@@ -95,6 +96,9 @@ def convert_back(source, output) -> list[str]:
     pipeline = load_pipeline(str(source), "source")
     if not isinstance(pipeline.unet, DDPMUNet):
         raise ValueError(f"source={str(source)!r} has a {type(pipeline.unet).__name__}; only a DDPMUNet is converted")
+    if (objective := scheduler_class(pipeline.scheduler.config).objective) != "ddpm":
+        rule = "only a DDPM can be sampled by diffusers' DDPMPipeline"
+        raise ValueError(f"source={str(source)!r} was trained with objective={objective!r}; {rule}")
     unet = to_diffusers(pipeline.unet)
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     _save(diffusers.DDPMPipeline(unet, scheduler), output)

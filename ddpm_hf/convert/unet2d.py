@@ -10,7 +10,7 @@ from ddpm_hf.convert.flat_row import settings_of
 from ddpm_hf.convert.source import Weights
 from ddpm_hf.convert.weights import check_shape, first_line, load_checked, load_weights
 from ddpm_hf.models.unet import ARGUMENTS, DDPMUNet
-from ddpm_hf.pipelines.loading import read_scheduler_config
+from ddpm_hf.pipelines.loading import OURS, read_scheduler_config
 from ddpm_hf.schedulers.noise import LinearNoiseScheduler
 from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.utils.arguments import check_all, read_json, show
@@ -75,13 +75,14 @@ def _read_scheduler(file: Path):
         config = read_scheduler_config(file)
         name = config.get("_class_name", "DDPMScheduler")
         try:
-            scheduler = scheduler_class(config).from_config(config)
+            kind = scheduler_class(config)
+            scheduler = kind.from_config(config if kind.objective == "ddpm" else kind.own_settings(config))
         except ValueError:  # an unsupported setting
             scheduler = diffusers.DDPMScheduler.from_config(config)
     except Exception as error:  # not JSON, not a configuration, or not one of a DDPM
         raise ValueError(f"{file} is not a valid DDPM scheduler: {first_line(error)}") from error
     notes = [f"scheduler: {type(scheduler).__name__} with the settings of {file.name}"]
-    if name not in ("DDPMScheduler", "LinearNoiseScheduler", "CosineNoiseScheduler"):
+    if name != "DDPMScheduler" and name not in OURS and scheduler_class(config).objective == "ddpm":
         notes.append(f"scheduler: the folder uses {name}; the pipeline keeps its betas but samples with all DDPM steps")
     return scheduler, notes
 

@@ -107,7 +107,7 @@ def _svgs(draw: Callable, *args) -> tuple[str, str]:
 
 
 def _points(rows: list[dict], column: str) -> list[tuple[int, float]]:
-    return sorted((row["timestep"], row[column]) for row in rows if row[column] is not None)
+    return sorted((row["timestep"], row[column]) for row in rows if row.get(column) is not None)
 
 
 def _draw_intervals(axes, metrics: dict, names: dict[str, tuple[str, str]], unit: str) -> None:

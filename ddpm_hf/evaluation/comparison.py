@@ -2,6 +2,7 @@
 
 import math
 
+from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.utils.results import noise_warning, number, read_evaluation
 
 ENOUGH = 10_000  # samples; with fewer, the bias of a distance exceeds its interval
@@ -29,7 +30,8 @@ def tint_warning(evaluation: dict) -> str | None:
         return None
     scheduler = evaluation["protocol"].get("model", {}).get("scheduler", {})
     helps = "more sampling steps (--num_inference_steps) or a longer training often help"
-    if scheduler.get("prediction_type", "epsilon") == "epsilon":
+    of_ddpm = scheduler_class(scheduler).objective == "ddpm"
+    if of_ddpm and scheduler.get("prediction_type", "epsilon") == "epsilon":
         helps = (
             "in the first steps a small error of a predicted noise is a large one of the image, so training with "
             "--prediction_type v_prediction often helps, also with rescale_betas_zero_snr=true in --scheduler"

@@ -17,7 +17,7 @@ from ddpm_hf.evaluation.features.stats import ImageFeatures, measure_cached
 from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, num_classes
 from ddpm_hf.schedulers.noise import NoiseScheduler
-from ddpm_hf.schedulers.solvers import SOLVERS, plain_config, scheduler_class
+from ddpm_hf.schedulers.solvers import own_scheduler, plain_config, scheduler_class
 from ddpm_hf.utils.checksums import images_sha256, weights_sha256
 from ddpm_hf.utils.distributed import in_all
 from ddpm_hf.utils.pictures import grid
@@ -63,22 +63,23 @@ class Context:
     extractor: Extractor | None = None
 
     @cached_property
-    def noise_scheduler(self) -> NoiseScheduler:
-        """The model's forward process as a `NoiseScheduler`, whichever scheduler the model samples with.
+    def forward_process(self):
+        """The model's forward process as a scheduler of ours, whichever scheduler the model samples with.
 
         Raises:
-            ValueError: `NoiseScheduler` does not implement this forward process.
+            ValueError: none of ours implements this forward process.
         """
         scheduler, unet = self.pipeline.scheduler, self.pipeline.unet.config
-        if isinstance(scheduler, NoiseScheduler):
-            return scheduler
+        kind = scheduler_class(scheduler.config)
+        if isinstance(scheduler, kind) or not issubclass(kind, NoiseScheduler):
+            return own_scheduler(scheduler)
         config = dict(scheduler.config)
         if unet.get("out_channels") == 2 * unet.in_channels:
             config["variance_type"] = "learned_range"
         elif config.get("variance_type") is None:  # solvers that have no variance
             config["variance_type"] = "fixed_small"
         try:
-            return scheduler_class(config).from_config(config)
+            return kind.from_config(config)
         except ValueError as error:
             raise ValueError(
                 f"metrics: bpd and loss can't be measured with the model's {type(scheduler).__name__}: {error}"
@@ -204,11 +205,12 @@ def protocol_of(context: Context, model: str, config: DataConfig) -> dict:
     }  # fmt: skip
     if "samples" in vars(context):  # a metric has used this cached property
         kind = type(pipeline.scheduler).__name__
-        own = "ddpm" if isinstance(pipeline.scheduler, NoiseScheduler) else kind
+        solvers = scheduler_class(pipeline.scheduler.config)
+        own = solvers.own if isinstance(pipeline.scheduler, solvers) else kind
         labels = "as in the training images" if train.labels is not None else "in turns"
         protocol |= {
             "num_samples": context.num_samples,
-            "solver": context.solver or next((name for name, of in SOLVERS.items() if of == kind), own),
+            "solver": context.solver or next((name for name, of in solvers.solvers.items() if of == kind), own),
             "num_inference_steps": context.num_inference_steps,
             "guidance_scale": context.guidance_scale,
             "class_labels": None if context.sample_labels is None else labels,

@@ -26,6 +26,7 @@ from ddpm_hf.evaluation.registry import METRICS, Findings
 from ddpm_hf.evaluation.report import write_report
 from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
+from ddpm_hf.schedulers.solvers import scheduler_class
 from ddpm_hf.utils.arguments import check_names, checked, integer, list_of, one_of, optional, path, text
 from ddpm_hf.utils.files import locked, write
 from ddpm_hf.utils.pictures import columns_for
@@ -174,13 +175,18 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     names = [name for name in METRICS if name in metrics]
     if any("samples" in METRICS[name].needs for name in names):
         names = [name for name in METRICS if name in {*names, "structure"}]  # other metrics of noise say little
-    if pipeline.image_shape[0] > 4 and features is None:
-        names = _without_features(names, len(metrics) == len(METRICS), pipeline.image_shape[0])
+    may_leave_out = len(metrics) == len(METRICS)
+    if (channels := pipeline.image_shape[0]) > 4 and features is None:
+        why = f"a network for images of {channels} channels, and this package has none: name your own with --features"
+        names = _leave_out("features", why, names, may_leave_out)
+    if not (kind := scheduler_class(pipeline.scheduler.config)).has_bound:
+        why = f"a variational bound, which is not defined for models of {kind.__name__}"
+        names = _leave_out("bound", why, names, may_leave_out)
     needs = {need for name in names for need in METRICS[name].needs}
     if "likelihood" in needs:
         if context.held_out is None:
             raise ValueError("metrics: bpd and loss need held-out images, but there is only one image in all")
-        context.noise_scheduler.timesteps  # raises ValueError if it is not known  # noqa: B018
+        context.forward_process.timesteps  # raises ValueError if it is not known  # noqa: B018
     if "features" in needs and not context.has_train:
         rest = [name for name in METRICS if "features" not in METRICS[name].needs]
         raise ValueError(
@@ -203,14 +209,19 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     return [name for name in names if name not in unscored]
 
 
-def _without_features(names: list[str], may_leave_out: bool, channels: int) -> list[str]:
-    """The metrics that need no features, because no network in the package takes images of so many channels."""
-    left_out = [name for name in names if "features" in METRICS[name].needs]
-    why = f"need a network for images of {channels} channels, and this package has none: name your own with --features"
+def _leave_out(need: str, why: str, names: list[str], may_leave_out: bool) -> list[str]:
+    """The metrics that do not have this need, which can't be met: in words, `why`.
+
+    Raises:
+        ValueError: there are others, and the user has chosen the metrics.
+    """
+    left_out = [name for name in names if need in METRICS[name].needs]
+    one = len(left_out) == 1
     if left_out and not may_leave_out:
-        raise ValueError(f"metrics: {','.join(left_out)} {why}")
+        raise ValueError(f"metrics: {','.join(left_out)} {'needs' if one else 'need'} {why}")
     if left_out:
-        log.warning(f"{', '.join(left_out)} are left out, because they {why}")
+        because = "is left out, because it needs" if one else "are left out, because they need"
+        log.warning(f"{', '.join(left_out)} {because} {why}")
     return [name for name in names if name not in left_out]
 
 

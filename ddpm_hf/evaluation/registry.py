@@ -59,7 +59,8 @@ def metric(name: str, *needs: str):
 
     Args:
         name: the name that selects the metric in `--metrics`.
-        needs: "likelihood" (held-out images and the model's forward process), "samples", "features" (of samples and
+        needs: "likelihood" (held-out images and the model's forward process), "bound" (a forward process for which bits
+            per dimension are defined), "samples", "features" (of samples and
             references) and "logits" (features of a classifier). Only the main process calls a metric that needs
             "samples". All processes call the other metrics, which divide their work with `Context.share`.
     """

@@ -38,7 +38,8 @@ def write_report(path: Path, evaluation: dict, pictures: dict[str, Image.Image],
         evaluation: "protocol", any nested dictionary, and "metrics", each {"name", "value", "stderr", "n", ...}. The
             page leaves out missing metrics, and has a table for metrics that are not in `KNOWN`.
         pictures: any of "samples", "real" and "memorization".
-        by_timestep: rows {"timestep", "loss_held_out", "loss_train", "bits", "x0_rmse", "x0_slope", "x0_bias"}.
+        by_timestep: rows {"timestep", "loss_held_out", "loss_train", "bits" (if defined), "x0_rmse", "x0_slope",
+            "x0_bias"}.
     """
     protocol, metrics = evaluation["protocol"], dict(evaluation["metrics"])
     withheld = _withhold(metrics)

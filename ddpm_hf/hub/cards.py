@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf.pipelines.images import PIL_MODES
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
-from ddpm_hf.schedulers.solvers import plain_config
+from ddpm_hf.schedulers.solvers import own_scheduler, plain_config, scheduler_class
 from ddpm_hf.utils.arguments import NOT_FINITE, read_json
 from ddpm_hf.utils.checksums import weights_sha256
 from ddpm_hf.utils.files import write
@@ -99,7 +99,7 @@ def model_card(
         metrics = [*measured, *_evaluated(evaluation)]
         metrics = [metric for metric in metrics if metric["value"] is not None]
         return ModelCard.from_template(
-            _metadata(name, license, facts, metrics, _classes(pipeline.unet)),
+            _metadata(name, license, facts, metrics, pipeline),
             template_str=resources.files("ddpm_hf.hub").joinpath("model_card.md").read_text(encoding="utf-8"),
             mark=MARK,
             name=name,
@@ -122,8 +122,9 @@ def model_card(
         raise ValueError(f"{what}: {type(error).__name__} {error}") from error
 
 
-def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], classes: list | None) -> ModelCardData:
+def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], pipeline) -> ModelCardData:
     """The metadata of the card, which the Hub reads."""
+    classes, objective = _classes(pipeline.unet), scheduler_class(pipeline.scheduler.config).objective
     data, base = facts.get("data", {}), facts.get("training", {}).get("base_model")
     results = [
         EvalResult(
@@ -143,7 +144,7 @@ def _metadata(name: str, license: str | None, facts: dict, metrics: list[dict], 
         library_name="diffusers",
         pipeline_tag=TASK if classes is None else None,  # the Hub has no tag for class-conditional models
         base_model=base if base and "/" in base else None,
-        tags=["ddpm", "ddpm_hf", "pytorch", *(["class-conditional"] if classes else [])],
+        tags=[objective, "ddpm_hf", "pytorch", *(["class-conditional"] if classes else [])],
         datasets=[data["name"]] if data.get("on_hub") else None,
         eval_results=results or None,
         model_name=name if results else None,
@@ -172,10 +173,19 @@ def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
         "classes": _cells(classes),
         "shape": f"{height}x{width} pixels with {channels} channel{'s' if channels > 1 else ''}",
         "network": type(unet).__name__,
-        "scheduler": pipeline.scheduler,
+        "kind": scheduler_class(pipeline.scheduler.config).paper,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "process": _process_in_words(pipeline.scheduler),
         "parameters": sum(p.numel() for p in unet.parameters()),
         "flops": forward_flops(unet),
     }
+
+
+def _process_in_words(scheduler) -> str:
+    try:
+        return own_scheduler(scheduler).in_words
+    except ValueError:  # of diffusers, with settings that ours does not support
+        return f"T = {scheduler.config.num_train_timesteps}"
 
 
 def _evaluated(evaluation: dict) -> list[dict]:

@@ -46,7 +46,7 @@ class EDMScheduler(ContinuousScheduler):
     solvers = {"euler": None, "dpm++": "EDMDPMSolverMultistepScheduler"}
     objective = "edm"
     axis = "ln sigma, from 0 at sigma_min to 1 at sigma_max"
-    paper = "EDM (Karras et al. 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364))"
+    paper = "diffusion model with the preconditioning of EDM (Karras et al. 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364))"
     last_signal_in_words = "sigma_data / sqrt(sigma_data^2 + sigma_max^2)"
     more_noise = """Use --scheduler '{"sigma_max": 80}'"""
 

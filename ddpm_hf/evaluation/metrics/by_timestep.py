@@ -13,26 +13,20 @@ TIMESTEPS = 50
 MOST_BY_TIMESTEP = 256  # images
 
 
-def chosen_timesteps(scheduler) -> torch.Tensor:
-    """The midpoints of M = min(`TIMESTEPS`, T) equal parts of 0 ... T-1: (M,)."""
-    T = len(scheduler)
-    M = min(TIMESTEPS, T)
-    return ((torch.arange(M) + 0.5) * T / M).long()
-
-
 def measure_by_timestep(
     predict, scheduler, images, labels, numbers, seed: int, levels: int, batch_size: int = 64
 ) -> torch.Tensor:
-    """Measure a network's predictions for images (N, C, H, W) in [-1, 1], each at all M `chosen_timesteps`.
+    """Measure a network's predictions for images (N, C, H, W) in [-1, 1], each at M timesteps.
 
     Args:
         predict, labels, numbers, levels: see `likelihood.full_bound`.
 
     Returns:
-        (N, 7, M) float64: the squared error of the prediction (L_simple), the term of the bound in bits/dim, and the
-        means over the pixels of x_0, of the predicted x_0 p, of p^2, of x_0 p and of (p - x_0)^2.
+        (N, 7, M) float64 at `scheduler.midpoints(TIMESTEPS)`: the squared error of the prediction (L_simple), the term
+        of the bound in bits/dim (NaN where there is no bound), and the means over the pixels of x_0, of the predicted
+        x_0 p, of p^2, of x_0 p and of (p - x_0)^2.
     """
-    timesteps, found = chosen_timesteps(scheduler), []
+    timesteps, found = scheduler.midpoints(TIMESTEPS), []
     for k, number in enumerate(numbers):
         generator = seeded_generator(seed, "by timestep", number)
         noise = torch.randn((len(timesteps), *images.shape[1:]), generator=generator, dtype=torch.float64)
@@ -40,11 +34,14 @@ def measure_by_timestep(
         for t, z in zip(timesteps.split(batch_size), noise.split(batch_size), strict=True):
             x0 = images[k : k + 1].double().expand_as(z)
             sample = scheduler.add_noise(x0, z, t)
-            output = predict(sample, t, None if labels is None else labels[k].expand(len(t)))
-            prediction, _ = scheduler.split_output(output, sample)
-            errors = (prediction - scheduler.target(x0, z, t)).square()
-            bits = bound_terms(scheduler, x0, sample, t, output, levels)
-            p = scheduler.reverse(output, sample, t)[2]
+            model_input = scheduler.scale_model_input(sample, t)
+            output = predict(model_input, t, None if labels is None else labels[k].expand(len(t)))
+            errors = (output[:, : x0.shape[1]] - scheduler.target(x0, z, t)).square()
+            if scheduler.has_bound:
+                bits = bound_terms(scheduler, x0, sample, t, output, levels)
+                p = scheduler.reverse(output, sample, t)[2]
+            else:
+                bits, p = torch.full((len(t),), math.nan), scheduler.predicted_original(output, t, sample)
             loss, *others = (x.flatten(1).mean(1) for x in (errors, x0, p, p * p, x0 * p, (p - x0).square()))
             parts.append(torch.stack([loss, bits, *others]))
         found.append(torch.cat(parts, 1))
@@ -68,12 +65,13 @@ def columns_by_timestep(measured: torch.Tensor) -> dict[str, torch.Tensor]:
 @metric("loss", "likelihood")
 def loss(context: Context) -> Findings:
     """The mean squared error of the prediction; by timestep also the bound and the calibration of x_0."""
-    timesteps, rows, curves = chosen_timesteps(context.noise_scheduler), {}, {}
+    scheduler = context.forward_process
+    timesteps, rows, curves = scheduler.midpoints(TIMESTEPS), {}, {}
     for key, of, images in (("loss_held_out", "held-out", context.held_out), ("loss_train", "training", context.train)):
 
         def measure(part, labels, numbers, levels=images.levels):
             return measure_by_timestep(
-                context.predict, context.noise_scheduler, part, labels, numbers, context.seed, levels,
+                context.predict, scheduler, part, labels, numbers, context.seed, levels,
                 context.batch_size,
             )  # fmt: skip
 
@@ -84,6 +82,8 @@ def loss(context: Context) -> Findings:
     held_out = curves["loss_held_out"]
     columns = {"timestep": timesteps, "loss_held_out": held_out.pop("loss"), "loss_train": curves["loss_train"]["loss"]}
     columns |= held_out
+    if not scheduler.has_bound:
+        del columns["bits"]
     by_timestep = [
         {name: value if math.isfinite(value) else None for name, value in zip(columns, row, strict=True)}
         for row in zip(*(column.tolist() for column in columns.values()), strict=True)

@@ -96,10 +96,10 @@ def _terms(predict, scheduler, images, labels, which, timesteps, generator, leve
     return torch.cat(found)
 
 
-@metric("bpd", "likelihood")
+@metric("bpd", "likelihood", "bound")
 def bits_per_dimension(context: Context) -> Findings:
     """The whole bound of a few held-out images, and a fast estimate for many held-out and many training images."""
-    held_out, scheduler, predict = context.held_out, context.noise_scheduler, context.predict
+    held_out, scheduler, predict = context.held_out, context.forward_process, context.predict
     settings = {"seed": context.seed, "levels": held_out.levels, "batch_size": context.batch_size}
 
     def whole(images, labels, numbers):
