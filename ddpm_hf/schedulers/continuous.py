@@ -154,6 +154,9 @@ class ContinuousScheduler(SchedulerMixin, ConfigMixin):
         """The timestep of number n, from 0, of those that sampling in T steps visits, from the least noise."""
         return self.timestep_of(self._levels(len(self))).float().flip(0)[n].item()
 
+    def for_picture(self, sample, timestep) -> torch.Tensor:
+        return sample
+
     def original_of_input(self, model_output, timestep, model_input) -> torch.Tensor:
         sample = model_input / self._input_scale(self._level_at(timestep, model_input))
         return self.predicted_original(model_output, timestep, sample)

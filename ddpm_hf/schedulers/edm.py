@@ -45,7 +45,7 @@ class EDMScheduler(ContinuousScheduler):
     }
     solvers = {"euler": None, "dpm++": "EDMDPMSolverMultistepScheduler"}
     objective = "edm"
-    axis = "ln sigma, from 0 at sigma_min to 1 at sigma_max"
+    axis = "ln sigma, share of its range"
     paper = "diffusion model with the preconditioning of EDM (Karras et al. 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364))"
     last_signal_in_words = "sigma_data / sqrt(sigma_data^2 + sigma_max^2)"
     more_noise = """Use --scheduler '{"sigma_max": 80}'"""
@@ -113,6 +113,10 @@ class EDMScheduler(ContinuousScheduler):
 
     def name_of(self, timestep) -> str:
         return f"sigma = {math.exp(4 * float(timestep)):.2g}"
+
+    def for_picture(self, sample, timestep) -> torch.Tensor:
+        """x scaled down to the variance of x_0, if that is 1: else the noise would be black and white only."""
+        return sample / math.sqrt(1 + math.exp(8 * float(timestep)))
 
     @property
     def _sign(self) -> int:

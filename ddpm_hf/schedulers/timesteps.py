@@ -74,6 +74,10 @@ class IntegerTimesteps:
         """A timestep for people."""
         return f"t = {int(timestep)}"
 
+    def for_picture(self, sample, timestep) -> torch.Tensor:
+        """x (B, ...) at one timestep, in a range that can be shown."""
+        return sample
+
     def original_of_input(self, model_output, timestep, model_input) -> torch.Tensor:
         """The predicted x_0 (B, ...), not clamped, of the network's output for its own input.
 

@@ -18,7 +18,7 @@ def forward_process(images: torch.Tensor, scheduler, columns: int = 11) -> tuple
     """
     timesteps = scheduler.spread(columns - 1)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    noisy = [scheduler.add_noise(images, noise, t) for t in timesteps]
+    noisy = [scheduler.for_picture(scheduler.add_noise(images, noise, t), t) for t in timesteps]
     return to_output(torch.stack([images, *noisy], dim=1).flatten(0, 1), "np"), timesteps.tolist()
 
 
