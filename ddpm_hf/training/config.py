@@ -192,7 +192,7 @@ class TrainConfig(DataConfig):
             self.output_dir = str(Path("runs", name or Path(self.config).stem))
         self._check("streaming", not self.streaming or self.max_train_steps is not None, "needs max_train_steps")
         self._check("class_balance", not (self.class_balance and self.streaming), "must be 0 with streaming=True")
-        flow = getattr(self, "objective", "ddpm") == "flow"
+        flow = self.objective == "flow"
         self._check("noise_assignment", flow or not self.noise_assignment, "needs objective='flow'")
         guided = self.guidance_scale != 1
         self._check("guidance_scale", self.class_conditional or not guided, "needs class_conditional=True")
