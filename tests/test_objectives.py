@@ -24,6 +24,7 @@ from ddpm_hf.training.edm import EDMLoss
 from ddpm_hf.training.flow import FlowMatchingLoss
 from ddpm_hf.training.log import TrainingLog
 from ddpm_hf.training.loss import Batch
+from ddpm_hf.training.model import signal_left
 
 OBJECTIVES = {"ddpm": LinearNoiseScheduler, "flow": FlowMatchScheduler, "edm": EDMScheduler}
 
@@ -259,3 +260,11 @@ def test_diffusers_pipelines_and_our_flows(tmp_path, capsys):
     DDPMCustomPipeline(tiny_unet(), FlowMatchScheduler()).save_pretrained(tmp_path / "flow")
     assert main(["convert", str(tmp_path / "flow"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
     assert "was trained with objective='flow'; only a DDPM can be sampled" in capsys.readouterr().err
+
+
+def test_little_noise_at_the_end_is_warned_of():
+    assert signal_left(EDMScheduler()) is None
+    assert signal_left(FlowMatchScheduler()) is None
+    found = signal_left(EDMScheduler(sigma_max=2.0, sigma_data=0.5))
+    assert found.startswith("sigma_data / sqrt(sigma_data^2 + sigma_max^2)=0.24: at sigma_max an image still has 24%")
+    assert found.endswith("""Use --scheduler '{"sigma_max": 80}'""")

@@ -47,7 +47,8 @@ class EDMScheduler(ContinuousScheduler):
     objective = "edm"
     axis = "ln sigma, share of its range"
     paper = "diffusion model with the preconditioning of EDM (Karras et al. 2022, [arXiv:2206.00364](https://arxiv.org/abs/2206.00364))"
-    last_signal_in_words = "sigma_data / sqrt(sigma_data^2 + sigma_max^2)"
+    last_signal_name = "sigma_data / sqrt(sigma_data^2 + sigma_max^2)"
+    last_in_words = "at sigma_max"
     more_noise = """Use --scheduler '{"sigma_max": 80}'"""
 
     @register_to_config

@@ -39,7 +39,7 @@ class IntegerTimesteps:
     paper = (
         "denoising diffusion probabilistic model (Ho et al. 2020, [arXiv:2006.11239](https://arxiv.org/abs/2006.11239))"
     )
-    last_signal_in_words = "sqrt(alpha_bar_T)"
+    last_signal_name = "sqrt(alpha_bar_T)"
     more_noise = (
         """Use --scheduler '{"beta_schedule": "squaredcos_cap_v2"}', more timesteps, or --prediction_type """
         """v_prediction with --scheduler '{"rescale_betas_zero_snr": true}'"""
@@ -55,6 +55,10 @@ class IntegerTimesteps:
     def last_signal(self) -> float:
         """The contrast of the image that is left at the most noise, relative to that of the noisy image."""
         return self.alphas_cumprod_float64[-1].sqrt().item()
+
+    @property
+    def last_in_words(self) -> str:
+        return f"after all {len(self)} timesteps"
 
     def part_of(self, timesteps: torch.Tensor, parts: int) -> torch.Tensor:
         """Which of so many equal ranges of timesteps each of `timesteps` (B,) is in: int64 (B,)."""

@@ -95,7 +95,7 @@ def signal_left(scheduler) -> str | None:
     if signal <= MOST_SIGNAL:
         return None
     return (
-        f"{scheduler.last_signal_in_words}={signal:.2f}: with the most noise an image still has {signal:.0%} of its "
+        f"{scheduler.last_signal_name}={signal:.2f}: {scheduler.last_in_words} an image still has {signal:.0%} of its "
         "contrast, but sampling begins at pure noise, which the network never sees, so samples will be pale or tinted. "
         + scheduler.more_noise
     )
