@@ -10,6 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from ddpm_hf.data.config import DataConfig
 from ddpm_hf.data.dataset import decoder_of, load_images
 from ddpm_hf.data.decoding import Decoder
 from ddpm_hf.data.reading import BadImage, count_images, read_image
@@ -142,6 +143,53 @@ def test_a_page_that_stands_for_many_is_not_taken_for_one(settings):
     assert Image.open(io.BytesIO(content)).n_frames == 1
     reason = Decoder(None, frames="first")(content)
     assert str(reason).startswith("has one page that stands for an array of shape (5, 12, 10), which is not supported")
+
+
+STACK = rng.integers(0, 4000, (2, 3, 4, 8, 10), dtype=np.uint16)  # times, slices, channels
+
+
+@pytest.mark.parametrize(
+    ("axes", "imagej"), [("TZCYX", True), *((axes, False) for axes in ("TZCYX", "TCZYX", "ZTCYX", "CTZYX"))]
+)
+def test_the_channels_of_a_stack_make_one_image(axes, imagej):
+    """A stack of a microscope whose file says which pages are its times, slices and channels, in any order."""
+    stack = STACK.transpose(["TZCYX".index(axis) for axis in axes])
+    content = tiff(
+        np.ascontiguousarray(stack), imagej=imagej, ome=not imagej, metadata={"axes": axes}, photometric="minisblack"
+    )
+    advice = "24 pages: give .* --frames composite .the 4 channels make one image.*that they are .*4 channels"
+    with pytest.raises(ValueError, match=advice):
+        read_image(content, None)
+    assert count_images(content) == 24
+    assert count_images(content, frames="composite") == 6
+    first, second = (axis for axis in axes if axis in "TZ")
+    slow_z = STACK.swapaxes(0, 1) if (first, second) == ("Z", "T") else STACK
+    expected = slow_z.reshape(6, 4, 8, 10).transpose(0, 2, 3, 1)
+    for k in range(6):
+        assert np.array_equal(read_image(content, None, "composite", k).colours, expected[k])
+
+
+def test_composites_of_files_that_have_none():
+    flat = tiff(STACK[0, 0], ome=True, metadata={"axes": "CYX"}, photometric="minisblack")
+    assert count_images(flat, frames="composite") == 1
+    assert np.array_equal(read_image(flat, None, "composite").colours, STACK[0, 0].transpose(1, 2, 0))
+    slices = tiff(STACK[0, :, 0], imagej=True, metadata={"axes": "ZYX"})
+    assert np.array_equal(read_image(slices, None, "composite", 1).colours[..., 0], STACK[0, 1, 0])
+    assert np.array_equal(read_image(tiff(STACK[0, 0, 0]), None, "composite").colours[..., 0], STACK[0, 0, 0])
+    plain = tiff(STACK[0, 0], photometric="minisblack", metadata=None)
+    for content in (plain, tiff(COLOUR, photometric="rgb")):
+        with pytest.raises(ValueError, match="does not say which are the channels"):
+            count_images(content, frames="composite")
+
+
+def test_a_folder_of_stacks(tmp_path):
+    for k in range(4):
+        tifffile.imwrite(tmp_path / f"{k}.tif", STACK + k, imagej=True, metadata={"axes": "TZCYX"})
+    config = DataConfig(train_data_dir=str(tmp_path), frames="composite", value_range=[0, 4010])
+    images, held_out = load_images(config)
+    assert (images.shape, len(images), len(held_out)) == ((4, 8, 10), 18, 6)  # the images of a file stay together
+    with pytest.raises(ValueError, match="reads one image a row, and frames=composite reads several"):
+        DataConfig(train_data_dir=str(tmp_path), frames="composite", streaming=True)
 
 
 def test_signed_bytes_are_not_taken_for_unsigned_ones():

@@ -108,9 +108,10 @@ class DataConfig:
         rule=integer(1, 1024, "more than any real image has"),
     )
     frames: str | None = _data(
-        "frames of an animation or pages of a TIFF file: first (read only the first one), all (each is an image) or "
-        "channels (each is a channel of one image); default: an error asks",
-        rule=one_of("first", "all", "channels"),
+        "frames of an animation or pages of a TIFF file: first (read only the first one), all (each is an image), "
+        "channels (each is a channel of one image) or composite (those that are channels of an image, as ImageJ and "
+        "OME-TIFF files say, make an image); default: an error asks",
+        rule=one_of("first", "all", "channels", "composite"),
     )
     slices: int | None = _data(
         "each index along this axis, counted from 0, of an array of three or four axes (.npy), or of each volume of a "
@@ -179,8 +180,9 @@ class DataConfig:
         low, high = self.value_range or (0, 255)
         fills = self.nodata_fill is None or (self.nodata is not None and low <= self.nodata_fill <= high)
         self._check("nodata_fill", fills, f"needs nodata and must be a pixel value in {low:g} ... {high:g}")
-        several = "frames=all" if self.frames == "all" else "slices"
-        one = self.frames != "all" and self.slices is None
+        many = self.frames in ("all", "composite")
+        several = f"frames={self.frames}" if many else "slices"
+        one = not many and self.slices is None
         self._check("streaming", not self.streaming or one, f"reads one image a row, and {several} reads several")
 
     @property

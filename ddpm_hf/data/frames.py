@@ -9,7 +9,7 @@ from ddpm_hf.data.reading import count_images
 
 def has_several_a_file(config: DataConfig) -> bool:
     """Whether the settings make images of the frames, pages or slices of a file."""
-    return config.frames == "all" or config.slices is not None
+    return config.frames in ("all", "composite") or config.slices is not None
 
 
 class Frames(Sequence):
@@ -21,8 +21,8 @@ class Frames(Sequence):
         items: a sequence of `Item`s, one a file.
     """
 
-    def __init__(self, items, slices: int | None):
-        self.items, self.slices, self.license = items, slices, getattr(items, "license", None)
+    def __init__(self, items, slices: int | None, frames: str | None = None):
+        self.items, self.slices, self.frames, self.license = items, slices, frames, getattr(items, "license", None)
         self.no_classes = getattr(items, "no_classes", "")
 
     def __iter__(self) -> Iterator:
@@ -43,7 +43,7 @@ class Frames(Sequence):
 
     def _frames(self, item) -> Sequence[int | None]:
         try:
-            number = count_images(item.source, self.slices)
+            number = count_images(item.source, self.slices, self.frames)
         except ValueError as error:
             raise ValueError(f"{item} {error}") from error
         return range(number) if number > 1 else (None,)

@@ -45,6 +45,7 @@ class Pages(NamedTuple):
         are_bands: whether a number of channels that is `number` means that each is a channel.
         nbytes: of all of them, decoded; 0 if it is not known before.
         nodata, window, valid: see `Picture`.
+        axes: the sizes of the axes C (channels), Z and T that the images make, the fastest first, or None.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Pages(NamedTuple):
     nodata: float | None = None
     window: tuple[float, float] | None = None
     valid: np.ndarray | None = None
+    axes: dict[str, int] | None = None
 
 
 def check_size(size: int, what: tuple[int, ...] | str) -> None:

@@ -8,9 +8,10 @@ import functools
 import io
 import logging
 import math
+import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ OF_MORE_SUFFIXES = (
     ".tf2",
     ".tf8",
 )  # and of Pillow; all but arrays are TIFF
+AXES = {"C": "channels", "Z": "slices", "T": "times"}  # of stacks of ImageJ and OME-TIFF
+OME_PIXELS = re.compile(r"<(?:\w+:)?Pixels\b[^>]*>")
 ZIP_MAGIC = b"PK\3\4"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
@@ -71,17 +74,18 @@ def is_image_file(path: Path) -> bool:
     )
 
 
-def count_images(source: str | Path | bytes | None, slices: int | None = None) -> int:
-    """The number of images (frames, pages, or slices along axis `slices`) in a file; 1 for one that can't be read.
+def count_images(source: str | Path | bytes | None, slices: int | None = None, frames: str | None = None) -> int:
+    """The number of images (frames, pages, composites, or slices along axis `slices`) in a file; 1 for a broken one.
 
     Raises:
-        ValueError: an array has no such axis.
+        ValueError: an array has no such axis, or a file does not say which pages are a composite.
     """
     if source is None:
         return 1
     try:
         with _explained(source):
-            return _open(source, None, slices, several=True).number
+            pages = _open(source, None, slices, several=True)
+            return (_composites(pages) if frames == "composite" else pages).number
     except BadImage:
         return 1
 
@@ -97,7 +101,8 @@ def read_image(
 
     Args:
         channels: resolves ambiguity: the axis of an array or the gray pages of a TIFF file that have this length.
-        frames: what the frames or pages of a file are: "first" reads the first one, "channels" makes each a channel.
+        frames: what the frames or pages of a file are: "first" reads the first one, "channels" makes each a channel,
+            and "composite" makes the pages that are the channels of one image, as the file says, an image.
         frame: read this one, counted from 0.
         slices: the axis of an array or a NIfTI volume along which each index is an image.
 
@@ -107,6 +112,8 @@ def read_image(
     """
     with _explained(source):
         pages = _open(source, channels, slices, several=frame is not None)
+        if frames == "composite":
+            pages = _composites(pages)
         if frame is not None:
             try:
                 pixels, has_opacity = pages.read(frame)
@@ -118,9 +125,17 @@ def read_image(
         elif frames == "channels" or (frames is None and pages.are_bands and pages.number == channels):
             pixels, has_opacity = _as_channels(pages), False
         else:
+            sizes = {AXES[axis]: size for axis, size in (pages.axes or {}).items() if size > 1}
+            says = (
+                f"; the file says that they are {', '.join(f'{n} {name}' for name, n in sizes.items())}"
+                if sizes
+                else ""
+            )
+            several = "channels" in sizes and len(sizes) > 1
+            composite = f", --frames composite (the {sizes['channels']} channels make one image)" if several else ""
             raise WrongSetting(
-                f"has {pages.number} {pages.word}s: give --frames all (each is an image), --frames channels (each is "
-                "a channel of one image) or --frames first"
+                f"has {pages.number} {pages.word}s: give --frames all (each is an image){composite}, --frames channels "
+                f"(each is a channel of one image) or --frames first{says}"
             )
     if pixels.size == 0:
         raise BadImage(f"is {pixels.shape[1]}x{pixels.shape[0]} pixels")
@@ -193,10 +208,11 @@ def _open_file(source: str | Path | bytes, stamp, channels: int | None, slices: 
 _kept_open = functools.lru_cache(maxsize=1)(_open_file)
 
 
-def _as_channels(pages: Pages) -> np.ndarray:
-    """All images in a file as the channels of one, (H, W, number)."""
-    check_size(pages.nbytes, f"{pages.number} {pages.word}s")
-    planes = [pages.read(k) for k in range(pages.number)]
+def _as_channels(pages: Pages, numbers: Sequence[int] | None = None) -> np.ndarray:
+    """The images `numbers` in a file, by default all, as the channels of one, (H, W, number)."""
+    numbers = range(pages.number) if numbers is None else numbers
+    check_size(pages.nbytes * len(numbers) // pages.number, f"{len(numbers)} {pages.word}s")
+    planes = [pages.read(k) for k in numbers]
     first = planes[0][0]
     if any(pixels.shape[2] != 1 for pixels, _ in planes):
         raise WrongSetting(
@@ -209,6 +225,24 @@ def _as_channels(pages: Pages) -> np.ndarray:
             "--frames first"
         )
     return np.concatenate([pixels for pixels, _ in planes], axis=2)
+
+
+def _composites(pages: Pages) -> Pages:
+    """With one image for the pages that are its channels."""
+    if pages.number == 1:
+        return pages
+    if not pages.axes:
+        raise WrongSetting(
+            f"has {pages.number} {pages.word}s and does not say which are the channels of an image, as ImageJ and "
+            "OME-TIFF do: give --frames all (each is an image), channels (each is a channel of one image) or first"
+        )
+    numbers = np.arange(pages.number).reshape([*pages.axes.values()][::-1])  # the first axis varies fastest
+    numbers = np.moveaxis(numbers, 2 - [*pages.axes].index("C"), -1).reshape(-1, pages.axes["C"]).tolist()
+
+    def read(k: int) -> tuple[np.ndarray, bool]:
+        return (_as_channels(pages, numbers[k]), False) if pages.axes["C"] > 1 else pages.read(numbers[k][0])
+
+    return pages._replace(number=len(numbers), word="image", read=read, are_bands=False)
 
 
 # ---------------------------------------------------------------- files of Pillow
@@ -316,7 +350,23 @@ def _tiff_pages(content: bytes) -> Pages:
     are_gray = all(page.samplesperpixel == 1 for page in pages)
     nbytes = sum(page.nbytes for page in pages)
     nodata, valid = _nodata_of(pages[0].tags.get(GDAL_NODATA)), _valid_of(file, pages)
-    return Pages(len(pages), "page", read, are_gray, nbytes, nodata, valid=valid)
+    return Pages(len(pages), "page", read, are_gray, nbytes, nodata, valid=valid, axes=_axes_of(file, pages))
+
+
+def _axes_of(file, pages) -> dict[str, int] | None:
+    """The sizes of the axes C (channels), Z (slices) and T (times), the fastest first; None if the file has none."""
+    if file.is_imagej:
+        found = file.imagej_metadata or {}
+        sizes = {axis: int(found.get(name, 1)) for axis, name in (("C", "channels"), ("Z", "slices"), ("T", "frames"))}
+    else:
+        tag = OME_PIXELS.search(pages[0].description)
+        found = dict(re.findall(r'(\w+)="(\w+)"', tag[0])) if tag else {}
+        order = found.get("DimensionOrder", "").removeprefix("XY")
+        if sorted(order) != ["C", "T", "Z"]:
+            return None
+        sizes = {axis: int(found.get(f"Size{axis}", 0)) for axis in order}
+        sizes["C"] //= pages[0].samplesperpixel
+    return sizes if math.prod(sizes.values()) == len(pages) > 1 else None
 
 
 def _valid_of(file, pages) -> np.ndarray | None:

@@ -57,7 +57,7 @@ def source_of(config: DataConfig, streaming: bool = False):
     """
     train, test, label_names = _find(config, streaming, Groups(config.group_by))
     if has_several_a_file(config):
-        train, test = Frames(train, config.slices), Frames(test, config.slices)
+        train, test = (Frames(items, config.slices, config.frames) for items in (train, test))
     return train, test, label_names
 
 
