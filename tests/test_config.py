@@ -118,6 +118,7 @@ def test_the_flags_are_frozen():
         "learned_variance", "flow_times", "noise_level_mean", "noise_level_std",
         "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
         "optimizer", "muon_learning_rate", "lr_decay_share", "noise_assignment",
+        "ema_sigma_rel", "post_hoc_ema", "post_hoc_ema_limit",
         "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
         "max_grad_norm", "ema_max_decay", "snr_gamma", "antithetic_timesteps", "gradient_checkpointing",
         "compile", "mixed_precision", "seed",

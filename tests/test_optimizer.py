@@ -143,14 +143,18 @@ def test_the_planned_memory_is_what_muon_keeps(tmp_path):
     assert {name.split("/")[0] for name in state} == {"momentum", "step", "exp_avg", "exp_avg_sq"}
     kept = sum(t.nbytes for name, t in state.items() if not name.startswith("step/"))
     assert (
-        at_rest(planned(run.config, image_shape(run.config)), "muon")
+        at_rest(planned(run.config, image_shape(run.config)), run.config)
         == 2 * sum(p.nbytes for p in run.unet.parameters()) + kept
     )
 
 
 # ---------------------------------------------------------------- whole runs
 
-WAYS = {"muon": {**MUON, "adam_weight_decay": 0.01}}
+WAYS = {
+    "muon": {**MUON, "adam_weight_decay": 0.01},
+    "power-function": {"ema_sigma_rel": 0.1},
+    "post-hoc": {"post_hoc_ema": True, "post_hoc_ema_limit": 2, **MUON},
+}
 each_way = pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
 
 

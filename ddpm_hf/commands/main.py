@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("evaluate a model, and write a report", "eval"),
     "push": ("upload a model to the Hub, with its model card", None),
     "convert": ("convert checkpoints of tutorials or diffusers, or convert to diffusers", "train"),
+    "ema": ("make a model of another average of the weights, after training", "train"),
     "demo": ("serve a web page on which to try a model", "demo"),
     "plan": ("estimate the time and memory of a training run", "train"),
     "recipes": ("list the recipes for `ddpm-hf train --config`", "train"),

@@ -20,6 +20,7 @@ from ddpm_hf.utils.checksums import file_sha256
 from ddpm_hf.utils.files import (
     clear_parts,
     free_name,
+    link_or_copy,
     os_errors_of,
     remove,
     remove_tree,
@@ -30,7 +31,8 @@ from ddpm_hf.utils.files import (
     writing_tree,
 )
 
-WEIGHTS = ("unet", "ema", "optimizer")
+WEIGHTS, POST_HOC = ("unet", "ema", "optimizer"), "post_hoc"  # files, the last one with `post_hoc_ema`
+AVERAGES = "averages"  # folder of a checkpoint: those of `EMA.averages` at several saves, a file each
 MOST_STATE_BYTES = 2**26  # of state.json, which lists the broken images of a stream
 SAVING = ".saving-"
 REPLACING, REPLACED, SUPERSEDED = ".replacing", ".replaced", "superseded"
@@ -51,17 +53,21 @@ class Damaged(Exception):  # noqa: N818
 class Checkpoints:
     """The folders `checkpoint-<step>` of a run: training weights, EMA weights, the optimizer's moments and state.json.
 
-    Apart from the loss scale of float16 and the position in a stream, which state.json holds, all other state is a
-    function of the step. No file is a pickle. Folders are written under another name and renamed when complete, and
-    checksums detect damage. A run removes nothing that it replaces before its first checkpoint is complete.
+    With `post_hoc_ema` they also have the averages of this and of earlier saves, in files that the checkpoints of a run
+    share (hard links). Apart from the loss scale of float16 and the position in a stream, which state.json holds, all
+    other state is a function of the step. No file is a pickle. Folders are written under another name and renamed when
+    complete, and checksums detect damage. A run removes nothing that it replaces before its first checkpoint is
+    complete.
 
     Args:
         folder: the `output_dir` of the run.
         limit: number of checkpoints to keep.
+        averages_limit: number of saves whose averages the newest checkpoint has.
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int, averages_limit: int = 2):
+        self.folder, self.limit, self.averages_limit = folder, limit, averages_limit
+        self.averages: dict[int, tuple[Path, str]] = {}  # of the checkpoint before: file and checksum by update
 
     def found(self) -> list[Path]:
         """The checkpoints, oldest first, without folders of that name that other programs wrote."""
@@ -183,7 +189,7 @@ class Checkpoints:
     def _load(self, path: Path, unet, ema: EMA, optimizer, check: Callable[[dict], None]) -> dict:
         state, weights = self._state(path), []
         check(state)
-        for name in WEIGHTS:
+        for name in (*WEIGHTS, *([POST_HOC] if ema.post_hoc else [])):
             file = f"{name}.safetensors"
             try:
                 content = (path / file).read_bytes()
@@ -191,10 +197,10 @@ class Checkpoints:
                 if error.errno in OF_THE_MACHINE:
                     raise
                 raise Damaged(f"{file} can't be read: {error.strerror}") from error
-            if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
+            if hashlib.sha256(content).hexdigest() != state["sha256"].get(name):
                 raise Damaged(f"{file} has a wrong checksum")
             weights.append(load(content))
-        of_training, of_ema, moments = weights
+        of_training, of_ema, moments, *averages = weights
         for model, tensors in ((unet, of_training), (ema.model, of_ema)):
             try:
                 model.load_state_dict(tensors)
@@ -204,7 +210,45 @@ class Checkpoints:
         for name, tensor in moments.items():
             key, _, of = name.partition("/")
             optimizer.state[parameters[of]][key] = tensor
+        if averages:
+            for name, average in ema.averages().items():
+                average.copy_(averages[0][name])
+            self.averages = _averages(path, state)
         return state
+
+    def newest_averages(self) -> dict[int, Path]:
+        """The files of averages in the newest undamaged checkpoint, by update; {} without any."""
+        for path in reversed(self.found()):
+            try:
+                found = _averages(path, self._state(path))
+                for file, checksum in found.values():
+                    if not file.is_file() or file_sha256(file) != checksum:
+                        raise Damaged(f"{AVERAGES}/{file.name} is missing or has a wrong checksum")
+            except Damaged as error:
+                log.warning(f"{path} is damaged ({error})")
+                continue
+            if found:
+                return {step: file for step, (file, _) in found.items()}
+        return {}
+
+    def _keep_averages(self, folder: Path, step: int, ema: EMA) -> dict[str, str]:
+        """Save the averages in a new checkpoint, with those of earlier saves, and return their checksums by update.
+
+        They are in half precision, whose rounding is small beside what `post_hoc.coefficients` leaves.
+        """
+        self.averages.pop(step, None)  # of a checkpoint elsewhere from which the run began
+        new = folder / AVERAGES / f"{step}.safetensors"
+        new.parent.mkdir()
+        save_tensors({name: average.half() for name, average in ema.averages().items()}, new)
+        sums = {step: file_sha256(new)}
+        for kept in thin([*self.averages, step], self.averages_limit)[:-1]:
+            before, checksum = self.averages[kept]
+            if before.is_file():
+                link_or_copy(before, new.with_name(before.name))
+                sums[kept] = checksum
+            else:
+                log.warning(f"{before} is gone: averages of other lengths are made without that save")
+        return {str(kept): sums[kept] for kept in sorted(sums)}
 
     def roll_back(self) -> None:
         """Restore what a run replaced if it ended before its first checkpoint.
@@ -280,11 +324,18 @@ class Checkpoints:
             for key, value in optimizer.state[parameter].items()
         }
         tensors = dict(zip(WEIGHTS, (unet.state_dict(), ema.model.state_dict(), moments), strict=True))
+        state = {"step": step, "total_steps": total_steps, **more}
+        if ema.post_hoc:
+            tensors[POST_HOC] = ema.averages()
         beside = self.folder / f".{target.name}"
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            _write(beside, tensors, {"step": step, "total_steps": total_steps, **more})
+            beside.mkdir()
+            if ema.post_hoc:
+                state["averages"] = self._keep_averages(beside, step, ema)
+            _write(beside, tensors, state)
             os.replace(beside, target)
+            self.averages = _averages(target, state)
         finally:
             shutil.rmtree(beside, ignore_errors=True)  # if something failed
         sync(self.folder)  # before older ones are removed
@@ -295,15 +346,30 @@ class Checkpoints:
 
 
 def _write(folder: Path, tensors: dict[str, dict], state: dict) -> None:
-    """Write the files of a checkpoint to a new folder."""
-    folder.mkdir()
+    """Write the weights and state.json of a checkpoint."""
     sums = {}
-    for name in WEIGHTS:
+    for name, content in tensors.items():
         path = folder / f"{name}.safetensors"
-        save_tensors(tensors[name], path)
+        save_tensors(content, path)
         sums[name] = file_sha256(path)
     state = {**state, "sha256": sums}
     write(folder / "state.json", json.dumps({**state, "seal": _seal(state)}, indent=2) + "\n")
+
+
+def _averages(checkpoint: Path, state: dict) -> dict[int, tuple[Path, str]]:
+    folder = checkpoint / AVERAGES
+    return {
+        int(step): (folder / f"{step}.safetensors", checksum) for step, checksum in state.get("averages", {}).items()
+    }
+
+
+def thin(steps: list[int], most: int) -> list[int]:
+    """Of the updates of some saves keep `most`, the last one among them, which are spread as evenly as they can be."""
+    steps = sorted(steps)
+    while len(steps) > most:
+        gaps = [after - before for before, after in zip([0, *steps], steps[1:])]  # that each but the last would leave
+        del steps[gaps.index(min(gaps))]
+    return steps
 
 
 def is_quarantine(path: Path) -> bool:

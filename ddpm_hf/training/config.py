@@ -20,6 +20,7 @@ from ddpm_hf.utils.yaml_files import read_yaml
 
 AT_LEAST_1, POSITIVE = integer(1), number(above=0)
 MAPPING = matching(lambda v: isinstance(v, dict), "must be a mapping such as '{\"dropout\": 0.1}'")
+SIGMA_REL = number(0.001, 0.28)
 BATCH = integer(1, 2**20, "a batch is in memory at once")
 RECIPES = resources.files("ddpm_hf") / "recipes"
 HEADINGS = ("run", "data", "model", "optimisation", "saving and previews")  # in `--help`, in this order
@@ -130,6 +131,14 @@ class TrainConfig(DataConfig):
     adam_epsilon: float = _optimisation("AdamW: term added to the denominator", 1e-8, POSITIVE)
     max_grad_norm: float = _optimisation("clip the norm of the gradient to this value", 1.0, POSITIVE)
     ema_max_decay: float = _optimisation("final decay rate of the EMA of the weights", 0.9999, BELOW_1)
+    ema_sigma_rel: float | None = _optimisation(
+        "a power-function EMA that reaches over this share of the updates (0.05 or 0.1 in EDM2), in place of "
+        "ema_max_decay",
+        rule=SIGMA_REL,
+    )
+    post_hoc_ema: bool = _optimisation(
+        "keep two more averages at each save, of which `ddpm-hf ema` makes one of any length after the training", False
+    )
     snr_gamma: float | None = _optimisation(
         "weight the loss by min-SNR-gamma with this gamma (5 in the paper); default: no weights", rule=POSITIVE
     )
@@ -154,6 +163,9 @@ class TrainConfig(DataConfig):
         "number of updates between saves, each with the held-out loss and samples", 1000, AT_LEAST_1
     )
     checkpoints_total_limit: int = _saving("number of checkpoints to keep", 2, AT_LEAST_1)
+    post_hoc_ema_limit: int = _saving(
+        "post_hoc_ema: number of saves, spread evenly, whose averages are kept", 32, integer(2)
+    )
     resume_from_checkpoint: str | None = _saving("folder of the checkpoint to resume from, or `latest`")
     eval_batch_size: int = _saving("number of images in samples.png, at least one per class", 64, BATCH)
     ddpm_num_inference_steps: int = _saving("number of sampling steps for samples.png", 50, AT_LEAST_1)

@@ -20,6 +20,7 @@ from ddpm_hf.data.config import EMBEDDED_DIGITS
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.training.config import TrainConfig
+from ddpm_hf.training.ema import POST_HOC
 from ddpm_hf.training.model import build_network
 from ddpm_hf.training.optimizer import matrices
 from ddpm_hf.utils.arguments import checked, integer, one_of, optional
@@ -154,26 +155,27 @@ def count_flops(unet: DDPMUNet, shape: tuple[int, int, int]) -> list[tuple[int, 
     return [(n, sum(count.values()) - n) for n, count in zip(convolutions, counts)]
 
 
-def at_rest(unet: DDPMUNet, optimizer: str = "adamw") -> int:
-    """Bytes of the weights, AdamW's two moments or Muon's momentum, and the EMA weights."""
+def at_rest(unet: DDPMUNet, config: TrainConfig | None = None) -> int:
+    """Bytes of the weights, AdamW's two moments or Muon's momentum, and the EMAs. None: AdamW and one EMA."""
     weights, buffers = (sum(t.nbytes for t in tensors) for tensors in (unet.parameters(), unet.buffers()))
-    one_less = sum(t.nbytes for t in chain(*matrices(unet))) if optimizer == "muon" else 0
-    return 4 * weights + 2 * buffers - one_less
+    muon, averages = (config.optimizer == "muon", config.post_hoc_ema * len(POST_HOC)) if config else (False, 0)
+    one_less = sum(t.nbytes for t in chain(*matrices(unet))) if muon else 0
+    return (4 + averages) * weights + 2 * buffers - one_less
 
 
 def count_memory(
-    unet: DDPMUNet, shape: tuple[int, int, int], batch: int, precision: str = "no", optimizer: str = "adamw"
+    unet: DDPMUNet, shape: tuple[int, int, int], batch: int, precision: str = "no", config: TrainConfig | None = None
 ) -> Memory:
     """Count the memory of all tensors that are alive during a forward and backward pass.
 
-    Workspaces inside operations and memory that an allocator caches are not counted.
+    Workspaces inside operations (and inside an optimizer's step) and memory that an allocator caches are not counted.
     """
     with _fake(unet), _Live(unet) as live:
         loss = _loss(unet, shape, batch, precision)
         activations = live.bytes
         loss.backward()
     unet.zero_grad()
-    return Memory(activations, at_rest(unet, optimizer) + live.peak, live.operations)
+    return Memory(activations, at_rest(unet, config) + live.peak, live.operations)
 
 
 def _fake(unet: DDPMUNet) -> FakeTensorMode:
@@ -273,12 +275,12 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
     if device == "cpu" and config.mixed_precision == "fp16":
         raise ValueError("mixed_precision='fp16' needs a CUDA device; use bf16 or no")
     batch, micros = config.train_batch_size, config.gradient_accumulation_steps
-    precision, optimizer = config.mixed_precision or "no", config.optimizer
+    precision = config.mixed_precision or "no"
     shape = image_shape(config)
     unet = network(config, shape)
     parameters, flops = sum(p.numel() for p in unet.parameters()), count_flops(unet, shape)
     sizes = sorted({max(1, batch // 2), batch, 2 * batch})
-    counted = {n: count_memory(unet, shape, n, precision, optimizer) for n in sizes}
+    counted = {n: count_memory(unet, shape, n, precision, config) for n in sizes}
     operations = counted[batch].operations
     update, alone = (time_of_update(config, shape, flops, operations, parameters, device, n) for n in (gpus, 1))
     forward, with_backward = sum(flops[0]) / 1e9, sum(map(sum, flops)) / 1e9
@@ -289,8 +291,9 @@ def plan(config: TrainConfig, gpus: int = 1, device: str = "h100", num_images: i
         f"parameters         {parameters / 1e6:.2f} M",
         f"FLOPs per image    forward {forward:.4g} G, with backward {with_backward:.4g} G; 2 per multiply-add",
         f"images per update  {images_an_update:,} = batch {batch} x {micros} micro-batches x {gpus} devices",
-        f"memory at rest     {bytes_in_words(at_rest(unet, optimizer) + buckets)} per device: "
-        f"weights, {MOMENTS[optimizer]}, EMA weights" + (", buckets of the all-reduce" if buckets else ""),
+        f"memory at rest     {bytes_in_words(at_rest(unet, config) + buckets)} per device: "
+        f"weights, {MOMENTS[config.optimizer]}, {'three EMAs' if config.post_hoc_ema else 'EMA weights'}"
+        + (", buckets of the all-reduce" if buckets else ""),
         *(
             f"memory at batch    {n}: {bytes_in_words(memory.peak + buckets)}, of which activations "
             f"{bytes_in_words(memory.activations)}"

@@ -76,7 +76,7 @@ def _description(config: TrainConfig, shape: tuple[int, int, int], class_names: 
     unet, batch = network(config, shape, class_names), config.train_batch_size
     parameters = sum(p.numel() for p in unet.parameters())
     flops = sum(map(sum, count_flops(unet, shape)))
-    memory = count_memory(unet, shape, batch, config.mixed_precision or "no", config.optimizer)
+    memory = count_memory(unet, shape, batch, config.mixed_precision or "no", config)
     smaller = "; --resolution 128 scales the images down and costs less" if max(shape[1:]) > 128 else ""
     return (
         f"{chosen}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image with backward, "

@@ -142,6 +142,11 @@ def check_same(state: dict, run: Run, objective) -> None:
             "the other has no use for: resume with that one, or start a new run from its weights with "
             "--pretrained_model_name_or_path"
         )
+    if run.config.post_hoc_ema and not settings.get("post_hoc_ema", False):
+        raise ValueError(
+            "post_hoc_ema=True, and the checkpoint's run did not keep these averages, which can't begin later: leave "
+            "post_hoc_ema out, or start a new run"
+        )
     dropout = {name: v for name, v in here["network"].items() if name.startswith("dropout")}
     pairs = (here["settings"], settings), (dropout, state.get("network", {})), (here["batch"], before)
     changed = [_differences(now, then) for now, then in pairs]

@@ -67,7 +67,7 @@ class Training:
         """Move network and optimizer to the device. `kept`: the update up to which log.csv belongs to this run."""
         run, accelerator = self.run, self.run.accelerator
         self.network, self.optimizer = accelerator.prepare(run.unet.train(), self.optimizer)
-        self.ema.model.to(accelerator.device)
+        self.ema.to(accelerator.device)
         if self.to_compile:
             run.unet.compile()  # in place: forward and backward, when they are first called
         self.progress = TrainingLog(run, self.batches.global_batch, kept or 0)
@@ -114,7 +114,7 @@ def open_run(config: TrainConfig, callbacks: list[TrainCallback], objective=None
     accelerator = make_accelerator(config)
     with StopSignals() as stop, contextlib.ExitStack() as stack, own_random_numbers():
         by_main(accelerator, lambda: stack.enter_context(locked(folder, "train")))
-        checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
+        checkpoints = Checkpoints(folder, config.checkpoints_total_limit, config.post_hoc_ema_limit)
         by_main(accelerator, checkpoints.roll_back)
         paths = checkpoints.find(config.resume_from_checkpoint, config.overwrite_output_dir)
         accelerator.wait_for_everyone()
@@ -179,7 +179,7 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
         part.order_classes(unet.config.get("class_names"))  # of a checkpoint or a pretrained network, as it has learnt
     if accelerator.is_main_process and (warning := signal_left(scheduler)):
         log.warning(warning)
-    ema = EMA(unet, config.ema_max_decay)
+    ema = EMA(unet, config.ema_max_decay, config.ema_sigma_rel, config.post_hoc_ema)
     optimizer = build_optimizer(config, unet)
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)

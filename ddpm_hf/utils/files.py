@@ -166,6 +166,15 @@ def set_aside(path: Path, reason: str) -> Path:
     return aside
 
 
+def link_or_copy(path: Path, new: Path) -> None:
+    """Make `new` a hard link to a file that is not written to again, or a copy where the file system has no links."""
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)
+        _finish(new)
+
+
 def free_name(path: Path) -> Path:
     """`path`, or if it exists, the first of `path`-2, `path`-3, ... that does not."""
     number, free = 2, path
