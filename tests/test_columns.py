@@ -136,7 +136,7 @@ def test_columns_of_integers_and_texts(tmp_path, kind, values, expected, name):
     assert found == dict(enumerate(expected * 2))
     assert names == sorted(filter(None, set(expected)), key=lambda n: (len(n), n) if n != "False" else (0, n))
     assert labels_of(tmp_path)[1] == (names if name == "label" else None)
-    with pytest.raises(ValueError, match="column '.*' of a stream is not of type ClassLabel"):
+    with pytest.raises(ValueError, match="column '.*', which is not of type ClassLabel, are not known before all"):
         ImageStream(config(tmp_path, label_column=name, streaming=True, max_train_steps=1), 0, 1)
 
 

@@ -4,7 +4,9 @@ import io
 import re
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
+import pillow_heif
 import pytest
 import tifffile
 import torch
@@ -507,3 +509,41 @@ def test_formats_of_plugins(tmp_path, kind, suffix, most, channels):
     difference = abs(pixels.transpose(1, 2, 0).astype(int) - planes)
     assert pixels.shape == (channels, 48, 64)
     assert np.percentile(difference, 99) <= most  # subsampled colours differ at borders
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_heic_and_avif_of_more_than_eight_bits(monkeypatch, bits, channels):
+    y, x = np.mgrid[:48, :64]
+    most = 2**bits - 1
+    planes = np.stack([2 * x + y, 4 * y, 255 - 3 * x, 255 - y], axis=-1).clip(0, 255) / 255
+    planes = (planes * most).round().astype(np.uint16)[..., :channels]
+    avif = imagecodecs.avif_encode(planes.squeeze(), level=100, bitspersample=bits)
+    decoded = Decoder(channels, value_range=(0, most))(avif)
+    assert np.array_equal(decoded.pixels.transpose(1, 2, 0).round(), planes)
+    with pytest.raises(ValueError, match="has more than 8 bits .*: give the values of black and white as"):
+        Decoder(channels)(avif)
+
+    monkeypatch.setattr(pillow_heif.options, "SAVE_HDR_TO_12_BIT", bits == 12)
+    turned = np.rot90(planes) << (16 - bits)
+    mode = {1: "I;16", 3: "RGB;16", 4: "RGBA;16"}[channels]
+    image = pillow_heif.from_bytes(mode=mode, size=(48, 64), data=turned.tobytes())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    image.save(heic := io.BytesIO(), quality=-1, chroma=444, exif=exif.tobytes())
+    pixels = Decoder(channels, value_range=(0, most))(heic.getvalue()).pixels.transpose(1, 2, 0)
+    assert pixels.shape == planes.shape
+    assert np.abs(pixels - planes).max() <= 2  # from RGB to YCbCr and back
+
+
+def test_opacity_of_twelve_bits_in_jpeg_2000():
+    array = rng.integers(0, 4096, (32, 40, 4), dtype=np.uint16)
+    content = imagecodecs.jpeg2k_encode(array, bitspersample=12, codecformat="jp2", reversible=True, level=0)
+    channels = np.array([[0, 0, 1], [1, 0, 2], [2, 0, 3], [3, 1, 0]], ">u2")  # the last one is opacity
+    box = b"\0\0\0\x22cdef\0\4" + channels.tobytes()
+    start = content.index(b"jp2h") - 4
+    length = int.from_bytes(content[start : start + 4])
+    header = (length + len(box)).to_bytes(4) + content[start + 4 : start + length] + box
+    pixels = Decoder(4, value_range=(0, 4095))(content[:start] + header + content[start + length :]).pixels
+    is_seen = array[..., 3:] > 0
+    assert np.array_equal(pixels.transpose(1, 2, 0).round(), array * is_seen)

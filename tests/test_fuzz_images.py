@@ -11,6 +11,7 @@ from pathlib import Path
 import imagecodecs
 import nibabel
 import numpy as np
+import pillow_heif
 import pytest
 import test_medical
 import tifffile
@@ -46,6 +47,12 @@ def dicom(array, **tags) -> bytes:
         return test_medical.dicom(Path(folder, "a.dcm"), array, **tags).read_bytes()
 
 
+def heic(array) -> bytes:
+    image = pillow_heif.from_bytes(mode="RGB;16", size=array.shape[1::-1], data=array.tobytes())
+    image.save(file := io.BytesIO(), quality=50)
+    return file.getvalue()
+
+
 def encoded_dicom(frames, syntax, encode) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         return test_medical.compressed(Path(folder, "a.dcm"), frames, syntax, *map(encode, frames)).read_bytes()
@@ -72,6 +79,8 @@ def originals() -> dict[str, bytes]:
         "nodata": tiff(deep[0].astype(np.float32), extratags=[(42113, "s", 0, "-9999", True)]),
         "dicom": dicom(deep, RescaleSlope=1, RescaleIntercept=-1024), "nii": nifti(deep),
         "nii.gz": gzip.compress(nifti(deep)), "nii of a series": nifti(deep[..., None, None] * np.ones((1, 1, 2, 3))),
+        "avif": imagecodecs.avif_encode(rng.integers(0, 1024, (8, 6, 3), dtype=np.uint16), bitspersample=10),
+        "heic": heic(rng.integers(0, 65536, (16, 16, 3), dtype=np.uint16)),
         "compressed dicom": encoded_dicom(deep, uid.JPEGLosslessSV1, imagecodecs.ljpeg_encode),
     }  # fmt: skip
 

@@ -181,3 +181,19 @@ def test_an_image_without_a_class_is_learnt_without_one(tmp_path):
     train(config(tmp_path, **settings), objective=loss)
     assert len(seen) > 48
     assert all(label == (2 if value % 3 else value % 2) for value, label in seen)
+
+
+def test_labels_that_are_texts_need_their_names(tmp_path):
+    """What the error says to do is done."""
+    rows = {"image": [{"bytes": encoded(k), "path": None} for k in range(100)], "kind": ["cat", "dog"] * 50}
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("string")})
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"label_column='kind' of .*: the classes of the column 'kind', which is not .*"
+                       r"leave --streaming out, or save .*`dataset.class_encode_column\('kind'\).to_p"):  # fmt: skip
+        ImageStream(config(tmp_path, label_column="kind"), 0, 1)
+    dataset.class_encode_column("kind").to_parquet(tmp_path / "train.parquet")
+    stream = ImageStream(config(tmp_path, label_column="kind"), 0, 1)
+    images, labels = stream.batch_for_step(0, 0, 40, torch.arange(40))
+    assert labels.tolist() == [value_of(image) % 2 for image in images]
+    assert stream.label_names == ["cat", "dog"]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ddpm_hf.data.pages import EIGHT_BITS
 from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.images import PIL_MODES, to_pil
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
@@ -29,7 +30,6 @@ SETTINGS = "sampling.json"
 GRID, COMPARISON = "grid.png", "compare.png"  # pictures of `ddpm-hf sample`, which may be in the same folder
 SHOWN = 64  # samples in the grid
 MOST_COLUMNS = 16  # of the grid, one per class
-EIGHT_BITS = 0, 255
 ARGUMENTS = {
     "output": path,
     "num_images": integer(1),

@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import Subset
 
 from ddpm_hf.data.config import EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig
-from ddpm_hf.data.decoding import EIGHT_BITS, Decoder
+from ddpm_hf.data.decoding import Decoder
 from ddpm_hf.data.missing import split_missing
 from ddpm_hf.data.order import Order
+from ddpm_hf.data.pages import EIGHT_BITS
 from ddpm_hf.data.sources import source_of
 from ddpm_hf.data.split import HELD_OUT_LIMIT, random_split, shared, stratified_split
 from ddpm_hf.data.store import Pixels, decode_all

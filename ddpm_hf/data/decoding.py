@@ -12,10 +12,9 @@ import torch
 
 from ddpm_hf.data.geometry import crop_to_shape, scale
 from ddpm_hf.data.missing import hint, is_missing
-from ddpm_hf.data.pages import BadImage
+from ddpm_hf.data.pages import EIGHT_BITS, BadImage
 from ddpm_hf.data.reading import read_image
 
-EIGHT_BITS = (0.0, 255.0)  # black and white of 8-bit images
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 
 

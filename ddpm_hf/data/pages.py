@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+EIGHT_BITS = (0.0, 255.0)  # black and white of 8-bit images
 MOST_BYTES = 2**28  # of a decoded image: Pillow's limit of 89,478,485 pixels in RGB; small files can decode to far more
 MOST_OF_A_FILE = 2**31  # bytes of a file when decompressed, such as a volume of 512x512 pixels in 4,000 slices of int16
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_hf.data import medical
 from ddpm_hf.data.archives import NOT_OF_THE_FILE, archive_of, open_file, read_bytes, stamp_of
-from ddpm_hf.data.exact import exact_pages
+from ddpm_hf.data.exact import DEEP_MODES, bits_of, exact_pages, exact_pixels
 from ddpm_hf.data.pages import MOST_OF_A_FILE, BadImage, Pages, Picture, WrongSetting, check_size
 from ddpm_hf.utils.arguments import shorten
 
@@ -49,7 +49,6 @@ AXES = {"C": "channels", "Z": "slices", "T": "times"}  # of stacks of ImageJ and
 OME_PIXELS = re.compile(r"<(?:\w+:)?Pixels\b[^>]*>")
 ZIP_MAGIC = b"PK\3\4"
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # gray of more than 8 bits
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 GDAL_NODATA = 42113  # the TIFF tag
 MOST_BANDS = 16  # of an array whose number of channels nobody has given; more may also be the slices of a volume
@@ -281,36 +280,20 @@ def _number_of_frames(image: Image.Image) -> int:
     return image.n_frames
 
 
-def _is_deep_png(image: Image.Image, content: bytes) -> bool:
-    return image.format == "PNG" and content[24] == 16
-
-
 def _check_pillow(image: Image.Image, content: bytes) -> None:
     if (image.format == "FITS" and image.mode != "L") or (image.format == "SGI" and content[3] == 2):
         raise BadImage(f"has more than 8 bits in the format {image.format}, which is not supported: save it as .npy")
-    each = 4 if image.mode in DEEP_MODES else 1 + _is_deep_png(image, content)
+    each = 4 if image.mode in DEEP_MODES else 1 + (bits_of(image, content) > 8)
     check_size(image.width * image.height * len(image.getbands()) * each, image.size)
 
 
 def _pillow_pixels(image: Image.Image, content: bytes) -> tuple[np.ndarray, bool]:
     """The current frame (H, W, C), and whether the last channel is opacity."""
     _check_pillow(image, content)
-    if _is_deep_png(image, content):
-        if "transparency" in image.info:
-            raise BadImage("has 16 bits and a transparent colour (a tRNS chunk), which is not supported")
-        if image.mode not in DEEP_MODES:  # Pillow keeps 8 of the 16 bits
-            import imagecodecs
-
-            if getattr(image, "is_animated", False):
-                raise BadImage("is an animation of 16 bits in colour, which is not supported")
-            pixels = imagecodecs.png_decode(content)
-            return _upright(pixels, image.getexif().get(0x0112)), pixels.shape[2] in (2, 4)
-    if image.format == "JXL" and image.mode in ("LA", "RGB", "RGBA"):
-        import imagecodecs
-
-        pixels = imagecodecs.jpegxl_decode(content)
-        if pixels.dtype != np.uint8:  # of which Pillow keeps 8 bits
-            return pixels, image.mode != "RGB"
+    pixels = exact_pixels(image, content)
+    if pixels is not None:
+        orientation = None if image.format == "JXL" else image.getexif().get(0x0112)  # of which libjxl takes care
+        return _upright(pixels, orientation), pixels.shape[2] in (2, 4)
     if 0 in image.size:
         raise BadImage(f"is {image.size[0]}x{image.size[1]} pixels")
     image.load()

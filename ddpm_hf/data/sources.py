@@ -310,7 +310,12 @@ class Rows:
         self.is_typed = self.own_names is not None
         if self.label and not self.is_typed:
             if not hasattr(dataset, "unique"):
-                self.label, self.no_classes = None, f"the column {self.label!r} of a stream is not of type ClassLabel"
+                self.no_classes = (
+                    f"the classes of the column {self.label!r}, which is not of type ClassLabel, are not known before "
+                    "all of a stream is read: leave --streaming out, or save the data set with "
+                    f"`dataset.class_encode_column({self.label!r}).to_parquet(...)`"
+                )
+                self.label = None
             else:
                 values, number = dataset.unique(self.label), len(dataset)
                 self.own_names, why = class_names(values, number, names is not None or label_column is not None)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from diffusers import UNet2DModel
 
-from ddpm_hf.data.decoding import EIGHT_BITS
+from ddpm_hf.data.pages import EIGHT_BITS
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.schedulers.solvers import CONTINUOUS, scheduler_class
