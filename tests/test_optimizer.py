@@ -150,7 +150,9 @@ def test_the_planned_memory_is_what_muon_keeps(tmp_path):
 
 # ---------------------------------------------------------------- whole runs
 
+FLOW = {"objective": "flow", "noise_assignment": True, "class_conditional": True, "lr_scheduler": "wsd"}
 WAYS = {
+    "assigned": FLOW,
     "muon": {**MUON, "adam_weight_decay": 0.01},
     "power-function": {"ema_sigma_rel": 0.1},
     "post-hoc": {"post_hoc_ema": True, "post_hoc_ema_limit": 2, **MUON},
@@ -184,7 +186,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_each_way(tmp_path, settings):
 @each_way
 def test_two_processes_do_what_one_does_each_way(tmp_path, settings):
     settings = settings | {"max_train_steps": 50}
-    train(tiny_config(tmp_path / "one", train_batch_size=16, **settings))
+    train(tiny_config(tmp_path / "one", train_batch_size=8, gradient_accumulation_steps=2, **settings))
     finish(script(tmp_path, tmp_path / "two", train_batch_size=8, **settings), 2)
     one, two = (quietly(tmp_path / name) for name in ("one", "two"))
     assert [row["step"] for row in two] == [10, 20, 30, 40, 50]
@@ -192,6 +194,9 @@ def test_two_processes_do_what_one_does_each_way(tmp_path, settings):
         assert abs(a["loss"] - b["loss"]) < 1e-5
     assert abs(one[-1]["held_out_loss"] - two[-1]["held_out_loss"]) < 1e-5
     assert one[-1]["loss"] < one[0]["loss"]
+    for name in ("ema", "post_hoc") if "post_hoc_ema" in settings else ("ema",):
+        a, b = (load_file(tmp_path / of / f"checkpoint-50/{name}.safetensors") for of in ("one", "two"))
+        assert_close(a, b, rtol=0, atol=1e-3)
 
 
 def test_a_run_does_not_resume_with_another_optimizer(tmp_path):
