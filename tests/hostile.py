@@ -11,7 +11,14 @@ import torch
 from conftest import TINY_UNET, tiny_unet
 from PIL import Image
 
-from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, DDPMUNet, LinearNoiseScheduler
+from ddpm_hf import (
+    CosineNoiseScheduler,
+    DDPMCustomPipeline,
+    DDPMUNet,
+    EDMScheduler,
+    FlowMatchScheduler,
+    LinearNoiseScheduler,
+)
 from ddpm_hf.commands import train
 from ddpm_hf.commands.parsing import Parser
 from ddpm_hf.convert.convert import convert, convert_back
@@ -68,7 +75,8 @@ class Cases:
         for pipeline in (self.pipeline, self.classes):
             pipeline.set_progress_bar_config(disable=True)
         self.saved = saved
-        self.kinds = [self.config, self.network, self.scheduler, self.scheduler_call, self.network_call, self.call,
+        self.kinds = [self.config, self.network, self.scheduler, self.scheduler_call, self.continuous_call,
+                      self.network_call, self.call,
                       self.editing, self.loading, self.conversion, self.command]  # fmt: skip
 
     def __iter__(self):
@@ -96,7 +104,7 @@ class Cases:
         )
 
     def scheduler(self):
-        kind = self.random.choice([LinearNoiseScheduler, CosineNoiseScheduler])
+        kind = self.random.choice([LinearNoiseScheduler, CosineNoiseScheduler, FlowMatchScheduler, EDMScheduler])
         return self.some(kind, {}, list(inspect.signature(kind.__init__).parameters)[1:])
 
     def scheduler_call(self):
@@ -115,6 +123,25 @@ class Cases:
         ])  # fmt: skip
         if self.random.random() < 0.2:
             return self.some(make_solver, {"solver": "ddim", "scheduler": s}, ["solver", "clip_sample"])
+        return self.some(getattr(s, name), base)
+
+    def continuous_call(self):
+        kind, timestep = self.random.choice([FlowMatchScheduler, EDMScheduler]), torch.tensor([0.25, 0.5])
+        s = kind()
+        s.set_timesteps(5)
+        to = s.timesteps[3].item()
+        name, base = self.random.choice([
+            ("add_noise", {"original_samples": X, "noise": X, "timesteps": timestep}),
+            ("target", {"original_samples": X, "noise": X, "timesteps": timestep}),
+            ("scale_model_input", {"sample": X, "timestep": timestep}),
+            ("predicted_original", {"model_output": X, "timestep": timestep, "sample": X}),
+            ("step", {"model_output": X, "timestep": to, "sample": X}),
+            ("renoise", {"sample": X, "timestep": to, "to_timestep": s.timesteps[1].item(), "noise": X}),
+            ("inverse_step", {"model_output": X, "timestep": to, "to_timestep": None, "sample": X, "prev_sample": X}),
+            ("set_timesteps", {"num_inference_steps": 5}),
+        ])  # fmt: skip
+        if self.random.random() < 0.2:
+            return self.some(make_solver, {"solver": "dpm++", "scheduler": s}, ["solver", "clip_sample"])
         return self.some(getattr(s, name), base)
 
     def network_call(self):

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_hf.schedulers.noise import CALL, MOST_TIMESTEPS, to_device
-from ddpm_hf.utils.arguments import any_of, check, check_all, explained, integer, matching, number, require
+from ddpm_hf.utils.arguments import any_of, check, check_all, explained, integer, matching, number, require, show
 
 TIMESTEP = any_of(
     "must be a finite number, or a tensor of numbers with one entry per image",
@@ -84,7 +84,8 @@ class ContinuousScheduler(SchedulerMixin, ConfigMixin):
         """A draw from q(x_to | x) for `sample` at `timestep`, at a timestep `to_timestep` of more noise."""
         level, to = (self._level_at(each, sample) for each in (timestep, to_timestep))
         if not (level < to).all():
-            raise ValueError(f"timestep={timestep}, to_timestep={to_timestep}: the second must have more noise")
+            rule = "the second must have more noise"
+            raise ValueError(f"timestep={show(timestep)}, to_timestep={show(to_timestep)}: {rule}")
         gain = self._signal(to) / self._signal(level)
         return gain * sample + (to.square() - (gain * level).square()).sqrt() * noise
 
@@ -100,6 +101,7 @@ class ContinuousScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ reverse process
 
+    @explained(CONTINUOUS_CALL)
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         """Choose the levels that sampling visits, those of diffusers' schedulers with these settings."""
         n = check("num_inference_steps", num_inference_steps, integer(1, MOST_TIMESTEPS, "all levels are in memory"))
