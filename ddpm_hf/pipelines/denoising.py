@@ -44,6 +44,7 @@ class DenoisingLoop:
         batch_size: B.
         labels: int64 (B,) on the network's device; `None` for an unconditional network.
         guidance_scale, generator, callback: see `DDPMCustomPipeline.__call__`.
+        guide: the network of autoguidance; `None`: that of the pipeline, without a class.
     """
 
     pipeline: DiffusionPipeline
@@ -53,6 +54,7 @@ class DenoisingLoop:
     guidance_scale: float
     generator: torch.Generator | list[torch.Generator] | None
     callback: Callable | None
+    guide: torch.nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.timesteps = self.solver.timesteps
@@ -121,20 +123,24 @@ class DenoisingLoop:
         For a given x_t the noise, x_0 and v are affine in one another, so guidance is the same for each of them. A
         learned variance is that of the class.
         """
-        unet, labels, dtype = self.pipeline.unet, self.labels, sample.dtype
+        unet, labels, dtype, C = self.pipeline.unet, self.labels, sample.dtype, sample.shape[1]
         timestep = torch.as_tensor(timestep, device=sample.device)  # torch.compile makes a graph for each Python number
-        sample = sample.to(unet.dtype)
-        if labels is None:
-            output = unet(sample, timestep).sample.to(dtype)
-        elif self.guidance_scale == 1:
-            output = unet(sample, timestep, class_labels=labels).sample.to(dtype)
+        classes = {} if labels is None else {"class_labels": labels}
+        if self.guidance_scale == 1:
+            output = unet(sample.to(unet.dtype), timestep, **classes).sample.to(dtype)
         else:
-            null = torch.full_like(labels, unet.config.num_classes)
-            both = unet(torch.cat([sample, sample]), timestep, class_labels=torch.cat([labels, null])).sample
-            conditional, unconditional = both.to(dtype).chunk(2)
-            C = sample.shape[1]
-            guided = unconditional[:, :C] + self.guidance_scale * (conditional[:, :C] - unconditional[:, :C])
-            output = torch.cat([guided, conditional[:, C:]], dim=1)
+            if self.guide is not None:
+                networks = (each(sample.to(each.dtype), timestep, **classes).sample for each in (unet, self.guide))
+                output, weaker = (each.to(dtype) for each in networks)
+            else:
+                both, null = (
+                    torch.cat([sample, sample]).to(unet.dtype),
+                    torch.full_like(labels, unet.config.num_classes),
+                )
+                both = unet(both, timestep, class_labels=torch.cat([labels, null])).sample
+                output, weaker = both.to(dtype).chunk(2)
+            guided = weaker[:, :C] + self.guidance_scale * (output[:, :C] - weaker[:, :C])
+            output = torch.cat([guided, output[:, C:]], dim=1)
         # Clamping x_0 would turn infinities into black or white pixels. NaN survives until the check of the samples,
         # and this needs no synchronisation with the GPU.
         return torch.nan_to_num(output, nan=math.nan, posinf=math.nan, neginf=math.nan)

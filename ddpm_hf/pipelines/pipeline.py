@@ -19,7 +19,8 @@ from ddpm_hf.pipelines.loading import load_components, weights_not_finite
 from ddpm_hf.schedulers.edm import EDMScheduler
 from ddpm_hf.schedulers.flow import FlowMatchScheduler
 from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
-from ddpm_hf.schedulers.solvers import make_solver, set_timesteps_checked, start_scale
+from ddpm_hf.schedulers.solvers import make_solver, scheduler_class, set_timesteps_checked, start_scale
+from ddpm_hf.schedulers.timesteps import PREDICTION
 from ddpm_hf.utils.arguments import check, check_all, checked, integer, limit, matching, show
 
 COMPONENTS = {
@@ -108,6 +109,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         strength: float | None = None,
         latents: torch.Tensor | None = None,
         clip_sample: bool | None = None,
+        guide=None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images of the network's `sample_size`, or variations of `image`.
 
@@ -135,6 +137,10 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             strength: fraction of the steps that `image` goes through, in (0, 1]; `None`: 0.8. 1 keeps little of it.
             latents: start from this noise, (B, C, H, W), for example the result of `invert`.
             clip_sample: whether a `scheduler` given by name clamps the predicted x_0; `None`: like the pipeline's.
+            guide: autoguidance (Karras et al. 2024, arXiv:2406.02507): a weaker pipeline or network for the same images
+                and with the same objective, such as an early checkpoint or a smaller one, on the same device. Its
+                prediction takes the place of the unconditional one in `guidance_scale`, also for models without
+                classes.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of it.
@@ -160,6 +166,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             callback=callback_on_step_end,
             start=start,
             clip_sample=clip_sample,
+            guide=guide,
         )
         if image is not None:
             sample = loop.start_from_image(start.expand(loop.batch_size, -1, -1, -1), strength)
@@ -195,6 +202,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         callback=None,
         start=None,
         clip_sample=None,
+        guide=None,
     ) -> DenoisingLoop:
         """Check the arguments of a call and set the solver's timesteps; `start` (N, ...): images or latents."""
         solver = make_solver(scheduler, self.scheduler, clip_sample)
@@ -202,7 +210,10 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         given = 1 if start is None else len(start)
         if given > 1 and batch_size not in (None, given):
             raise ValueError(f"batch_size={batch_size} must be the number of images or latents, {given}, or None")
-        labels = self._labels(class_labels, batch_size or (given if given > 1 else None), guidance_scale)
+        guide = self._guide_network(guide, guidance_scale)
+        labels = self._labels(
+            class_labels, batch_size or (given if given > 1 else None), 1 if guide is not None else guidance_scale
+        )
         if batch_size is None:
             batch_size = given if labels is None else len(labels)
         check("batch_size", batch_size, BATCH)
@@ -216,7 +227,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         )
         set_timesteps_checked(solver, num_inference_steps, self._execution_device)
         self.interrupt, self.num_timesteps = False, len(solver.timesteps)
-        return DenoisingLoop(self, solver, batch_size, labels, guidance_scale, generator, callback)
+        return DenoisingLoop(self, solver, batch_size, labels, guidance_scale, generator, callback, guide)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -250,6 +261,25 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         steps = f"{type(solver).__name__} in {len(solver.timesteps)} steps"
         return f"{finite}, so {steps} diverged: use another scheduler or another num_inference_steps"
 
+    def _guide_network(self, guide, guidance_scale) -> torch.nn.Module | None:
+        """The network of the argument `guide`. Raises ValueError if it does not predict what this pipeline's does."""
+        if guide is None:
+            return None
+        network = guide.unet if isinstance(guide, DDPMCustomPipeline) else guide
+        check("guide", network, matching(lambda v: isinstance(v, torch.nn.Module), "must be a pipeline or a network"))
+        if guidance_scale == 1:
+            raise ValueError("guide has no effect with guidance_scale=1; give a larger one, such as 2")
+        ours, theirs = dict(self.unet.config), dict(network.config)
+        pairs = [(name, ours.get(name), theirs.get(name)) for name in ("in_channels", "out_channels", "num_classes")]
+        if network is not guide:
+            ours, theirs = self.scheduler.config, guide.scheduler.config
+            pairs += [("objective", scheduler_class(ours).objective, scheduler_class(theirs).objective)]
+            pairs += [(name, ours.get(name), theirs.get(name)) for name in PREDICTION]
+        for name, wanted, found in pairs:
+            if wanted != found:
+                raise ValueError(f"guide has {name}={show(found)} and this pipeline {show(wanted)}; they must be equal")
+        return network
+
     def _labels(self, class_labels, batch_size: int | None, guidance_scale) -> torch.Tensor | None:
         """The class labels, int64 (batch_size,), on the device; `None` for an unconditional network."""
         classes = num_classes(self.unet)
@@ -257,7 +287,9 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             if class_labels is not None:
                 raise ValueError(f"class_labels={show(class_labels)}: this model is unconditional, so it must be None")
             if guidance_scale != 1:
-                raise ValueError(f"guidance_scale={guidance_scale!r}: this model is unconditional, so it must be 1")
+                raise ValueError(
+                    f"guidance_scale={guidance_scale!r}: this model is unconditional, so it must be 1 without a guide"
+                )
             return None
         names = self.unet.config.class_names or []
         choices = f"labels 0 ... {classes - 1}"

@@ -17,6 +17,9 @@ SOLVERS = {  # name in papers and other programs -> class in diffusers
     "unipc": "UniPCMultistepScheduler",
     "sa": "SASolverScheduler",
 }
+# Settings, of any scheduler, that decide what the network learns to predict
+PREDICTION = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
+              "rescale_betas_zero_snr", "sigma_data")  # fmt: skip
 CLAMPING = ("ddpm", "ddim", "heun")  # solvers that implement `clip_sample`
 
 

@@ -8,12 +8,12 @@ import zlib
 
 from ddpm_hf.data.config import EARLIER_SPLIT
 from ddpm_hf.data.dataset import ImageData
+from ddpm_hf.schedulers.timesteps import PREDICTION
 from ddpm_hf.training.config import OF_CONTINUOUS, TrainConfig
 from ddpm_hf.training.run import Run
 from ddpm_hf.utils.arguments import show
 
-OBJECTIVE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
-             "rescale_betas_zero_snr", "variance_type", "sigma_data")  # fmt: skip
+OBJECTIVE = (*PREDICTION, "variance_type")
 DATA = ("train_data_dir", "dataset_name", "dataset_config_name")
 # Of the network's configuration, what changes neither its weights nor what they compute
 NOT_THE_NETWORK = ("sample_size", "class_names", "value_range", "dropout", "dropout_channels")
