@@ -615,14 +615,16 @@ def test_noise_is_called_noise(trained, tmp_path, capsys, metrics):
     assert 'class="good"' not in page
 
 
-@pytest.mark.parametrize(("channels", "size"), [(1, 12), (2, 8), (4, 10), (5, 8)])
-def test_images_of_any_channels_are_evaluated(tmp_path, caplog, capsys, channels, size):
+@pytest.mark.parametrize(
+    ("channels", "size", "are_bands"), [(1, 12, False), (2, 8, False), (4, 10, False), (4, 10, True), (5, 8, True)]
+)
+def test_images_of_any_channels_are_evaluated(tmp_path, caplog, capsys, channels, size, are_bands):
     """Alpha is blended with gray for the default features; for bands, what needs features is left out and told."""
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
     for k in range(24):
         pixels = rng.integers(0, 256, (size, size, channels), dtype=np.uint8)
-        if channels == 5:
+        if are_bands:
             np.save(tmp_path / f"data/{k}.npy", pixels)
         else:
             Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / f"data/{k}.png")
@@ -631,13 +633,16 @@ def test_images_of_any_channels_are_evaluated(tmp_path, caplog, capsys, channels
     settings = {"train_data_dir": str(tmp_path / "data"), "num_samples": 12, "num_inference_steps": 1}
     with caplog.at_level(logging.WARNING):
         found = quick(tmp_path / "model", tmp_path, **settings)
-    assert ("kid_train" in found["metrics"]) == (channels < 5)
+    assert ("kid_train" in found["metrics"]) == (not are_bands)
     assert "memorization_pixels" not in found["metrics"]  # too few are held out
     assert "neighbour_correlation" in found["metrics"]
-    if channels == 5:
-        assert "fd, kid, prdc, is are left out, because they need a network for images of 5 channels" in caplog.text
-        with pytest.raises(ValueError, match="metrics: kid need a network for images of 5 channels, .* --features"):
+    if are_bands:
+        what = f"a network for images of {channels} bands"
+        assert f"fd, kid, prdc, is are left out, because they need {what}" in caplog.text
+        with pytest.raises(ValueError, match=f"metrics: kid needs {what}, .* --features"):
             quick(tmp_path / "model", tmp_path, metrics=("kid", "drift"), **settings)
+        with pytest.raises(ValueError, match=f"features='imagenet': .* 3 channels, but these have {channels}"):
+            quick(tmp_path / "model", tmp_path, metrics=("kid", "drift"), features="imagenet", **settings)
     else:
         assert found["protocol"]["features"]["name"] == "imagenet"
         assert ("alpha blended with mid-gray" in found["protocol"]["features"]["pixels"]) == (channels != 1)

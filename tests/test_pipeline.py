@@ -53,7 +53,7 @@ def test_pil_modes(channels, mode):
 def test_other_channels_are_arrays():
     pipeline = tiny_pipeline(in_channels=5)
     assert pipeline(1, seeded(0), 2, output_type="np").images.shape == (1, 8, 8, 5)
-    with pytest.raises(ValueError, match="output_type='pil' needs 1 to 4 channels, not 5"):
+    with pytest.raises(ValueError, match="output_type='pil' needs gray or RGB, perhaps with alpha, not 5 bands"):
         pipeline(1)
 
 

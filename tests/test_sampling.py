@@ -141,7 +141,8 @@ def test_samples_go_into_the_folder_of_their_model(tmp_path, monkeypatch, capsys
 def test_the_grid_has_a_column_for_each_class(digits_model, tmp_path, monkeypatch):
     """Without labels, the images take all classes in turn. The grid has names over its columns."""
     drawn = []
-    monkeypatch.setattr("ddpm_hf.commands.sample_folder.grid", lambda *args, **texts: drawn.append((args, texts)) or G)
+    monkeypatch.setattr("ddpm_hf.commands.sample_folder.grid",
+                        lambda *args, has_alpha, **texts: drawn.append((args, texts)) or G)  # fmt: skip
     G = Image.new("L", (8, 8))
     command = ["sample", str(digits_model), *STEPS, "--output_dir", str(tmp_path / "out")]
     assert main([*command, "--scale", "3"]) == 0
@@ -284,7 +285,9 @@ def test_any_number_of_channels(tmp_path):
         pipeline = pipeline_of(in_channels=channels, sample_size=(4, 6))
         sample_to_folder(pipeline, folder, 1, num_inference_steps=1)
         assert (Image.open(folder / "000000.png").mode, Image.open(folder / "000000.png").size) == (mode, (6, 4))
-    with pytest.raises(ValueError, match="format='png' holds images of 1 to 4 channels, and this model has 5: use npy"):
+    with pytest.raises(
+        ValueError, match="format='png' holds gray or RGB, perhaps with alpha, and this model has 5 bands"
+    ):
         sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1, format="png")
     sample_to_folder(pipeline_of(in_channels=5), tmp_path / "5", 1, num_inference_steps=1)
     assert np.load(tmp_path / "5/000000.npy").shape == (8, 8, 5)

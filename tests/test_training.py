@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -43,9 +44,10 @@ from ddpm_hf.training.log import TrainingLog, read_log
 from ddpm_hf.training.loop import learning_rate, step_if_finite
 from ddpm_hf.training.model import signal_left
 from ddpm_hf.training.optimizer import build_optimizer
-from ddpm_hf.training.pictures import draw_pictures
+from ddpm_hf.training.pictures import draw_data, draw_pictures
 from ddpm_hf.training.previews import Previews
 from ddpm_hf.training.saving import held_out_loss
+from ddpm_hf.utils.pictures import Film
 from ddpm_hf.utils.signals import StopSignals
 
 
@@ -485,6 +487,59 @@ def test_five_bands_train(tmp_path):
     pipeline = DDPMCustomPipeline.from_pretrained(tmp_path / "out")
     assert pipeline(2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 12, 5)
     assert pipeline.unet.config.value_range == [0, 4095]  # which files of samples have again
+
+
+@pytest.mark.parametrize("kind", ["tif", "npy", "alpha.tif", "png"])
+def test_the_fourth_channel_is_a_band_or_alpha(tmp_path, kind):
+    """As the file says; a model keeps it, for its pictures and for the files of its samples."""
+    rng, data = np.random.default_rng(0), tmp_path / "data"
+    data.mkdir()
+    for k in range(6):
+        array, path = rng.integers(0, 256, (8, 12, 4), dtype=np.uint8), data / f"{k}.{kind.removeprefix('alpha.')}"
+        if kind == "npy":
+            np.save(path, array)
+        elif kind == "png":
+            Image.fromarray(array).save(path)
+        else:  # near infrared has no name among the extra samples of TIFF
+            extra = "unassalpha" if "alpha" in kind else "unspecified"
+            tifffile.imwrite(path, array, photometric="rgb", extrasamples=[extra])
+    out, are_bands = tmp_path / "out", kind in ("tif", "npy")
+    run = train(tiny_config(out, train_data_dir=str(data), max_train_steps=2), callbacks=[Previews(draw_pictures)])
+    draw_data(run)
+    assert run.images.has_alpha == run.held_out.has_alpha == (not are_bands)
+    pipeline = DDPMCustomPipeline.from_pretrained(out)
+    assert pipeline.unet.config.has_alpha is (False if are_bands else None)
+    assert main(["sample", str(out), "--num_images", "2", "--num_inference_steps", "2"]) == 0
+    assert sorted(path.suffix for path in (out / "samples").glob("0*")) == [".npy" if are_bands else ".png"] * 2
+    film, pictures = Film(), [f"{name}.png" for name in ("data", "samples", "first_samples", "forward", "neighbours")]
+    pipeline(2, num_inference_steps=2, output_type="np", callback_on_step_end=film)
+    for picture in [Image.open(out / name) for name in pictures] + [film.contact_sheet()]:
+        assert picture.mode == ("L" if are_bands else "RGB")  # all bands are gray
+    if not are_bands:
+        assert pipeline(2, num_inference_steps=2).images[0].mode == "RGBA"
+        return
+    with pytest.raises(
+        ValueError, match="output_type='pil' needs gray or RGB, perhaps with alpha, not 4 bands; choose"
+    ):
+        pipeline(2)
+    with pytest.raises(ValueError, match="image has mode 'RGBA'; this model needs an array or a tensor of 4 bands"):
+        pipeline(image=Image.new("RGBA", (12, 8)), strength=0.5)
+    Image.new("RGBA", (12, 8), "red").save(data / "6.png")
+    with pytest.raises(ValueError, match="6.png has alpha as its last channel and the first image has a band there"):
+        train(tiny_config(tmp_path / "mixed", train_data_dir=str(data)))
+
+
+def test_a_run_that_did_not_know_its_last_channel_is_resumed(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        np.save(tmp_path / f"{k}.npy", rng.integers(0, 256, (8, 8, 4), dtype=np.uint8))
+    settings = {"train_data_dir": str(tmp_path)}
+    read = setup.open_images
+    monkeypatch.setattr(setup, "open_images", lambda *args: [replace(part, has_alpha=True) for part in read(*args)])
+    assert train(tiny_config(tmp_path / "out", max_train_steps=2, **settings)).pipeline.unet.config.has_alpha is None
+    monkeypatch.undo()
+    run = train(tiny_config(tmp_path / "out", max_train_steps=3, resume_from_checkpoint="latest", **settings))
+    assert run.pipeline.unet.config.has_alpha is False
 
 
 def test_too_many_broken_files_stop_the_run_with_their_list(tmp_path):

@@ -119,7 +119,7 @@ def draw_samples(pipeline, number, solver, steps, seed, label, guidance_scale, p
     columns = len(names) if in_columns else math.ceil(math.sqrt(number))
     command = shlex.join(map(str, words))
     return _picture(
-        images, columns, names if in_columns else ()
+        pipeline, images, columns, names if in_columns else ()
     ), f"{took:.2f} s. The same images as files:\n```\n{command}\n```"
 
 
@@ -153,7 +153,7 @@ def draw_interpolation(
         row = pipeline.interpolate(*ends, t, number, method, generator=again, **settings).images
         row, note = torch.cat([ends[:1], row, ends[1:]]), "Between the two samples are their denoised mixtures."
     images = row.permute(0, 2, 3, 1).cpu().numpy()
-    return _picture(images, len(images), width=1200), f"{time.perf_counter() - began:.2f} s. {note}"
+    return _picture(pipeline, images, len(images), width=1200), f"{time.perf_counter() - began:.2f} s. {note}"
 
 
 def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_scale, of, progress=None):
@@ -173,22 +173,23 @@ def draw_film(folder, pipeline, number, solver, steps, seed, label, guidance_sca
     frames = np.stack([to_unit_range(frame) for frame in getattr(film, of)], axis=1)  # (B, frames, H, W, C)
     names = [class_names(pipeline)[k] for k in labels] if class_names(pipeline) else ()
     path = Path(folder.name, f"film-{secrets.token_hex(8)}.webp")  # lossless, and smaller than a GIF
-    save_film([_picture(frames[:, k], number, names) for k in range(frames.shape[1])], path)
+    save_film([_picture(pipeline, frames[:, k], number, names) for k in range(frames.shape[1])], path)
     sheet = frames[:, _spread(frames.shape[1], SHEET_FRAMES)]
-    picture = _picture(sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
+    picture = _picture(pipeline, sheet.reshape(-1, *sheet.shape[2:]), sheet.shape[1])
     return path, picture, f"{time.perf_counter() - began:.2f} s, {frames.shape[1]} frames."
 
 
 def _picture(
-    images: np.ndarray, columns: int, names: Sequence[str] = (), width: int = 780, height: int = 560
+    pipeline, images: np.ndarray, columns: int, names: Sequence[str] = (), width: int = 780, height: int = 560
 ) -> Image.Image:
     """A `grid` of images (N, H, W, C) in [0, 1], enlarged by the largest integer that fits `width` x `height`.
 
     `names`: of the columns.
     """
-    least = grid(images, columns, 1)
+    alpha = pipeline.unet.config.get("has_alpha")
+    least = grid(images, columns, 1, has_alpha=alpha)
     scale = max(1, min(width // least.width, height // least.height))
-    return grid(images, columns, scale, column_names=names)
+    return grid(images, columns, scale, column_names=names, has_alpha=alpha)
 
 
 def _spread(total: int, most: int) -> list[int]:

@@ -108,7 +108,7 @@ class Controls:
 def build_demo(pipeline: DDPMCustomPipeline) -> gr.Blocks:
     """Draw the first samples, and build the page of a model, for `launch`.
 
-    Transparent images are shown on a checkerboard, and images of 5 or more channels as one gray image per channel.
+    Transparent images are shown on a checkerboard, and images of bands as one gray image per band.
     """
     title, facts = _describe(pipeline)
     number, steps, pace, (first, told) = open_with_samples(pipeline)

@@ -77,4 +77,5 @@ def compare_solvers(
         row_names=solvers,
         captions=captions,
         gaps={num_images * k: 3 for k in range(1, len(steps))},
+        has_alpha=pipeline.unet.config.get("has_alpha"),
     )

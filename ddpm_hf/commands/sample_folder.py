@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.data.pages import EIGHT_BITS
 from ddpm_hf.pipelines.denoising import BATCH
-from ddpm_hf.pipelines.images import PIL_MODES, to_pil
+from ddpm_hf.pipelines.images import mode_for, to_pil
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
-from ddpm_hf.utils.arguments import checked, integer, matching, one_of, optional, path, read_json
+from ddpm_hf.utils.arguments import checked, integer, matching, mode_of, one_of, optional, path, read_json
 from ddpm_hf.utils.files import clear_parts, locked, save_picture, write
 from ddpm_hf.utils.pictures import columns_for, grid
 from ddpm_hf.utils.seeds import image_generators
@@ -222,8 +222,8 @@ def _check_settings(output: Path, settings: dict) -> None:
 def _not_in_png(unet_config: Mapping) -> str | None:
     """Why PNG files can't hold a model's images; `None` if they can."""
     channels, (low, high) = unet_config["in_channels"], _pixel_values(unet_config)
-    if channels not in PIL_MODES:
-        return f"holds images of 1 to 4 channels, and this model has {channels}: use npy"
+    if mode_for(unet_config) is None:
+        return f"holds gray or RGB, perhaps with alpha, and this model has {channels} bands: use npy"
     if low < 0 or high > 2**16 - 1 or high - low < 255:
         return f"holds whole numbers up to 65535, and this model has pixel values of {low:g} ... {high:g}: use npy"
     if channels > 1 and (low, high) != EIGHT_BITS and importlib.util.find_spec("imagecodecs") is None:
@@ -275,7 +275,7 @@ def _decoded(content: bytes, format: str, value_range: tuple[float, float]) -> n
 def _of_channels(channels: int, value_range: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """The pixel values of 0 and 1 in each channel of a PNG file, where full opacity is always the largest number."""
     low, high = (np.full(channels, value) for value in value_range)
-    if channels in (2, 4) and value_range != EIGHT_BITS:
+    if mode_of(channels) in ("LA", "RGBA") and value_range != EIGHT_BITS:
         low[-1], high[-1] = 0, 2**16 - 1
     return low, high
 
@@ -301,7 +301,8 @@ def draw_grid(output, unet_config: Mapping, scale: int | None = None) -> Path:
         files = {k: path.read_bytes() for k, path in paths.items() if _is_whole(path)}
     images, texts = [_decoded(file, format, value_range) for file in files.values()], {}
     height, width, channels = images[0].shape
-    columns = columns_for(SHOWN, (channels, height, width))
+    alpha = unet_config.get("has_alpha")
+    columns = columns_for(SHOWN, (channels, height, width), alpha)
     if labels := settings["class_labels"]:
         known = unet_config.get("class_names")
         names = [known[label] if known and isinstance(label, int) else str(label) for label in labels]
@@ -309,5 +310,5 @@ def draw_grid(output, unet_config: Mapping, scale: int | None = None) -> Path:
             columns, texts = len(names), {"column_names": names}
         else:
             texts = {"captions": [names[k % len(names)] for k in files]}
-    save_picture(grid(images, columns, scale, **texts), output / GRID)
+    save_picture(grid(images, columns, scale, **texts, has_alpha=alpha), output / GRID)
     return output / GRID

@@ -104,7 +104,8 @@ class DataConfig:
         rule=_resolution,
     )
     channels: int | None = _data(
-        "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or more; default: those of the first image",
+        "1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, or a number of bands, as in satellite images and arrays; default: "
+        "those of the first image",
         rule=integer(1, 1024, "more than any real image has"),
     )
     frames: str | None = _data(

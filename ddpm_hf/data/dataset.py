@@ -49,6 +49,7 @@ class ImageData:
         window: (height, width) of the windows of the images that a network sees; None: it sees whole images.
         class_balance: see `Order`.
         fill: what takes the place of missing values, in [-1, 1]; None if none can be missing.
+        has_alpha: whether the last channel is opacity.
         no_classes: why the data set has no classes, if that is not plain.
     """
 
@@ -61,6 +62,7 @@ class ImageData:
     window: tuple[int, int] | None = None
     class_balance: float = 0.0
     fill: float | None = None
+    has_alpha: bool = False
     no_classes: str = ""
 
     def __len__(self) -> int:

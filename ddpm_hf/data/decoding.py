@@ -14,6 +14,7 @@ from ddpm_hf.data.geometry import crop_to_shape, scale
 from ddpm_hf.data.missing import hint, is_missing
 from ddpm_hf.data.pages import EIGHT_BITS, BadImage
 from ddpm_hf.data.reading import read_image
+from ddpm_hf.utils.arguments import mode_of
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 
@@ -28,12 +29,14 @@ class Decoded:
         value_range: the pixel values of black and white.
         deep: whether the image has more than 8 bits.
         fill: what takes the place of missing values, in [-1, 1]; None if none can be missing.
+        has_alpha: whether the last channel is opacity.
     """
 
     pixels: np.ndarray
     value_range: tuple[float, float]
     deep: bool
     fill: float | None = None
+    has_alpha: bool = False
 
 
 @dataclass
@@ -56,7 +59,8 @@ class Decoder:
         nodata_fill: the pixel value that takes their place; None: black.
         clip_values: values outside `value_range` become black or white; else they raise ValueError.
         channels_are_inferred: `channels` is that of the first image; losing colour of later ones raises ValueError.
-        deep, shape: whether images have more than 8 bits, and the shape (C, H, W) of results; None: not checked.
+        deep, shape, has_alpha: whether images have more than 8 bits, the shape (C, H, W) of results, and whether their
+            last channel is opacity; None: not checked.
 
     Raises:
         ValueError: the settings do not fit the image; the message continues the name of the file.
@@ -75,6 +79,7 @@ class Decoder:
     channels_are_inferred: bool = False
     deep: bool | None = None
     shape: tuple[int, int, int] | None = None
+    has_alpha: bool | None = None
 
     def __call__(self, source: str | Path | bytes | np.ndarray, frame: int | None = None) -> Decoded | BadImage:
         try:
@@ -91,21 +96,26 @@ class Decoder:
             colours[missing] = low
         if self.clip_values:
             colours = colours.clip(low, high)
-        image = self._to_size(*self._combine(colours, opacity, low, high), missing, low, high, deep)
+        colours, opacity = self._combine(colours, opacity, low, high)
+        has_alpha = opacity is not None
+        image = self._to_size(colours, opacity, missing, low, high, deep)
         if self.shape not in (None, image.shape):
             raise ValueError(
                 f"is {size_in_words(image.shape)} and the first image is {size_in_words(self.shape)}; give --resolution"
             )
+        if self.has_alpha not in (None, has_alpha):
+            kinds = ("alpha", "a band") if has_alpha else ("a band", "alpha")
+            raise ValueError(f"has {kinds[0]} as its last channel and the first image has {kinds[1]} there")
         fill = None
         if self.nodata is not None:
             fill = -1.0 if self.nodata_fill is None else 2 * (self.nodata_fill - low) / (high - low) - 1
         elif not deep:
             image = image.to(torch.uint8)
-        return Decoded(image.contiguous().numpy(), (low, high), deep, fill)
+        return Decoded(image.contiguous().numpy(), (low, high), deep, fill, has_alpha)
 
-    def hold_to(self, deep: bool, shape: tuple[int, int, int]) -> None:
-        """Hold all later images to the bit depth and the shape (C, H, W) of the first one."""
-        self.deep, self.shape = deep, shape
+    def hold_to(self, deep: bool, shape: tuple[int, int, int], has_alpha: bool) -> None:
+        """Hold all later images to the bit depth, the shape (C, H, W) and the kind of the last channel of the first."""
+        self.deep, self.shape, self.has_alpha = deep, shape, has_alpha
         if self.channels is None:
             self.channels, self.channels_are_inferred = shape[0], True
 
@@ -165,7 +175,7 @@ class Decoder:
         has, channels = colours.shape[2], self.channels
         if channels is None:
             channels = has + (opacity is not None and self.background is None)
-        has_place = channels in (2, 4) and has in (1, 3)  # the last channel is opacity
+        has_place = mode_of(channels) in ("LA", "RGBA") and has in (1, 3)  # the last channel is opacity
         wanted = channels - has_place
         if has == 1 and wanted == 3:
             colours = colours.repeat(3, axis=2)

@@ -44,7 +44,8 @@ FEATURES = datasets.Features(
     }
 )
 ROWS_AT_A_TIME = 32  # that are in memory before they are written
-DECODERS = ("pillow", "numpy", "torch", "pydicom", "nibabel", "pillow-heif", "pillow-jxl-plugin")
+DECODERS = ("pillow", "tifffile", "imagecodecs", "numpy", "torch", "pydicom", "nibabel", "pillow-heif",
+            "pillow-jxl-plugin")  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -100,8 +101,8 @@ def decode_all(items, decoder: Decoder, workers: int, cache_dir: str | None = No
         keep: whether to keep the images on the disk; else they are in memory.
 
     Returns:
-        What a dict says of the images: `pixels`, `value_range`, `fill` and `labels` (N,), -1 for none, as in
-        `ImageData`; None if no item can be decoded. Further `Traits`, and (name, reason) of each item that is broken.
+        What a dict says of the images: `pixels`, `value_range`, `fill`, `has_alpha` and `labels` (N,), -1 for none, as
+        in `ImageData`; None if no item can be decoded. Further `Traits`, and (name, reason) of each broken item.
     """
 
     def rows() -> Iterator[dict]:
@@ -110,7 +111,7 @@ def decode_all(items, decoder: Decoder, workers: int, cache_dir: str | None = No
                 yield {**dict.fromkeys(FEATURES), "name": str(item), "reason": str(image)}
                 continue
             kind = {"shape": image.pixels.shape, "dtype": image.pixels.dtype.name, "deep": image.deep}
-            kind |= {"value_range": image.value_range, "fill": image.fill}
+            kind |= {"value_range": image.value_range, "fill": image.fill, "has_alpha": image.has_alpha}
             row = {
                 "pixels": image.pixels.tobytes(),
                 "kind": json.dumps(kind),
@@ -130,10 +131,11 @@ def decode_all(items, decoder: Decoder, workers: int, cache_dir: str | None = No
     if not marks:
         return None, traits, bad
     kind = json.loads(table["kind"].drop_null()[0].as_py())
-    decoder.hold_to(kind["deep"], tuple(kind["shape"]))
+    decoder.hold_to(kind["deep"], tuple(kind["shape"]), kind["has_alpha"])
     found = {"pixels": Pixels(_views(table["pixels"], kind)), "value_range": tuple(kind["value_range"])}
     labels = torch.tensor([-1 if label is None else label for label, _ in marks])
-    return {**found, "fill": kind["fill"], "labels": labels}, traits, bad
+    found |= {name: kind[name] for name in ("fill", "has_alpha")}
+    return {**found, "labels": labels}, traits, bad
 
 
 def _views(column: pyarrow.ChunkedArray, kind: dict) -> list[np.ndarray]:

@@ -65,6 +65,11 @@ class ImageStream:
         self.images = None
         self.shape = self.held_out.shape if self.held_out else tuple(self.first(1, config.seed).shape[1:])
 
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the last channel is opacity."""
+        return bool(self.decoder.has_alpha)
+
     def order_classes(self, names: list[str] | None) -> None:
         """Number the classes as in `names` if these are the same names in another order."""
         if self.label_names and names and sorted(names) == sorted(self.label_names):

@@ -36,7 +36,7 @@ def decode_each(items: Iterable[Item], decoder: Decoder, workers: int) -> Iterat
         raise_if_stopped()
         result = _decode(decoder, item)
         if isinstance(result, Decoded):
-            decoder.hold_to(result.deep, result.pixels.shape)
+            decoder.hold_to(result.deep, result.pixels.shape, result.has_alpha)
         yield item, result
         if isinstance(result, Decoded):
             break

@@ -18,6 +18,7 @@ from ddpm_hf.pipelines.images import to_output
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline, num_classes
 from ddpm_hf.schedulers.noise import NoiseScheduler
 from ddpm_hf.schedulers.solvers import own_scheduler, plain_config, scheduler_class
+from ddpm_hf.utils.arguments import mode_of
 from ddpm_hf.utils.checksums import images_sha256, weights_sha256
 from ddpm_hf.utils.distributed import in_all
 from ddpm_hf.utils.pictures import grid
@@ -182,7 +183,7 @@ class Context:
 
     def picture(self, images: torch.Tensor, columns: int = 8, **settings) -> Image.Image:
         """A `grid`, with these settings, of images (B, C, H, W) in [-1, 1]."""
-        return grid(to_output(images, "np"), columns, **settings)
+        return grid(to_output(images, "np"), columns, has_alpha=self.train.has_alpha, **settings)
 
 
 def protocol_of(context: Context, model: str, config: DataConfig) -> dict:
@@ -217,7 +218,8 @@ def protocol_of(context: Context, model: str, config: DataConfig) -> dict:
         }
     if extractor is not None:
         protocol["features"] = {key: getattr(extractor, key) for key in ("name", "sha256", "resize")}
-        blended = "; alpha blended with mid-gray" if extractor.channels == 3 and train.shape[0] in (2, 4) else ""
+        is_blended = extractor.channels == 3 and mode_of(train.shape[0]) in ("LA", "RGBA")
+        blended = "; alpha blended with mid-gray" if is_blended else ""
         protocol["features"]["pixels"] = f"rounded to 8 bits, as an image file holds them{blended}"
     return protocol
 

@@ -27,7 +27,7 @@ from ddpm_hf.evaluation.report import write_report
 from ddpm_hf.pipelines.denoising import BATCH
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
 from ddpm_hf.schedulers.solvers import scheduler_class
-from ddpm_hf.utils.arguments import check_names, checked, integer, list_of, one_of, optional, path, text
+from ddpm_hf.utils.arguments import check_names, checked, integer, list_of, mode_of, one_of, optional, path, text
 from ddpm_hf.utils.files import locked, write
 from ddpm_hf.utils.pictures import columns_for
 from ddpm_hf.utils.versions import versions
@@ -176,8 +176,8 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     if any("samples" in METRICS[name].needs for name in names):
         names = [name for name in METRICS if name in {*names, "structure"}]  # other metrics of noise say little
     may_leave_out = len(metrics) == len(METRICS)
-    if (channels := pipeline.image_shape[0]) > 4 and features is None:
-        why = f"a network for images of {channels} channels, and this package has none: name your own with --features"
+    if mode_of(channels := train.shape[0], train.has_alpha) is None and features is None:
+        why = f"a network for images of {channels} bands, and this package has none: name your own with --features"
         names = _leave_out("features", why, names, may_leave_out)
     if not (kind := scheduler_class(pipeline.scheduler.config)).has_bound:
         why = f"a variational bound, which is not defined for models of {kind.__name__}"
@@ -199,7 +199,9 @@ def _prepare(context: Context, metrics: tuple[str, ...], features: str | None, c
     if "features" not in needs and features is None:
         return names
     default = "digits" if has_embedded_digits(config) and train.shape[1:] == (8, 8) else None
-    extractor = context.extractor = make_extractor(features or default, train.shape[0], context.accelerator.device)
+    extractor = context.extractor = make_extractor(
+        features or default, train.shape[0], context.accelerator.device, train.has_alpha
+    )
     extractor(next(unit_batches(train, 1)))  # raises ValueError if the features do not fit the images
     unscored = [name for name in names if "logits" in METRICS[name].needs and not extractor.classifies]
     if unscored and len(names) < len(METRICS):
@@ -230,7 +232,7 @@ def _measure(context: Context, names: list[str]) -> Findings:
     if any("samples" in METRICS[name].needs for name in names):
         samples, _ = context.samples, context.references  # all processes together
         shown = {"samples": samples.pixels[:SHOWN], "real": context.subset(context.train, SHOWN)[0]}
-        columns = columns_for(SHOWN, samples.pixels.shape[1:])
+        columns = columns_for(SHOWN, samples.pixels.shape[1:], context.train.has_alpha)
         found.pictures = {name: context.picture(images, columns) for name, images in shown.items()}
     for name in names:
         if main or "samples" not in METRICS[name].needs:  # metrics of samples are fast

@@ -114,6 +114,11 @@ def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[I
             f"the images of {config.train_data_dir or config.dataset_name!r} have the shape {train.shape} (channels, "
             f"height, width), but the model generates {pipeline.image_shape}: give images of that shape"
         )
+    if train.has_alpha and pipeline.unet.config.get("has_alpha") is False:
+        raise ValueError(
+            f"the images of {config.train_data_dir or config.dataset_name!r} have alpha as their last channel, and the "
+            "model has a band there: give images of the same bands"
+        )
     classes, names = num_classes(pipeline.unet), train.label_names
     if classes is not None and train.no_classes:
         raise ValueError(f"the model is class-conditional and the images have no classes: {train.no_classes}")

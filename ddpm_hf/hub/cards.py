@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_hf.pipelines.images import PIL_MODES
+from ddpm_hf.pipelines.images import mode_for
 from ddpm_hf.pipelines.pipeline import DDPMCustomPipeline
 from ddpm_hf.schedulers.solvers import own_scheduler, plain_config, scheduler_class
 from ddpm_hf.utils.arguments import NOT_FINITE, read_json
@@ -163,7 +163,7 @@ def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
     labels = list((unet.config.get("class_names") or range(len(classes or ())))[:4])
     call = f"class_labels={labels}" if classes else "16"
     call += f", num_inference_steps={steps}"
-    if channels not in PIL_MODES:
+    if mode_for(unet.config) is None:
         call += ', output_type="np"'
     if classes:
         words += ["--class_labels", *classes[:4]]

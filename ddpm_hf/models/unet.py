@@ -267,6 +267,7 @@ ARGUMENTS = {
     "num_classes": optional(integer(1, MOST_CLASSES)),
     "class_names": optional(list_of(text, "names", most=MOST_CLASSES)),
     "value_range": optional(list_of(number(), "numbers", 2, 2)),
+    "has_alpha": optional(boolean),
     "out_channels": optional(_COUNT),
 }
 
@@ -377,6 +378,8 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         class_names: names of the classes, in the order of their labels.
         value_range: the pixel values of black and white in the files of training images of more than 8 bits, which
             `ddpm-hf sample` writes again; `None`: images of 8 bits. The network does not use it.
+        has_alpha: whether the last of 2 or 4 channels is opacity, for files and pictures of samples; `None`: it is. The
+            network does not use it.
 
     Raises:
         ValueError: a setting is invalid; the message names it, its value and what is valid.
@@ -423,6 +426,7 @@ class DDPMUNet(ModelMixin, ConfigMixin):
         class_names: list[str] | None = None,
         out_channels: int | None = None,
         value_range: tuple[float, float] | None = None,
+        has_alpha: bool | None = None,
     ):
         super().__init__()
         self.register_to_config(**check_all(self.config, ARGUMENTS))

@@ -55,7 +55,7 @@ class EditingMixin:
         Returns:
             See `__call__`. The known pixels are exactly those of `image`.
         """
-        given = to_unit("image", image, self.unet.config.in_channels).to(self._execution_device)
+        given = to_unit("image", image, self.unet.config).to(self._execution_device)
         image = given.to(self._state_dtype) * 2 - 1  # (B, C, H, W) in [-1, 1]
         mask = to_mask(mask, image.shape).to(self._execution_device)
         loop = self._prepare(

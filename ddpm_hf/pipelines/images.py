@@ -4,27 +4,34 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_hf.utils.arguments import require
+from ddpm_hf.utils.arguments import mode_of, require
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class NotFiniteError(ValueError):
     """Samples contain NaN or infinities."""
 
 
-def to_unit(name: str, images, channels: int) -> torch.Tensor:
+def mode_for(config) -> str | None:
+    """The mode of PIL images of a network with this configuration; None if it has bands, for which there is none."""
+    return mode_of(config["in_channels"], config.get("has_alpha"))
+
+
+def to_unit(name: str, images, config) -> torch.Tensor:
     """`PIL.Image`, a list of them, an array (B, H, W, C) or a tensor (B, C, H, W) -> (B, C, H, W) in [0, 1].
 
-    Arrays and tensors may lack the dimension B. Any other input raises a ValueError about the argument `name`.
+    Arrays and tensors may lack the dimension B. Any other input raises a ValueError about the argument `name`. `config`
+    is that of the network.
     """
+    channels, mode = config["in_channels"], mode_for(config)
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, list | tuple) and all(isinstance(image, Image.Image) for image in images):
         for image in images:
-            if image.mode != PIL_MODES.get(channels):
-                raise ValueError(f"{name} has mode {image.mode!r}; this model needs {PIL_MODES.get(channels)!r}")
+            if image.mode != mode:
+                needs = f"an array or a tensor of {channels} bands" if mode is None else repr(mode)
+                raise ValueError(f"{name} has mode {image.mode!r}; this model needs {needs}")
         if len({image.size for image in images}) != 1:
             raise ValueError(f"{name} must be at least one image, and all images must have the same size")
         pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.denoising import BATCH, CALL, MOST_VALUES, DenoisingLoop
 from ddpm_hf.pipelines.editing import EditingMixin
-from ddpm_hf.pipelines.images import PIL_MODES, NotFiniteError, to_output, to_unit
+from ddpm_hf.pipelines.images import NotFiniteError, mode_for, to_output, to_unit
 from ddpm_hf.pipelines.loading import load_components, weights_not_finite
 from ddpm_hf.schedulers.edm import EDMScheduler
 from ddpm_hf.schedulers.flow import FlowMatchScheduler
@@ -323,7 +323,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
 
     def _to_model_range(self, name: str, images) -> torch.Tensor:
         """The argument `name`, in any form that `to_unit` takes -> (B, C, H, W) in [-1, 1], on the device."""
-        images = to_unit(name, images, self.unet.config.in_channels)
+        images = to_unit(name, images, self.unet.config)
         return images.to(self._execution_device, self._state_dtype) * 2 - 1
 
     def _check_latents(self, latents) -> torch.Tensor | None:
@@ -346,9 +346,11 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
     def _check_inputs(self, num_inference_steps, output_type) -> None:
         most = self.scheduler.config.num_train_timesteps  # with more, some of diffusers' solvers return noise
         check("num_inference_steps", most if num_inference_steps is None else num_inference_steps, integer(1, most))
-        channels = self.unet.config.in_channels
-        if output_type == "pil" and channels not in PIL_MODES:
-            raise ValueError(f"output_type='pil' needs 1 to 4 channels, not {channels}; choose np, pt or latent")
+        if output_type == "pil" and mode_for(self.unet.config) is None:
+            bands = f"{self.unet.config.in_channels} bands"
+            raise ValueError(
+                f"output_type='pil' needs gray or RGB, perhaps with alpha, not {bands}; choose np, pt or latent"
+            )
 
 
 def num_classes(unet) -> int | None:

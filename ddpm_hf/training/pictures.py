@@ -18,6 +18,7 @@ from ddpm_hf.training.drawing import forward_process, loss_curve
 from ddpm_hf.training.previews import sample_together
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup import MEASURED, MEASURED_NUMBERS
+from ddpm_hf.utils.arguments import mode_of
 from ddpm_hf.utils.files import save_picture
 from ddpm_hf.utils.pictures import channel_names, columns_for, grid, save_film
 
@@ -52,16 +53,19 @@ def draw_data(run: Run) -> None:
         lines.append(
             f"{share:.2%} of the values are missing and not trained on; {images.fill:g} is shown in their place"
         )
-    for k, name in enumerate(channel_names(channels)):
+    for k, name in enumerate(channel_names(channels, images.has_alpha)):
         x = measured[:, k] if valid is None or not valid[:, k].any() else measured[:, k][valid[:, k]]
         std, mean = torch.std_mean(x, correction=0)
         numbers = f"{x.min():.3f} ... {x.max():.3f}, mean {mean:.3f}, std {std:.3f}"
         lines.append(f"{name}, over {len(measured):,} images: {numbers}")
     if not run.step:
         (run.output_dir / FIRST_SAMPLES).unlink(missing_ok=True)  # of an earlier run
-    columns = columns_for(len(shown), images.shape)
     picture = grid(
-        to_output(shown, "np"), columns, title="training images, as the network sees them", notes="\n".join(lines)
+        to_output(shown, "np"),
+        columns_for(len(shown), images.shape, images.has_alpha),
+        title="training images, as the network sees them",
+        notes="\n".join(lines),
+        has_alpha=images.has_alpha,
     )
     save_picture(picture, run.output_dir / "data.png")
 
@@ -88,7 +92,8 @@ def draw_pictures(run: Run) -> list[dict]:
         return []
 
     rows = () if labels is None else [run.images.label_names[label] for label in labels[::columns]]
-    picture = grid(samples, columns, title=f"samples at update {run.step:,}", row_names=rows)
+    alpha = run.images.has_alpha
+    picture = grid(samples, columns, title=f"samples at update {run.step:,}", row_names=rows, has_alpha=alpha)
     save_picture(picture, folder / "samples.png")
     show(run, "samples", picture)
     loss_curve(run.log_history, folder / "loss.png", config.snr_gamma is not None, run.pipeline.scheduler.axis)
@@ -97,7 +102,7 @@ def draw_pictures(run: Run) -> list[dict]:
     if not run.finished:
         return []
     titles = [f"step {step + 1} of {steps}" for step in (*frame_steps, steps - 1)]
-    film = _film(np.stack([*frames, samples]), titles, columns, rows)
+    film = _film(np.stack([*frames, samples]), titles, columns, rows, alpha)
     save_film(film, folder / "denoising.gif", most_bytes=FILM_BYTES)
     save_picture(_forward(run), folder / "forward.png")
     if not isinstance(run.images, ImageData):
@@ -105,7 +110,7 @@ def draw_pictures(run: Run) -> list[dict]:
     x = torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1
     found, distances = nearest_images(x, run.images, NEIGHBOURS)
     some = np.linspace(0, number - 1, min(number, NEIGHBOURS_SHOWN)).astype(int)
-    save_picture(_neighbours(x[some], found[some], distances[some]), folder / "neighbours.png")
+    save_picture(_neighbours(x[some], found[some], distances[some], alpha), folder / "neighbours.png")
     return nearness(run, distances[:, 0])
 
 
@@ -113,7 +118,7 @@ def _layout(run: Run) -> tuple[list[int] | None, int, int]:
     """The labels of the samples or None, their number and the columns of their grid, which has a row per class."""
     number = run.config.eval_batch_size
     if not run.config.class_conditional:
-        return None, number, columns_for(number, run.images.shape)
+        return None, number, columns_for(number, run.images.shape, run.images.has_alpha)
     rows = min(run.pipeline.unet.config.num_classes, max(number, MOST_ROWS))
     columns = max(1, number // rows)
     return [row for row in range(rows) for _ in range(columns)], rows * columns, columns
@@ -184,18 +189,21 @@ def _first_samples(run: Run, halves: list[np.ndarray], columns: int, row_names: 
         column_names=["EMA weights", "training weights"],
         row_names=row_names,
         gaps={columns: 3},
+        has_alpha=run.images.has_alpha,
     )
 
 
-def _film(frames: np.ndarray, titles: list[str], columns: int, row_names: Sequence[str]) -> list[Image.Image]:
+def _film(
+    frames: np.ndarray, titles: list[str], columns: int, row_names: Sequence[str], has_alpha: bool | None = None
+) -> list[Image.Image]:
     """Pictures of the frames (F, B, H, W, C), of no more images than a small file can show."""
     number, height, width, channels = frames.shape[1:]
-    rows, shown_channels = -(-number // columns), channels if channels > 4 else 1
+    rows, shown_channels = -(-number // columns), channels if mode_of(channels, has_alpha) is None else 1
     most = max(1, min(FILM_IMAGES, FILM_PIXELS // (height * width * shown_channels)))
     wide = min(columns, max(1, most // rows) if row_names else math.isqrt(most))
     chosen = [k for k in range(number) if k % columns < wide and k // columns < most // wide]
     return [
-        grid(frame[chosen], wide, title=title, row_names=row_names[: most // wide])
+        grid(frame[chosen], wide, title=title, row_names=row_names[: most // wide], has_alpha=has_alpha)
         for frame, title in zip(frames, titles)
     ]
 
@@ -204,10 +212,11 @@ def _forward(run: Run) -> Image.Image:
     """A picture of training images with ever more noise."""
     noisy, timesteps = forward_process(run.images.first(4, run.config.seed), run.pipeline.scheduler)
     names = ["image", *map(run.pipeline.scheduler.name_of, timesteps)]
-    return grid(noisy, len(names), title="training images with ever more noise", column_names=names, gaps={1: 2})
+    title, alpha = "training images with ever more noise", run.images.has_alpha
+    return grid(noisy, len(names), title=title, column_names=names, gaps={1: 2}, has_alpha=alpha)
 
 
-def _neighbours(samples: torch.Tensor, found: torch.Tensor, distances: torch.Tensor) -> Image.Image:
+def _neighbours(samples: torch.Tensor, found: torch.Tensor, distances: torch.Tensor, has_alpha: bool) -> Image.Image:
     """A picture, in two halves, of samples (B, C, H, W) and their nearest training images (B, k, C, H, W).
 
     Args:
@@ -216,7 +225,7 @@ def _neighbours(samples: torch.Tensor, found: torch.Tensor, distances: torch.Ten
     images, k = to_output(torch.cat([samples[:, None], found], dim=1).flatten(0, 1), "np"), found.shape[1]
     rms = distances / math.prod(samples.shape[1:]) ** 0.5
     captions = [text for row in rms.tolist() for text in ("", *(f"{distance:.3f}" for distance in row))]
-    halves = min(2, len(samples), columns_for(4, samples.shape[1:]))
+    halves = min(2, len(samples), columns_for(4, samples.shape[1:], has_alpha))
     names = ["sample", "nearest", *("2nd", "3rd", *(f"{n}th" for n in range(4, k + 1)))[: k - 1]]
     return grid(
         images,
@@ -226,6 +235,7 @@ def _neighbours(samples: torch.Tensor, found: torch.Tensor, distances: torch.Ten
         captions=captions,
         notes="below: the root mean square difference of their pixels in [-1, 1] from the sample's",
         gaps={1: 2, k + 1: 5, k + 2: 2} if halves == 2 else {1: 2},
+        has_alpha=has_alpha,
     )
 
 

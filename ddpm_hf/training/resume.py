@@ -16,7 +16,7 @@ from ddpm_hf.utils.arguments import show
 OBJECTIVE = (*PREDICTION, "variance_type")
 DATA = ("train_data_dir", "dataset_name", "dataset_config_name")
 # Of the network's configuration, what changes neither its weights nor what they compute
-NOT_THE_NETWORK = ("sample_size", "class_names", "value_range", "dropout", "dropout_channels")
+NOT_THE_NETWORK = ("sample_size", "class_names", "value_range", "has_alpha", "dropout", "dropout_channels")
 # Settings that a checkpoint does not keep: where a run writes, how and where it decodes (which changes nothing), and
 # what is kept as network, objective and batch
 NOT_KEPT = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logger", "push_to_hub",

@@ -175,6 +175,8 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
         before if same_names else names,
         lambda: broadcast_object_list([std or std_of(images, config.seed)])[0],
     )
+    if "has_alpha" in unet.config:  # a DDPMUNet
+        unet.register_to_config(has_alpha=False if images.shape[0] in (2, 4) and not images.has_alpha else None)
     for part in filter(None, (images, held_out)):
         part.order_classes(unet.config.get("class_names"))  # of a checkpoint or a pretrained network, as it has learnt
     if accelerator.is_main_process and (warning := signal_left(scheduler)):

@@ -23,6 +23,7 @@ LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 1e30  # in any rule that names no limit;
 # Of a JSON file, far above any configuration or index of weights. Its values can take 25 times its bytes of memory.
 MOST_JSON_BYTES, MOST_JSON_LEVELS = 2**23, 50
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)  # errors that say nothing about a file
+PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 INFINITE, NOT_FINITE = ("Infinity", "-Infinity"), ("Infinity", "-Infinity", "NaN")
 
 _short = reprlib.Repr()
@@ -124,6 +125,15 @@ def show(value, most: int = 100) -> str:
         text = f"<{type(value).__name__}>"
     text = " ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 10**4]).split())
     return text if len(text) <= most else f"{text[: most - 25]} ... {text[-20:]}"
+
+
+def mode_of(channels: int, has_alpha: bool | None = None) -> str | None:
+    """The mode that Pillow has for images of so many channels; None for images of bands, of which it has none.
+
+    Args:
+        has_alpha: whether the last of 2 or 4 channels is opacity; None: it is.
+    """
+    return None if channels in (2, 4) and has_alpha is False else PIL_MODES.get(channels)
 
 
 def shorten(message: str, most: int = 500) -> str:

@@ -1,5 +1,6 @@
 """Pictures of several images: grids with titles and names, contact sheets and films."""
 
+import functools
 import importlib.util
 import io
 import math
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ddpm_hf.utils.arguments import mode_of
 from ddpm_hf.utils.files import write, writing
 
 CELL = 60  # pixels, the least that the longer side of an image has in a picture
 GRAY = "#808080"  # between images, where white would prolong white strokes and black would prolong black ones
 CHECKERBOARD = 0.9, 0.7  # behind transparent pixels
-NAMES = {1: ["gray"], 2: ["gray", "alpha"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "alpha"]}
+NAMES = {"L": ["gray"], "LA": ["gray", "alpha"], "RGB": ["red", "green", "blue"],
+         "RGBA": ["red", "green", "blue", "alpha"]}  # fmt: skip
 LONGEST_NAME = 24  # letters
 FILMS = (".gif", ".webp", ".mp4")
 FILMED = {"samples": "x after the step", "pred_original_samples": "prediction of x_0"}
@@ -33,15 +36,15 @@ def to_unit_range(images: torch.Tensor) -> np.ndarray:
     return (images / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def channel_names(channels: int) -> list[str]:
-    """What each channel of an image is: a colour, alpha (opacity) or a numbered band."""
-    return NAMES.get(channels) or [f"band {k + 1}" for k in range(channels)]
+def channel_names(channels: int, has_alpha: bool | None = None) -> list[str]:
+    """What each channel of an image is: a colour, alpha (opacity) or a numbered band. `has_alpha`: see `grid`."""
+    return NAMES.get(mode_of(channels, has_alpha)) or [f"band {k + 1}" for k in range(channels)]
 
 
-def columns_for(number: int, shape: Sequence[int]) -> int:
-    """The columns that make a picture of images (C, H, W) about as wide as high; all of 5 or more bands are drawn."""
+def columns_for(number: int, shape: Sequence[int], has_alpha: bool | None = None) -> int:
+    """The columns that make a picture of images (C, H, W) about as wide as high; all bands are drawn."""
     channels, height, width = shape
-    drawn = channels if channels not in NAMES else 1
+    drawn = channels if mode_of(channels, has_alpha) is None else 1
     return max(1, min(number, math.ceil(math.sqrt(number * height / (width * drawn)))))
 
 
@@ -56,12 +59,12 @@ def grid(
     captions: Sequence[str] = (),
     notes: str = "",
     gaps: Mapping[int, int] | None = None,
+    has_alpha: bool | None = None,
 ) -> Image.Image:
     """Draw images row by row on gray, so that no stroke of an image meets a stroke of its neighbour.
 
-    Gaps and margins are a sixth of the longer side, or a third of the shorter one if that is less. Alpha, the last of 2
-    or 4 channels, is shown by a checkerboard.
-    Images of 5 or more channels are drawn as one gray image per channel. The picture has the mode L or RGB.
+    Gaps and margins are a sixth of the longer side, or a third of the shorter one if that is less. Alpha is shown by
+    a checkerboard. Images of bands are drawn as one gray image per band. The picture has the mode L or RGB.
 
     Args:
         images: (N, H, W, C) in [0, 1], or a list of such arrays, PIL images of 8 bits per channel, and `None`, which
@@ -73,12 +76,15 @@ def grid(
             images, each belongs to equally many of them.
         row_names: texts to the left of the rows.
         gaps: {column: width of the gap before it, as a multiple of the others}.
+        has_alpha: whether the last of 2 or 4 channels is alpha. If not, the channels are bands, as 5 or more are. None:
+            it is.
     """
     images = [_to_array(image) if isinstance(image, Image.Image) else image for image in images]
     height, width, channels = next(image.shape for image in images if image is not None)
     scale = scale or max(1, -(-CELL // max(height, width)))
     gutter = max(1, round(scale * min(max(height, width), 2 * min(height, width)) / 6))
-    cells = [None if image is None else _cell(image, scale, gutter // 2) for image in images]
+    kind = mode_of(channels, has_alpha)
+    cells = [None if image is None else _cell(image, scale, gutter // 2, kind) for image in images]
     mode, (width, height) = next((cell.mode, cell.size) for cell in cells if cell is not None)
     row_names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..." for name in row_names]
     font = ImageFont.load_default(size=max(13, round(1.2 * gutter)))
@@ -107,7 +113,7 @@ def grid(
         pen.text(((lefts[first] + lefts[first + number - 1] + width) / 2, y), text, "black", font, anchor="ma")
     for k, name in enumerate(row_names):
         pen.text((gutter, top + k * below + height / 2), name, "black", font, anchor="lm")
-    if channels not in NAMES:
+    if kind is None:
         title = f"{title}\neach image: its {channels} bands from left to right".strip()
     return _with_lines(canvas, title, notes, font, gutter)
 
@@ -118,17 +124,17 @@ def _to_array(image: Image.Image) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def _cell(image: np.ndarray, scale: int, gap: int) -> Image.Image:
-    """One enlarged image (H, W, C) in [0, 1], of mode L or RGB; bands are `gap` pixels apart."""
+def _cell(image: np.ndarray, scale: int, gap: int, mode: str | None) -> Image.Image:
+    """One enlarged image (H, W, C) in [0, 1] of `mode`, as L or RGB. Without a mode it is bands, `gap` pixels apart."""
     image = image.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width, channels = image.shape
-    if channels in (2, 4):
+    if mode in ("LA", "RGBA"):
         square = max(1, round(max(height, width) / 8))
         rows, columns = np.arange(height)[:, None, None] // square, np.arange(width)[:, None] // square
         image, opacity = image[..., :-1], image[..., -1:]
         image = opacity * image + (1 - opacity) * np.where((rows + columns) % 2, *CHECKERBOARD)
     pixels = (image * 255).round().astype(np.uint8)
-    if channels in NAMES:
+    if mode is not None:
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     bands = Image.new("L", (channels * (width + gap) - gap, height), GRAY)
     for k in range(channels):
@@ -232,12 +238,14 @@ class Film:
     """
 
     def __init__(self, steps: Collection[int] | None = None):
-        self.steps = steps
+        self.steps, self.has_alpha = steps, None
         self.timesteps, self._samples, self._originals = [], [], []
 
     def __call__(self, pipeline, step: int, timestep, tensors: dict) -> None:
         if step == 0:  # a new call
             self.timesteps, self._samples, self._originals = [], [], []
+            unet = getattr(pipeline, "unet", None)  # of another pipeline perhaps none
+            self.has_alpha = None if unet is None else unet.config.get("has_alpha")
         if self.steps is None or step in self.steps:
             self.timesteps.append(float(timestep))
             self._samples.append(tensors["sample"].float().cpu())
@@ -265,15 +273,16 @@ class Film:
         """
         frames = self._frames(of)
         images = np.stack(frames, axis=1).reshape(-1, *frames[0].shape[1:])
-        title = f"{FILMED[of]} at timestep t"
-        return grid(images, len(frames), scale, title=title, column_names=[f"t = {t:.0f}" for t in self.timesteps])
+        texts = {"title": f"{FILMED[of]} at timestep t", "column_names": [f"t = {t:.0f}" for t in self.timesteps]}
+        return grid(images, len(frames), scale, **texts, has_alpha=self.has_alpha)
 
     def save(self, path, of: str = "samples", scale: int | None = None, seconds: float = 4.0) -> None:
         """Save the images side by side as .gif, .webp or .mp4. The arguments are those of `contact_sheet`."""
         frames = self._frames(of)
         columns = math.ceil(math.sqrt(len(frames[0])))
         titles = [f"t = {t:.0f}" for t in self.timesteps]
-        save_film([grid(frame, columns, scale, title=title) for frame, title in zip(frames, titles)], path, seconds)
+        draw = functools.partial(grid, columns=columns, scale=scale, has_alpha=self.has_alpha)
+        save_film([draw(frame, title=title) for frame, title in zip(frames, titles)], path, seconds)
 
     def _frames(self, of: str) -> list[np.ndarray]:
         if of not in FILMED:

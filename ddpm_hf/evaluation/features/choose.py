@@ -17,6 +17,7 @@ from torch import nn
 
 from ddpm_hf.evaluation.features.extractor import Extractor
 from ddpm_hf.evaluation.features.networks import DigitsNet, EfficientNetLite0, Inception2015
+from ddpm_hf.utils.arguments import mode_of
 from ddpm_hf.utils.checksums import file_sha256, weights_sha256
 
 CHOICES = (
@@ -33,7 +34,9 @@ INCEPTION_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1be
 INCEPTION_NAME = "inception-2015-12-05"
 
 
-def make_extractor(spec: str | None, channels: int, device: str | torch.device = "cpu") -> Extractor:
+def make_extractor(
+    spec: str | None, channels: int, device: str | torch.device = "cpu", has_alpha: bool | None = None
+) -> Extractor:
     """Make the extractor that `spec` names.
 
     Args:
@@ -50,12 +53,13 @@ def make_extractor(spec: str | None, channels: int, device: str | torch.device =
             `"module:function"` or `FILE.py:FUNCTION`: images in [0, 1] -> features (B, D).
         channels: number of channels of the images.
         device: device of the network.
+        has_alpha: whether the last of 2 or 4 channels is opacity; None: it is.
 
     Raises:
         ValueError: `spec` does not exist, or its network needs another number of channels.
     """
     found = _make("imagenet" if spec is None else spec, torch.device(device))
-    if found.channels not in (None, channels, 3 if channels in (1, 2, 4) else channels):
+    if found.channels not in (None, channels, channels if mode_of(channels, has_alpha) is None else 3):
         raise ValueError(
             f"features={spec!r}: {found.name!r} needs images with {found.channels} "
             f"channel{'s' * (found.channels > 1)}, but these have {channels}; choose from {CHOICES}"

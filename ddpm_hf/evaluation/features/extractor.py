@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ddpm_hf.utils.arguments import mode_of
+
 UNDER = 0.5  # the gray under transparent pixels: unlike black and white, rarely the colour of a whole picture
 
 
@@ -45,7 +47,7 @@ class Extractor:
         if not (images.min() >= 0 and images.max() <= 1):  # NaN fails too
             raise ValueError("images: the values must lie in 0 ... 1")
         images = (images.to(self.device, torch.float32) * 255).round() / 255
-        if self.channels == 3 and images.shape[1] in (2, 4):
+        if self.channels == 3 and mode_of(images.shape[1]) in ("LA", "RGBA"):  # `make_extractor` refuses bands
             colours, opacity = images[:, :-1], images[:, -1:]
             images = opacity * colours + (1 - opacity) * UNDER
         if self.channels == 3 and images.shape[1] == 1:
