@@ -26,6 +26,7 @@ from ddpm_hf.training.model import build_model, build_objective, signal_left
 from ddpm_hf.training.optimizer import build_optimizer
 from ddpm_hf.training.resume import check_same, keep_split, restore_run_state
 from ddpm_hf.training.run import Run, TrainCallback
+from ddpm_hf.utils.arguments import mode_of
 from ddpm_hf.utils.distributed import by_main
 from ddpm_hf.utils.files import locked
 from ddpm_hf.utils.seeds import stream_seed
@@ -176,7 +177,8 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
         lambda: broadcast_object_list([std or std_of(images, config.seed)])[0],
     )
     if "has_alpha" in unet.config:  # a DDPMUNet
-        unet.register_to_config(has_alpha=False if images.shape[0] in (2, 4) and not images.has_alpha else None)
+        are_bands = mode_of(images.shape[0]) in ("LA", "RGBA") and not images.has_alpha
+        unet.register_to_config(has_alpha=False if are_bands else None)
     for part in filter(None, (images, held_out)):
         part.order_classes(unet.config.get("class_names"))  # of a checkpoint or a pretrained network, as it has learnt
     if accelerator.is_main_process and (warning := signal_left(scheduler)):
