@@ -744,11 +744,15 @@ def test_shipped_code_differs_from_ours_only_in_imports(run):
     package = Path(ddpm_hf.__file__).parent
     rooms = ("models", "schedulers", "pipelines", "utils")
     modules = {path.stem: path for room in rooms for path in (package / room).glob("*.py")}
+    needed = re.compile(r"^from ddpm_hf\.\w+\.(\w+) import (\(.*?\)|[^(]*?)\n", re.M | re.S)
+
+    def in_one_file(source: str) -> str:
+        return needed.sub(lambda found: in_one_file(modules[found[1]].read_text()), source)
+
     for name, content in code.items():
         ours = modules[Path(name).stem.split("_")[-1]].read_text()
-        if "/" in name:  # a component, in one file with the rules for its arguments
-            needed = r"from ddpm_hf\.utils\.arguments import (\(.*?\)|[^(]*?)\n"
-            ours = re.sub(needed, lambda _: modules["arguments"].read_text(), ours, count=1, flags=re.S)
+        if "/" in name:  # a component, in one file with all that it needs
+            ours = in_one_file(ours)
         without_rooms = re.sub(r"from ddpm_hf\.(\w+)\.(\w+) import", r"from ddpm_hf.\2 import", ours)
         assert re.sub(r"from \.ddpm_hf_[0-9a-f]{12}_", "from ddpm_hf.", content) == without_rooms
         assert not re.search(r"^\s*(from|import) ddpm_hf", content, re.M)

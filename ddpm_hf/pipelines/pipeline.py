@@ -16,6 +16,7 @@ from ddpm_hf.pipelines.denoising import BATCH, CALL, MOST_VALUES, DenoisingLoop
 from ddpm_hf.pipelines.editing import EditingMixin
 from ddpm_hf.pipelines.images import NotFiniteError, mode_for, to_output, to_unit
 from ddpm_hf.pipelines.loading import load_components, weights_not_finite
+from ddpm_hf.schedulers.continuous import ContinuousScheduler
 from ddpm_hf.schedulers.edm import EDMScheduler
 from ddpm_hf.schedulers.flow import FlowMatchScheduler
 from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
@@ -42,8 +43,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         unet: the network that predicts what the scheduler expects of it (the noise, x_0, v ...): `DDPMUNet`,
             `UNet2DModel`, or a network with the same call. Of a `DistributedDataParallel` or `DataParallel` it is the
             network inside.
-        scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, `FlowMatchScheduler`, `EDMScheduler`, or a scheduler
-            of diffusers built from their config.
+        scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, `FlowMatchScheduler`, `EDMScheduler`, another
+            `ContinuousScheduler`, or a scheduler of diffusers built from their config.
     """
 
     model_cpu_offload_seq = "unet"
@@ -55,6 +56,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         | CosineNoiseScheduler
         | FlowMatchScheduler
         | EDMScheduler
+        | ContinuousScheduler
         | KarrasDiffusionSchedulers,
     ) -> None:
         super().__init__()
