@@ -111,7 +111,7 @@ def test_the_flags_are_frozen():
         "config", "output_dir", "overwrite_output_dir", "dataset_name", "dataset_config_name", "train_data_dir",
         "image_column", "label_column",
         "resolution", "resize", "channels", "frames", "slices", "value_range", "clip_values", "nodata", "nodata_fill",
-        "background", "max_bad_fraction", "group_by", "held_out_split", "streaming", "cache_dir",
+        "background", "alpha_channel", "max_bad_fraction", "group_by", "held_out_split", "streaming", "cache_dir",
         "dataloader_num_workers", "random_crop", "random_vertical_flip", "random_rotate90", "class_balance",
         "random_flip", "class_conditional", "label_dropout", "data_license",
         "pretrained_model_name_or_path", "unet", "objective", "scheduler", "prediction_type",

@@ -547,3 +547,16 @@ def test_opacity_of_twelve_bits_in_jpeg_2000():
     pixels = Decoder(4, value_range=(0, 4095))(content[:start] + header + content[start + length :]).pixels
     is_seen = array[..., 3:] > 0
     assert np.array_equal(pixels.transpose(1, 2, 0).round(), array * is_seen)
+
+
+def test_a_file_that_calls_a_band_alpha_wrongly():
+    """As GDAL writes red, green, blue and near infrared of 8 bits. Alpha would make colours black where it is 0."""
+    array = rng.integers(0, 3, (8, 8, 4), dtype=np.uint8)
+    content = tiff(array, photometric="rgb", extrasamples=["unassalpha"])
+    seen = array * np.where(array[..., 3:] > 0, 1, [0, 0, 0, 1])
+    assert np.array_equal(Decoder(4)(content).pixels.transpose(1, 2, 0), seen)
+    for decoder in (Decoder(4, alpha_channel=False), Decoder(None, alpha_channel=False)):
+        assert np.array_equal(decoder(content).pixels.transpose(1, 2, 0), array)
+    assert np.array_equal(Decoder(4, alpha_channel=True)(array).pixels.transpose(1, 2, 0), seen)
+    gray = array[..., 0]
+    assert Decoder(1, alpha_channel=True)(gray).pixels.shape == (1, 8, 8)  # it has no such channel

@@ -527,6 +527,11 @@ def test_the_fourth_channel_is_a_band_or_alpha(tmp_path, kind):
     Image.new("RGBA", (12, 8), "red").save(data / "6.png")
     with pytest.raises(ValueError, match="6.png has alpha as its last channel and the first image has a band there"):
         train(tiny_config(tmp_path / "mixed", train_data_dir=str(data)))
+    for decides in (True, False):
+        images, _ = load_images(tiny_config(out, train_data_dir=str(data), alpha_channel=decides))
+        assert (images.has_alpha, images.shape) == (decides, (4, 8, 12))
+        red = [image for image in images.pixels if (image[0] == 255).all()]
+        assert all(image[:, 0, 0].tolist() == [255, 0, 0, 255] for image in red)
 
 
 def test_a_run_that_did_not_know_its_last_channel_is_resumed(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def _nodata(value):
 
 # What a data set of its own may need to be read, which `evaluate` takes for the images that it compares with
 READING = ("image_column", "label_column", "resize", "frames", "slices", "value_range", "clip_values", "nodata",
-           "nodata_fill", "background", "cache_dir")  # fmt: skip
+           "nodata_fill", "alpha_channel", "background", "cache_dir")  # fmt: skip
 
 
 def setting(group: str, help: str, default=None, rule=None):
@@ -131,6 +131,10 @@ class DataConfig:
     )
     nodata_fill: float | None = _data(
         "the pixel value that the network sees in the place of missing ones; default: black", rule=number()
+    )
+    alpha_channel: bool | None = _data(
+        "whether the last of 2 or 4 channels is alpha (true) or a band such as near infrared (false); default: as the "
+        "file says, and a band in arrays"
     )
     background: list[float] | None = _data(
         "blend transparent images with this colour: one number or one per colour, 0 (black) to 1",

@@ -263,6 +263,7 @@ def decoder_of(config: DataConfig) -> Decoder:
         config.nodata,
         config.nodata_fill,
         config.clip_values,
+        config.alpha_channel,
     )
 
 

@@ -58,6 +58,7 @@ class Decoder:
             TIFF file, and for what its mask leaves out; None: no value does.
         nodata_fill: the pixel value that takes their place; None: black.
         clip_values: values outside `value_range` become black or white; else they raise ValueError.
+        alpha_channel: whether the last of 2 or 4 channels is opacity; None: as the file says.
         channels_are_inferred: `channels` is that of the first image; losing colour of later ones raises ValueError.
         deep, shape, has_alpha: whether images have more than 8 bits, the shape (C, H, W) of results, and whether their
             last channel is opacity; None: not checked.
@@ -76,6 +77,7 @@ class Decoder:
     nodata: float | str | None = None
     nodata_fill: float | None = None
     clip_values: bool = False
+    alpha_channel: bool | None = None
     channels_are_inferred: bool = False
     deep: bool | None = None
     shape: tuple[int, int, int] | None = None
@@ -83,7 +85,8 @@ class Decoder:
 
     def __call__(self, source: str | Path | bytes | np.ndarray, frame: int | None = None) -> Decoded | BadImage:
         try:
-            pixels, opacity, tag, window, valid = read_image(source, self.channels, self.frames, frame, self.slices)
+            picture = read_image(source, self.channels, self.frames, frame, self.slices, self.alpha_channel)
+            pixels, opacity, tag, window, valid = picture
             deep, missing = pixels.dtype != np.uint8, self._missing(pixels, tag, valid)
             low, high = self._range_of(pixels if missing is None else pixels[~missing], tag, window)
         except BadImage as reason:
@@ -105,7 +108,10 @@ class Decoder:
             )
         if self.has_alpha not in (None, has_alpha):
             kinds = ("alpha", "a band") if has_alpha else ("a band", "alpha")
-            raise ValueError(f"has {kinds[0]} as its last channel and the first image has {kinds[1]} there")
+            raise ValueError(
+                f"has {kinds[0]} as its last channel and the first image has {kinds[1]} there: --alpha_channel true or "
+                "false decides for all"
+            )
         fill = None
         if self.nodata is not None:
             fill = -1.0 if self.nodata_fill is None else 2 * (self.nodata_fill - low) / (high - low) - 1

@@ -95,6 +95,7 @@ def read_image(
     frames: str | None = None,
     frame: int | None = None,
     slices: int | None = None,
+    alpha_channel: bool | None = None,
 ) -> Picture:
     """Read an upright image.
 
@@ -104,6 +105,7 @@ def read_image(
             and "composite" makes the pages that are the channels of one image, as the file says, an image.
         frame: read this one, counted from 0.
         slices: the axis of an array or a NIfTI volume along which each index is an image.
+        alpha_channel: whether the last of 2 or 4 channels is opacity; None: as the file says, and not in arrays.
 
     Raises:
         BadImage: the file is broken, empty, too large or of an unknown format.
@@ -142,6 +144,8 @@ def read_image(
         pixels = pixels.astype(np.uint8) * 255
     if pixels.dtype.kind not in "uif":
         raise BadImage(f"contains {pixels.dtype}, which are no real numbers")
+    if alpha_channel is not None and pixels.shape[2] in (2, 4):
+        has_opacity = alpha_channel
     if not has_opacity:
         return Picture(pixels, None, pages.nodata, pages.window, pages.valid)
     opaque = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1.0

@@ -117,7 +117,7 @@ def load_references(config: DataConfig, pipeline: DDPMCustomPipeline) -> tuple[I
     if train.has_alpha and pipeline.unet.config.get("has_alpha") is False:
         raise ValueError(
             f"the images of {config.train_data_dir or config.dataset_name!r} have alpha as their last channel, and the "
-            "model has a band there: give images of the same bands"
+            "model has a band there: give images of the same bands, or --alpha_channel false"
         )
     classes, names = num_classes(pipeline.unet), train.label_names
     if classes is not None and train.no_classes:
