@@ -484,6 +484,7 @@ NAMES = st.sampled_from([
     "x.parquet", "train.parquet", "test.parquet", "w.tar", "metadata.csv", "metadata.jsonl", "state.json", "9", "3.raw",
     "train_config.json", "a.zip", "[*]", "\udcff.png", "é ☃", "-", " ",
 ])  # fmt: skip
+IN_ARCHIVES = NAMES.filter(lambda n: not n.endswith((".parquet", ".tar", ".zip", "state.json", "\udcff.png")))
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
 LINKS = st.tuples(PATHS, st.sampled_from(["..", ".", "../..", "nothing", "cat", "0.png", "../train"]))
 
@@ -515,3 +516,24 @@ def test_any_tree_is_an_inventory_or_one_sentence(tmp_path_factory, paths, links
     places = {(os.path.realpath(os.path.dirname(item.name)), os.path.basename(item.name)) for item in (*train, *test)}
     assert len(places) == len(train) + len(test)  # no file of a folder is taken twice
     assert names is None or len(set(names)) == len(names) > 1
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(st.lists(st.lists(IN_ARCHIVES, min_size=1, max_size=4).map("/".join), max_size=12))
+def test_any_archive_is_the_inventory_of_its_content(tmp_path_factory, paths):
+    folder = tmp_path_factory.mktemp("tree") / "content"
+    folder.mkdir()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            touch(folder, path)
+    archive = zipped(folder, folder.parent / "photos.zip")
+
+    def facts(place):
+        try:
+            found = take_inventory(place)
+        except ValueError as error:
+            return str(error).replace(str(place), "")
+        names = [[path.relative_to(place) for path in files] for files in (found.train, found.held_out, found.metadata)]
+        return found.kind, *names, found.classes, found.held_out_name, list(found.below.values()), found.left_out
+
+    assert facts(archive) == facts(folder)

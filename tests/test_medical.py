@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import zipfile
 from pathlib import Path
 
 import imagecodecs
@@ -415,3 +416,24 @@ def test_numbers_in_headers_that_the_file_cannot_hold(tmp_path):
     content[42:48] = np.array([32767] * 3, "<i2").tobytes()
     with pytest.raises(BadImage, match="is cut off: it says that it has 70,362,301,923,326 bytes of values"):
         read(bytes(content), slices=0, frame=0)
+
+
+def test_medical_files_in_an_archive(tmp_path):
+    """Headers are read without the pixels, also where a file can't be mapped."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(6):
+        dicom(data / f"{5 - k}", ct(k), patient=f"patient-{k // 2}", InstanceNumber=k, SeriesInstanceUID=f"1.{k // 2}")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for path in data.iterdir():
+            file.write(path, path.name)
+    found = []
+    for place in (data, tmp_path / "data.zip"):
+        config = DataConfig(train_data_dir=str(place), output_dir="elsewhere", value_range=[0, 4095])
+        items, *_ = source_of(config)
+        found.append(
+            ([(Path(item.name).name, item.group) for item in items], *[p.fingerprint for p in load_images(config)])
+        )
+    assert found[0] == found[1]
+    assert [name for name, _ in found[0][0]] == ["1", "0", "3", "2", "5", "4"]
+    assert len({group for _, group in found[0][0]}) == 3

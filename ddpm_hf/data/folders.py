@@ -207,7 +207,7 @@ def _folders_in_zip(archive: Path, inventory: Inventory) -> Iterator[tuple[Path,
             folders.setdefault(file.parent, []).append(file)
             if file.name in MARKS and file.parent != inventory.folder:
                 marks.setdefault(file.parent, MARKS[file.name])
-    for here in sorted(folders):
+    for here in sorted(folders, key=lambda folder: (len(folder.parts), folder)):
         above = [place for place in (here, *here.parents) if place in marks]
         if not above:
             yield here, sorted(folders[here])
