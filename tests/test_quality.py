@@ -78,10 +78,10 @@ def test_who_was_how_good_when(capsys):
     assert quality.verdict(other, ours) == {"best": 1.0, "at": 40, "ours_at": None, "ratio": None, "met": False}
     rows = [
         {"contestant": name, "seed": 0, "seconds": seconds, "updates": 1, **dict.fromkeys(KEYS, distance)}
-        for name, curve in (("ours", ours), ("diffusers", other))
+        for name, curve in (("digits", ours), ("diffusers", other))
         for seconds, distance in curve
     ]
-    quality.report(rows, ("ours", "diffusers"))
+    quality.report(rows, ("digits", "diffusers"))
     printed = capsys.readouterr().out
     assert "| KID | 0 | 1 | 40 s | not |" in printed
-    assert "| KID | 0 | diffusers | 3 | 40 s | 20 s | 0.50 | met |" in printed
+    assert "| KID | 0 | diffusers | 3 | 40 s | digits | 20 s | 0.50 | at most 0.6: met |" in printed
