@@ -115,7 +115,7 @@ def test_the_flags_are_frozen():
         "dataloader_num_workers", "random_crop", "random_vertical_flip", "random_rotate90", "class_balance",
         "random_flip", "class_conditional", "label_dropout", "data_license",
         "pretrained_model_name_or_path", "unet", "objective", "scheduler", "prediction_type",
-        "learned_variance", "flow_times", "noise_level_mean", "noise_level_std",
+        "learned_variance", "sampling_scheduler", "sampling_steps", "flow_times", "noise_level_mean", "noise_level_std",
         "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
         "optimizer", "muon_learning_rate", "lr_decay_share", "noise_assignment",
         "ema_sigma_rel", "post_hoc_ema", "post_hoc_ema_limit",

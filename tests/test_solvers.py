@@ -1,16 +1,20 @@
 """Every solver by its name, against the closed form for Gaussian data."""
 
+import json
 import math
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import tiny_config, tiny_unet
+from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
 from ddpm_hf import CosineNoiseScheduler, DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.schedulers.solvers import SOLVERS, make_solver, set_timesteps_checked
+from ddpm_hf.training import train
+from ddpm_hf.training.config import resolve
 
 ODE_SOLVERS = [name for name in SOLVERS if name not in ("euler-a", "sa")]  # the two add noise
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
@@ -144,3 +148,53 @@ def test_invalid_solvers():
     for wrong in (5, diffusers.DDIMScheduler):
         with pytest.raises(ValueError, match="scheduler=.* must be one of ddpm, ddim, .* or a scheduler object"):
             pipeline(scheduler=wrong)
+
+
+# ---------------------------------------------------------------- the solver that a pipeline keeps
+
+
+def test_a_pipeline_keeps_the_solver_and_the_number_of_its_steps(tmp_path):
+    unet = tiny_unet()
+    plain = DDPMCustomPipeline(unet, LinearNoiseScheduler(timestep_spacing="trailing"))
+    kept = DDPMCustomPipeline(unet, plain.scheduler, sampling_scheduler="unipc", sampling_steps=5)
+    kept.save_pretrained(tmp_path)
+    loaded = DDPMCustomPipeline.from_pretrained(tmp_path)
+    for pipeline in (plain, kept, loaded):
+        pipeline.set_progress_bar_config(disable=True)
+
+    def images(pipeline, **call):
+        return pipeline(2, torch.Generator().manual_seed(0), output_type="pt", **call).images
+
+    for pipeline in (kept, loaded):
+        assert pipeline.sampler() == ("unipc", 5)
+        assert pipeline.sampler(None, 9) == ("unipc", 9)
+        assert pipeline.sampler(None, 1000) == (None, 1000)  # all timesteps are those of training
+        assert pipeline.sampler("ddpm", 9) == ("ddpm", 9)
+        assert torch.equal(images(pipeline), images(plain, scheduler="unipc", num_inference_steps=5))
+        in_four = images(plain, scheduler="unipc", num_inference_steps=4)
+        assert torch.equal(images(pipeline, num_inference_steps=4), in_four)
+        assert torch.equal(images(pipeline, scheduler="ddpm"), images(plain, num_inference_steps=5))
+    loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config)  # whoever replaces it wants that one
+    assert torch.equal(images(loaded), images(plain, scheduler="ddim", num_inference_steps=5))
+
+
+def test_settings_of_the_kept_solver_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="sampling_scheduler='unipcc' must be one of ddpm, ddim"):
+        DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler(), "unipcc")
+    with pytest.raises(ValueError, match="sampling_steps=0 must be"):
+        DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler(), sampling_steps=0)
+    DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert not {"sampling_scheduler", "sampling_steps"} & index.keys()
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "sampling_steps": "many"}))
+    with pytest.raises(ValueError, match=r"model_index.json: sampling_steps='many' must be"):
+        DDPMCustomPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sampling_scheduler='euler-b' must be one of"):
+        resolve({"sampling_scheduler": "euler-b"})
+
+
+def test_training_keeps_the_solver(tmp_path):
+    run = train(tiny_config(tmp_path, sampling_scheduler="dpm++", sampling_steps=4, ddpm_num_inference_steps=3))
+    assert run.pipeline.sampler() == DDPMCustomPipeline.from_pretrained(tmp_path).sampler() == ("dpm++", 4)
+    with pytest.raises(ValueError, match="scheduler='pndm' must be one of euler, heun"):
+        train(tiny_config(tmp_path / "flow", objective="flow", scheduler={}, sampling_scheduler="pndm"))

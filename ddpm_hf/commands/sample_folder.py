@@ -80,6 +80,7 @@ def sample_to_folder(
     format = ("npy" if _not_in_png(pipeline.unet.config) else "png") if format is None else format
     _check_output(output, format, pipeline.unet.config)
     labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
+    scheduler, num_inference_steps = pipeline.sampler(scheduler, num_inference_steps)
     of_call = {
         "guidance_scale": float(guidance_scale),
         "scheduler": scheduler,

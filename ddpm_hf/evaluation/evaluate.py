@@ -102,7 +102,8 @@ def evaluate(
             1 to 4 channels; without it, metrics of features are left out for images of more channels.
         weights: "ema", the EMA weights, or "raw", the training weights.
         num_samples: distances depend on it, so compare distances of equally many samples.
-        num_inference_steps: sampling steps; by default 50, or all timesteps if there are fewer.
+        num_inference_steps: sampling steps; by default those that the model says, else 50, or all timesteps if there
+            are fewer.
         scheduler: the name of a solver; by default the model's own scheduler.
         bpd_images: number of held-out images whose whole bound is computed, with T predictions per image.
         batch_size: images per batch; it changes the results only by rounding.
@@ -127,9 +128,12 @@ def evaluate(
         as_trained = dataset_name is None and train_data_dir is None
         trained = train_config_path(model, required=as_trained)
         config = data_config(model, trained, pipeline, dataset_name, train_data_dir, reading, output)
+        if num_inference_steps is None:
+            num_inference_steps = pipeline.config.get("sampling_steps") or min(50, max(1, steps))
+        scheduler, num_inference_steps = pipeline.sampler(scheduler, num_inference_steps)
         context = Context(
             pipeline, accelerator, *load_references(config, pipeline), seed, batch_size, num_samples,
-            min(50, max(1, steps)) if num_inference_steps is None else num_inference_steps, scheduler, guidance_scale,
+            num_inference_steps, scheduler, guidance_scale,
             bpd_images, Path(cache) if cache else Path(HF_HOME) / "ddpm_hf" / "features",
         )  # fmt: skip
         found = _measure(context, _prepare(context, metrics, features, config))

@@ -158,7 +158,7 @@ def _of_pipeline(pipeline: DDPMCustomPipeline, source: str) -> dict:
     """
     unet, classes = pipeline.unet, _classes(pipeline.unet)
     channels, height, width = pipeline.image_shape
-    steps = str(min(50, len(pipeline.scheduler)))
+    steps = str(pipeline.config.get("sampling_steps") or min(50, len(pipeline.scheduler)))
     words = ["ddpm-hf", "sample", source, "--num_images", "16", "--num_inference_steps", steps]
     labels = list((unet.config.get("class_names") or range(len(classes or ())))[:4])
     call = f"class_labels={labels}" if classes else "16"

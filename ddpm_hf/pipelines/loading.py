@@ -28,6 +28,7 @@ from ddpm_hf.utils.arguments import (
     check_all,
     checked,
     did_you_mean,
+    integer,
     matching,
     optional,
     read_json,
@@ -53,6 +54,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 log = logging.getLogger(__name__)
 _OPTIONAL_TEXT = optional(matching(lambda v: isinstance(v, str) and "\0" not in v, "must be a text"))
 _PATH = any_of("must be a folder, or user/model on the Hub", path_rule)
+SAMPLING = {"sampling_scheduler": optional(text), "sampling_steps": optional(integer(1, MOST_TIMESTEPS))}
 LOADING = {
     **dict.fromkeys(("subfolder", "revision", "variant"), _OPTIONAL_TEXT),
     "use_safetensors": optional(boolean),
@@ -80,7 +82,7 @@ def load_components(
     force_download: bool = False,
     **options,
 ) -> dict:
-    """Load `unet` and `scheduler`. Arguments and errors are those of `DDPMCustomPipeline.from_pretrained`.
+    """Load the arguments of the pipeline. Arguments and errors are those of `DDPMCustomPipeline.from_pretrained`.
 
     The class names in model_index.json refer to our classes or those of diffusers, whatever module they were saved
     from. The names and shapes of the weights must match the configuration.
@@ -112,7 +114,9 @@ def load_components(
         unet = kind.from_pretrained(folder, subfolder="unet", variant=variant, use_safetensors=True, **model_options)
         if (bad := weights_not_finite(unet)) is not None:
             raise ValueError(f"{folder / 'unet'}: {bad}")
-    return {"unet": unet, "scheduler": scheduler}
+    with _naming(folder / INDEX):
+        settings = check_all({name: index[name] for name in SAMPLING if name in index}, SAMPLING)
+    return {"unet": unet, "scheduler": scheduler, **settings}
 
 
 def weights_not_finite(unet) -> str | None:

@@ -15,19 +15,21 @@ from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.denoising import BATCH, CALL, MOST_VALUES, DenoisingLoop
 from ddpm_hf.pipelines.editing import EditingMixin
 from ddpm_hf.pipelines.images import NotFiniteError, mode_for, to_output, to_unit
-from ddpm_hf.pipelines.loading import load_components, weights_not_finite
+from ddpm_hf.pipelines.loading import SAMPLING, load_components, weights_not_finite
 from ddpm_hf.schedulers.continuous import ContinuousScheduler
 from ddpm_hf.schedulers.edm import EDMScheduler
 from ddpm_hf.schedulers.flow import FlowMatchScheduler
-from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler
+from ddpm_hf.schedulers.noise import CosineNoiseScheduler, LinearNoiseScheduler, NoiseScheduler
 from ddpm_hf.schedulers.solvers import make_solver, scheduler_class, set_timesteps_checked, start_scale
 from ddpm_hf.schedulers.timesteps import PREDICTION
-from ddpm_hf.utils.arguments import check, check_all, checked, integer, limit, matching, show
+from ddpm_hf.utils.arguments import check, check_all, checked, integer, limit, matching, one_of, optional, show
 
 COMPONENTS = {
     "unet": matching(lambda v: isinstance(v, torch.nn.Module), "must be a network"),
     "scheduler": matching(lambda v: isinstance(v, SchedulerMixin), "must be a scheduler"),
+    **SAMPLING,
 }
+OURS = (NoiseScheduler, ContinuousScheduler)
 
 
 WRAPPERS = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)  # of a network in training
@@ -45,6 +47,10 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             network inside.
         scheduler: `LinearNoiseScheduler`, `CosineNoiseScheduler`, `FlowMatchScheduler`, `EDMScheduler`, another
             `ContinuousScheduler`, or a scheduler of diffusers built from their config.
+        sampling_scheduler: the solver, by name, of calls with fewer than T steps that name none, for instance
+            `"unipc"`, if it was found to be the best for this model; `None`: `scheduler`. It is saved in
+            model_index.json, and does not apply once `scheduler` is one of diffusers'.
+        sampling_steps: the number of steps of calls that give none; `None`: T.
     """
 
     model_cpu_offload_seq = "unet"
@@ -58,12 +64,19 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         | EDMScheduler
         | ContinuousScheduler
         | KarrasDiffusionSchedulers,
+        sampling_scheduler: str | None = None,
+        sampling_steps: int | None = None,
     ) -> None:
         super().__init__()
         while isinstance(unet, WRAPPERS):
             unet = unet.module
-        check_all({"unet": unet, "scheduler": scheduler}, COMPONENTS)
+        settings = {"sampling_scheduler": sampling_scheduler, "sampling_steps": sampling_steps}
+        settings = check_all({"unet": unet, "scheduler": scheduler, **settings}, COMPONENTS)
         self.register_modules(unet=unet, scheduler=scheduler)
+        if isinstance(scheduler, OURS):
+            solvers = scheduler_class(scheduler.config).solvers
+            check("sampling_scheduler", sampling_scheduler, optional(one_of(*solvers)))
+        self.register_to_config(**{name: settings[name] for name in SAMPLING if settings[name] is not None})
         self.interrupt = False
         self.num_timesteps = 0
 
@@ -119,7 +132,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             batch_size: number of images; `None`: one per label, image or latent.
             generator: one generator, which draws noise for the whole batch, or a list with one generator per image,
                 which makes each image independent of its batch.
-            num_inference_steps: denoising steps, 1 ... T; `None`: T, or the most that the solver supports.
+            num_inference_steps: denoising steps, 1 ... T; `None`: the pipeline's `sampling_steps`, else T, or the most
+                that the solver supports.
             output_type: `"pil"`: a list of `PIL.Image` (1 to 4 channels); `"np"`: (B, H, W, C) float32 in [0, 1];
                 `"pt"`: (B, C, H, W) float in [0, 1]; `"latent"`: (B, C, H, W), unclamped, nominally in [-1, 1].
             callback_on_step_end: called after step i with (pipeline, i, timestep, {"sample": x, "pred_original_sample":
@@ -133,7 +147,8 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             guidance_scale: scale s of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6 with
                 s = 1 + w): unconditional + s (conditional - unconditional). 1: no guidance; 0: any class.
             scheduler: a solver for this call, by name ("ddim", "dpm++", "unipc" ..., see
-                `solvers` of the class of the pipeline's scheduler) or as an object; `None`: the pipeline's scheduler.
+                `solvers` of the class of the pipeline's scheduler) or as an object; `None`: the pipeline's
+                `sampling_scheduler` for fewer than T steps, if it has one, else its scheduler.
             image: start from this image instead of pure noise (SDEdit, Meng et al. 2022, arXiv:2108.01073): a
                 `PIL.Image`, a list of them, or an array or tensor in [0, 1] shaped like the output; of any size.
             strength: fraction of the steps that `image` goes through, in (0, 1]; `None`: 0.8. 1 keeps little of it.
@@ -157,6 +172,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             raise ValueError(f"strength={strength} needs image")
         strength = 0.8 if strength is None else strength
         start = self._check_latents(latents) if image is None else self._to_model_range("image", image)
+        scheduler, num_inference_steps = self.sampler(scheduler, num_inference_steps)
         loop = self._prepare(
             batch_size=batch_size,
             num_inference_steps=num_inference_steps,
@@ -183,6 +199,7 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
         self, class_labels=None, guidance_scale=1.0, scheduler=None, num_inference_steps=None, clip_sample=None
     ) -> None:
         """Raise the ValueError that a call with these arguments would raise, without sampling."""
+        scheduler, num_inference_steps = self.sampler(scheduler, num_inference_steps)
         self._prepare(
             num_inference_steps=num_inference_steps,
             class_labels=class_labels,
@@ -190,6 +207,14 @@ class DDPMCustomPipeline(EditingMixin, DiffusionPipeline):
             scheduler=scheduler,
             clip_sample=clip_sample,
         )
+
+    def sampler(self, scheduler: str | SchedulerMixin | None = None, num_inference_steps: int | None = None) -> tuple:
+        """The `scheduler` and the `num_inference_steps` of a call with these arguments; `None`: those of training."""
+        steps = self.config.get("sampling_steps") if num_inference_steps is None else num_inference_steps
+        few = isinstance(steps, int) and steps < self.scheduler.config.num_train_timesteps
+        if scheduler is None and few and isinstance(self.scheduler, OURS):
+            scheduler = self.config.get("sampling_scheduler")
+        return scheduler, steps
 
     def _prepare(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 from ddpm_hf.data.archives import ZIP
 from ddpm_hf.data.config import BELOW_1, EARLIER_SPLIT, EMBEDDED_DIGITS, DataConfig, setting
 from ddpm_hf.models.unet import ARGUMENTS
-from ddpm_hf.schedulers.noise import PREDICTION_TYPES, SETTINGS
+from ddpm_hf.schedulers.noise import PREDICTION_TYPES, SETTINGS, NoiseScheduler
 from ddpm_hf.schedulers.solvers import CONTINUOUS, scheduler_class
 from ddpm_hf.training.flow import FLOW_TIMES
 from ddpm_hf.utils import files
@@ -101,6 +101,14 @@ class TrainConfig(DataConfig):
     )
     noise_level_std: float | None = _model(
         "its standard deviation (default: 1 with objective=flow, 1.2 with edm)", rule=number(above=0, most=20)
+    )
+    sampling_scheduler: str | None = _model(
+        "the solver of samples in few steps, which the pipeline uses by itself: for instance unipc, dpm++ or ddim; "
+        "default: the model's own scheduler",
+        rule=one_of(*dict.fromkeys(name for kind in (NoiseScheduler, *CONTINUOUS.values()) for name in kind.solvers)),
+    )
+    sampling_steps: int | None = _model(
+        "the number of steps in which the pipeline samples by itself; default: all timesteps", rule=AT_LEAST_1
     )
     train_batch_size: int = _optimisation("images per process and micro-batch", 64, BATCH)
     gradient_accumulation_steps: int = _optimisation("micro-batches per update", 1, AT_LEAST_1)
@@ -251,7 +259,12 @@ def resolve(flags: dict) -> TrainConfig:
     if "pretrained_model_name_or_path" in flags:
         recipe.update(unet={}, scheduler={}, prediction_type=None)  # the pipeline has its own
     if flags.get("objective", recipe.get("objective", "ddpm")) != recipe.get("objective", "ddpm"):
-        for name in ("scheduler", *OF_DDPM, *OF_CONTINUOUS):  # the recipe's belong to its own objective
+        for name in (
+            "scheduler",
+            "sampling_scheduler",
+            *OF_DDPM,
+            *OF_CONTINUOUS,
+        ):  # the recipe's belong to its own objective
             recipe.pop(name, None)
     if "num_epochs" in flags:
         recipe.pop("max_train_steps", None)  # it would override num_epochs

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from ddpm_hf.data.pages import EIGHT_BITS
 from ddpm_hf.models.unet import DDPMUNet
 from ddpm_hf.pipelines.pipeline import load_pipeline, num_classes
-from ddpm_hf.schedulers.solvers import CONTINUOUS, scheduler_class
+from ddpm_hf.schedulers.solvers import CONTINUOUS, make_solver, scheduler_class, set_timesteps_checked
 from ddpm_hf.training.config import TrainConfig
 from ddpm_hf.training.edm import EDMLoss
 from ddpm_hf.training.flow import FlowMatchingLoss
@@ -85,7 +85,9 @@ def _build_scheduler(config: TrainConfig, pretrained: dict, measure_std):
             f"snr_gamma={config.snr_gamma:g} with rescale_betas_zero_snr gives the first timestep of sampling "
             "the weight 0: leave one of them out"
         )
-    scheduler.set_timesteps(config.ddpm_num_inference_steps)  # raises now if the number is invalid
+    solver = make_solver(config.sampling_scheduler, scheduler)
+    for steps in filter(None, (config.ddpm_num_inference_steps, config.sampling_steps)):
+        set_timesteps_checked(solver, steps, None)  # raises now if the number is invalid
     return scheduler
 
 

@@ -138,7 +138,8 @@ def _sample_training_weights(run: Run, number: int, labels) -> np.ndarray:
     eagerly = torch.compiler.set_stance("force_eager") if run.config.compile else contextlib.nullcontext()
     try:
         with eagerly:
-            return _sample(run, DDPMCustomPipeline(run.unet.eval(), run.pipeline.scheduler), number, labels)[0]
+            pipeline = DDPMCustomPipeline(run.unet.eval(), run.pipeline.scheduler, run.config.sampling_scheduler)
+            return _sample(run, pipeline, number, labels)[0]
     finally:
         run.unet.train()
 
@@ -158,7 +159,8 @@ def nearness(run: Run, of_samples: torch.Tensor) -> list[dict]:
     held_out = run.held_out.batch(torch.linspace(0, len(run.held_out) - 1, compared).long())  # spread over all classes
     of_held_out = nearest_images(held_out, run.images)[1][:, 0]
     samples, unseen = (d.median().item() / math.prod(run.images.shape) ** 0.5 for d in (of_samples, of_held_out))
-    guidance = run.config.guidance_scale
+    steps, guidance = run.config.ddpm_num_inference_steps, run.config.guidance_scale
+    solver = run.pipeline.sampler(None, steps)[0] or "the model's own scheduler"
     guided = f", the same number per class, guidance {guidance:g}" if run.config.class_conditional else ""
     return [
         {
@@ -167,7 +169,7 @@ def nearness(run: Run, of_samples: torch.Tensor) -> list[dict]:
             "value": samples / unseen if unseen else None,
             "split": "train",
             "protocol": f"medians of the root mean square difference of pixels in [-1, 1]: {samples:.4f} of "
-            f"{len(of_samples)} samples ({run.config.ddpm_num_inference_steps} steps of the model's own scheduler, "
+            f"{len(of_samples)} samples ({steps} steps of {solver}, "
             f"seed {run.config.seed}{guided}), "
             f"{unseen:.4f} of {len(of_held_out)} held-out images, each to the nearest of {len(run.images):,} training "
             "images; a value near 0 means that the model repeats training images",

@@ -187,7 +187,8 @@ def _prepare(config, accelerator, checkpoints, paths, objective, callbacks, stop
     optimizer = build_optimizer(config, unet)
     global_batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     total_steps = config.max_train_steps or math.ceil(config.num_epochs * images.num_images / global_batch)
-    run = Run(config, DDPMCustomPipeline(ema.model, scheduler), unet, images, held_out, total_steps, accelerator)
+    pipeline = DDPMCustomPipeline(ema.model, scheduler, config.sampling_scheduler, config.sampling_steps)
+    run = Run(config, pipeline, unet, images, held_out, total_steps, accelerator)
     objective = build_objective(config, images.levels) if objective is None else objective
     training = Training(run, ema, optimizer, objective, checkpoints, callbacks, stop)
 
