@@ -13,7 +13,9 @@ from test_training import finish, quietly, script, weights
 from torch import nn
 from torch.testing import assert_close
 
+from ddpm_hf.hub.cards import model_card
 from ddpm_hf.training import train
+from ddpm_hf.training.facts import facts_of
 from ddpm_hf.training.optimizer import COEFFICIENTS, ITERATIONS, build_optimizer, matrices, orthogonal
 from ddpm_hf.training.plan import at_rest, image_shape
 from ddpm_hf.training.plan import network as planned
@@ -218,3 +220,12 @@ def test_a_checkpoint_before_the_decay_goes_on_to_a_longer_run(tmp_path):
     train(tiny_config(tmp_path / "planned", max_train_steps=12, **settings))
     for variant in (None, "raw"):
         assert_close(weights(tmp_path / "longer", variant), weights(tmp_path / "planned", variant), rtol=0, atol=0)
+
+
+def test_the_card_names_the_optimizer(tmp_path):
+    run = train(tiny_config(tmp_path / "run", **MUON))
+    facts = facts_of(run, {})
+    card = str(model_card(run.pipeline, facts, tmp_path / "run"))
+    assert "images seen |\n| optimizer | Muon and AdamW |\n| seed | 0 |\n" in card
+    del facts["training"]["optimizer"]  # of an earlier version
+    assert "images seen |\n| seed | 0 |\n" in str(model_card(run.pipeline, facts, tmp_path / "run"))

@@ -47,6 +47,7 @@ def facts_of(run, before: dict) -> dict:
             "total_updates": run.total_steps,
             "images_seen": int(log[-1]["images_seen"]) if log else None,
             "seconds": log[-1]["seconds"] if log else None,
+            "optimizer": {"adamw": "AdamW", "muon": "Muon and AdamW"}[config.optimizer],
             "seed": config.seed,
             # all devices that a resumed run has used, in order
             "hardware": list(dict.fromkeys([*map(str, used or ()), hardware(run.accelerator)])),
