@@ -13,9 +13,9 @@ from PIL import Image
 
 from ddpm_hf import DDPMUNet
 from ddpm_hf.commands.main import main
-from ddpm_hf.training.config import load_recipe, recipe_names, recipe_text, resolve
+from ddpm_hf.training.config import TrainConfig, load_recipe, recipe_names, recipe_text, resolve
 from ddpm_hf.training.plan import count_flops, count_memory, network
-from ddpm_hf.training.recipes import for_planning, for_training, listing, recipe_for
+from ddpm_hf.training.recipes import _description, for_planning, for_training, listing, recipe_for
 
 QUICK = ["--eval_batch_size", "2", "--ddpm_num_inference_steps", "2", "--train_batch_size", "2", "--unet"]
 QUICK += [json.dumps(TINY_UNET)]
@@ -231,3 +231,17 @@ def test_help_shows_the_list(capsys):
         main(["--help"])
     assert re.search(r"^ +recipes +\S", capsys.readouterr().out, re.M)
     assert len(listing()) == len(recipe_names()) + 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [
+        ((1, 80, 860), "--resolution 40 430 halves the sides and costs less"),
+        ((3, 144, 256), "--resolution 128 scales the images down and costs less"),
+        ((1, 64, 64), ""),
+    ],
+)
+def test_the_advice_for_large_images_makes_them_smaller(shape, advice):
+    """A resolution of 128 would enlarge a spectrogram of 80 rows."""
+    words = _description(TrainConfig(dataset_name="digits", unet=TINY_UNET), shape, None)
+    assert words.rpartition("; ")[2] == advice if advice else "costs less" not in words

@@ -77,7 +77,10 @@ def _description(config: TrainConfig, shape: tuple[int, int, int], class_names: 
     parameters = sum(p.numel() for p in unet.parameters())
     flops = sum(map(sum, count_flops(unet, shape)))
     memory = count_memory(unet, shape, batch, config.mixed_precision or "no", config)
-    smaller = "; --resolution 128 scales the images down and costs less" if max(shape[1:]) > 128 else ""
+    _, height, width = shape
+    halved = f"--resolution {max(1, height // 2)} {max(1, width // 2)} halves the sides"  # of what is no square
+    advice = "--resolution 128 scales the images down" if min(height, width) >= 128 else halved
+    smaller = f"; {advice} and costs less" if max(height, width) > 128 else ""
     return (
         f"{chosen}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image with backward, "
         f"{bytes_in_words(memory.peak)} of tensors at batch {batch}{smaller}"
