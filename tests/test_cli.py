@@ -81,7 +81,10 @@ def test_the_readmes_first_line_in_few_steps(tmp_path):
             ["train", "--pretrained_model_name_or_path", "./nowhere"],
             "='./nowhere' can't be loaded",
         ),
-        (["train", "--ddpm_num_inference_steps", "2000"], "num_inference_steps=2000 must be an integer in 1 ... 1000"),
+        (
+            ["train", "--ddpm_num_inference_steps", "2000"],
+            "num_inference_steps=2000: LinearNoiseScheduler takes 1 ... 1000 steps",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, argv, message):

@@ -31,6 +31,7 @@ from ddpm_hf.data.pages import BadImage
 from ddpm_hf.data.sources import Rows, version_of
 from ddpm_hf.data.split import Traits, digest
 from ddpm_hf.data.workers import decode_each
+from ddpm_hf.utils.arguments import parse_json
 from ddpm_hf.utils.files import os_errors_of
 
 # A row an image. A broken one has a name and a reason; the others have a kind, what `Decoded` says of them, as JSON.
@@ -130,7 +131,7 @@ def decode_all(items, decoder: Decoder, workers: int, cache_dir: str | None = No
     traits = Traits(copies, [group for _, group in marks])
     if not marks:
         return None, traits, bad
-    kind = json.loads(table["kind"].drop_null()[0].as_py())
+    kind = parse_json(table["kind"].drop_null()[0].as_py())
     decoder.hold_to(kind["deep"], tuple(kind["shape"]), kind["has_alpha"])
     found = {"pixels": Pixels(_views(table["pixels"], kind)), "value_range": tuple(kind["value_range"])}
     labels = torch.tensor([-1 if label is None else label for label, _ in marks])
