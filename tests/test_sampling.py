@@ -153,7 +153,8 @@ def test_the_grid_has_a_column_for_each_class(digits_model, tmp_path, monkeypatc
     files = pixels(tmp_path / "out")
     assert all(abs(255 * image[..., 0] - files[f"{k:06d}"]).max() < 1e-6 for k, image in enumerate(images))
     assert main([*command[:-1], str(tmp_path / "3"), "--class_labels", "3", "--num_images", "5"]) == 0
-    assert drawn.pop()[1] == {"captions": ["3"] * 5}
+    (images, columns, _), texts = drawn.pop()
+    assert (len(images), columns, texts) == (5, 5, {"captions": ["3"] * 5})  # no empty columns
     monkeypatch.setattr("ddpm_hf.commands.sample_folder.MOST_COLUMNS", 4)
     command = [*command[:-1], str(tmp_path / "parquet"), "--format", "parquet", "--num_images", "12"]
     assert main(command) == 0
