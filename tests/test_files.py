@@ -110,7 +110,7 @@ def is_text_of_the_locale(node: ast.Call, name: str, words: dict) -> bool:
     if name not in ("open", "fdopen"):
         return name in ("read_text", "write_text", "TextIOWrapper")
     method = isinstance(node.func, ast.Attribute) and name == "open"
-    if method and ast.unparse(node.func.value) in ("Image", "fsspec", "os"):
+    if method and ast.unparse(node.func.value) in ("Image", "fsspec", "os", "zipped"):  # which open as bytes
         return False
     mode = words.get("mode") or next(iter(node.args[0 if method else 1 :]), None)
     return not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
@@ -127,6 +127,7 @@ def test_every_text_has_an_encoding(folder):
     ("line", "expected"),
     [
         ("open(path)", True),
+        ("zipped.open(member)", False),
         ("path.open('w', newline='')", True),
         ("os.fdopen(1, 'w')", True),
         ("path.read_text()", True),

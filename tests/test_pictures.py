@@ -4,12 +4,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_unet
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.testing import assert_close
 
-from ddpm_hf import LinearNoiseScheduler
+from ddpm_hf import DDPMCustomPipeline, LinearNoiseScheduler
 from ddpm_hf.data.dataset import ImageData
 from ddpm_hf.data.neighbours import nearest_images
 from ddpm_hf.pipelines.images import to_pil
@@ -164,7 +164,10 @@ def test_nearness_shows_models_that_repeat_their_data(tmp_path):
     """Training images are black, held-out ones 0.4 brighter, and samples 0.1 or as much as those."""
     pixels = torch.zeros(30, 1, 4, 4)
     run = SimpleNamespace(
-        images=ImageData(pixels, (0.0, 2.0)), held_out=ImageData(pixels + 0.4, (0.0, 2.0)), config=tiny_config(tmp_path)
+        images=ImageData(pixels, (0.0, 2.0)),
+        held_out=ImageData(pixels + 0.4, (0.0, 2.0)),
+        config=tiny_config(tmp_path),
+        pipeline=DDPMCustomPipeline(tiny_unet(), LinearNoiseScheduler(), "unipc"),
     )
     for brighter, ratio in ((0.1, 0.25), (0.4, 1.0)):
         distances = nearest_images(run.images.batch(torch.arange(20)) + brighter, run.images)[1][:, 0]
@@ -172,6 +175,7 @@ def test_nearness_shows_models_that_repeat_their_data(tmp_path):
         assert metric["value"] == pytest.approx(ratio, rel=1e-5)
         assert f"{brighter:.4f} of 20 samples" in metric["protocol"]
         assert "0.4000 of 30 held-out images" in metric["protocol"]
+        assert "steps of unipc" in metric["protocol"]
     assert nearness(run, distances[:15]) == []  # too few to say anything
 
 

@@ -62,13 +62,13 @@ def open_file(path: str | Path) -> BinaryIO:
     archive = archive_of(path)
     if archive is None:
         return open(path, "rb")
-    file, members = _opened(archive, *_stamp(archive))
+    zipped, members = _opened(archive, *_stamp(archive))
     info = members.get(Path(path).relative_to(archive).as_posix())
     if info is None:
         raise FileNotFoundError(f"{str(archive)!r} has no such file any more")
     if info.file_size > MOST_OF_A_FILE:  # it is never read beyond what it says
         raise BadImage(f"is too large: it says that it has {info.file_size:,} bytes when decompressed")
-    return file.open(info)
+    return zipped.open(info)
 
 
 def read_bytes(path: str | Path) -> bytes:
