@@ -113,12 +113,8 @@ def decode_all(items, decoder: Decoder, workers: int, cache_dir: str | None = No
                 continue
             kind = {"shape": image.pixels.shape, "dtype": image.pixels.dtype.name, "deep": image.deep}
             kind |= {"value_range": image.value_range, "fill": image.fill, "has_alpha": image.has_alpha}
-            row = {
-                "pixels": image.pixels.tobytes(),
-                "kind": json.dumps(kind),
-                "digest": digest(image.pixels, item.name),
-            }
-            yield {**dict.fromkeys(FEATURES), **row, "label": item.label, "group": item.group}
+            row = {"pixels": image.pixels.tobytes(), "kind": json.dumps(kind)}
+            yield {**dict.fromkeys(FEATURES), **row, "digest": digest(image.pixels, item.name)}
 
     if keep:
         table = _kept(rows, _key(items, decoder), cache_dir)
