@@ -54,8 +54,8 @@ class Muon(torch.optim.Optimizer):
     0.2 sqrt(max(rows, columns)), so that its numbers are about as large as those of AdamW's steps (Liu et al. 2025,
     arXiv:2502.16982, section 2.2). Groups whose `out_axis` is None get AdamW.
 
-    torch.optim.Muon is not used: it takes matrices only, rounds to bfloat16, which makes it 2.7 times as slow as this
-    on the CPU, and does not know `found_inf`.
+    torch.optim.Muon is not used: it takes matrices only, rounds to bfloat16, which is slow on the CPU, and does not
+    know `found_inf`.
 
     Attributes:
         found_inf: set from outside before a step: None, or a tensor () on the device. Unless it is 0, `step` leaves
